@@ -1,0 +1,60 @@
+// LoRA tensors of one layer: parameters, gradients and moments all have this one shape.
+#pragma once
+
+#include <array>
+#include <cstdint>
+
+#include "kt_expert/aligned_buffer.h"
+#include "kt_expert/layer.h"
+
+namespace kt_expert {
+
+// Rank 0 leaves a projection without LoRA. Tied: gate and up share A_gate (PEFT's form for a fused gate_up parameter),
+// so their ranks are equal. scale is alpha / r, or alpha / sqrt(r) for rank-stabilised LoRA.
+struct LoraSpec {
+  bool tied = false;
+  int rank_gate = 0;
+  int rank_up = 0;
+  int rank_down = 0;
+  float scale_gate = 0.0f;
+  float scale_up = 0.0f;
+  float scale_down = 0.0f;
+
+  void validate() const;
+  bool any() const { return rank_gate > 0 || rank_up > 0 || rank_down > 0; }
+};
+
+enum class LoraTensor { kAGate = 0, kBGate = 1, kAUp = 2, kBUp = 3, kADown = 4, kBDown = 5 };
+constexpr int kLoraTensors = 6;
+
+struct LoraShape {
+  std::int64_t rows = 0;  // per expert
+  std::int64_t columns = 0;
+};
+
+// Shape of one expert's matrix: A_gate, A_up [r, H]; B_gate, B_up [I, r]; A_down [r, I]; B_down [H, r]. Absent: 0 x 0.
+LoraShape lora_shape(const LayerSpec& layer, const LoraSpec& lora, LoraTensor tensor);
+
+class LoraTensors {
+ public:
+  LoraTensors(const LayerSpec& layer, const LoraSpec& lora);
+
+  const LayerSpec& layer() const { return layer_; }
+  const LoraSpec& lora() const { return lora_; }
+  AlignedBuffer<float>& tensor(LoraTensor which) { return tensors_[static_cast<std::size_t>(which)]; }
+  const AlignedBuffer<float>& tensor(LoraTensor which) const { return tensors_[static_cast<std::size_t>(which)]; }
+  const float* expert(LoraTensor which, int expert) const;
+  float* expert(LoraTensor which, int expert);
+  void zero();
+  std::int64_t bytes() const;
+
+  // The tensor that plays A for up: A_gate where tied.
+  LoraTensor a_up() const { return lora_.tied ? LoraTensor::kAGate : LoraTensor::kAUp; }
+
+ private:
+  LayerSpec layer_;
+  LoraSpec lora_;
+  std::array<AlignedBuffer<float>, kLoraTensors> tensors_;
+};
+
+}  // namespace kt_expert

@@ -1,0 +1,55 @@
+// A fixed team of workers that runs one parallel loop at a time.
+#pragma once
+
+#include <atomic>
+#include <condition_variable>
+#include <cstdint>
+#include <exception>
+#include <functional>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+#include "kt_expert/cancel_token.h"
+
+namespace kt_expert {
+
+class ThreadPool {
+ public:
+  // `threads` counts the calling thread too. Throws InvalidArgument outside [1, kMaxThreads].
+  explicit ThreadPool(int threads);
+  ~ThreadPool();
+  ThreadPool(const ThreadPool&) = delete;
+  ThreadPool& operator=(const ThreadPool&) = delete;
+
+  int size() const { return static_cast<int>(workers_.size()) + 1; }
+
+  // Runs body(task, worker) for every task in [0, tasks); worker is in [0, size()). Returns when all have ended.
+  // Which worker runs which task is not fixed, so a task must own what it writes. The first exception of a task, or
+  // the token's, is rethrown here and no further task is started.
+  void run(std::int64_t tasks, const std::function<void(std::int64_t, int)>& body, const CancelToken* token = nullptr);
+
+  static constexpr int kMaxThreads = 1024;
+
+ private:
+  void worker_loop(int worker);
+  void drain(int worker);
+  bool wait_for_work(std::uint64_t seen_generation);
+
+  std::vector<std::thread> workers_;
+  std::mutex run_mutex_;  // one loop at a time
+  std::mutex mutex_;
+  std::condition_variable work_ready_;
+  std::condition_variable work_done_;
+  std::atomic<std::uint64_t> generation_{0};
+  std::atomic<bool> stopping_{false};
+  std::atomic<std::int64_t> next_task_{0};
+  std::atomic<bool> abandon_{false};
+  std::int64_t tasks_ = 0;
+  int active_workers_ = 0;
+  const std::function<void(std::int64_t, int)>* body_ = nullptr;
+  const CancelToken* token_ = nullptr;
+  std::exception_ptr failure_;
+};
+
+}  // namespace kt_expert

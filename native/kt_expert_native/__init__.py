@@ -1,0 +1,45 @@
+"""Native core of kt-expert: layer weights, LoRA tensors and the engine that computes on them.
+
+Owns the binding's public names. Knows nothing of gRPC, torch or files: callers hand over numpy arrays, bf16 as uint16
+bits. Errors::
+
+    NativeError (RuntimeError)
+    |- InvalidArgument    a wrong shape, value or name was handed over
+    |- Unsupported        this CPU or kernel cannot do what was asked for
+    |- Cancelled          a cancel token fired between two tiles
+    `- DeadlineExceeded   a cancel token's deadline passed between two tiles
+"""
+
+from kt_expert_native._core import (
+    AdamWParams,
+    Cancelled,
+    CancelToken,
+    DeadlineExceeded,
+    Engine,
+    InvalidArgument,
+    LayerSpec,
+    LayerWeights,
+    LoraSpec,
+    LoraTensors,
+    NativeError,
+    Ticket,
+    Unsupported,
+    list_isas,
+)
+
+__all__ = [
+    "AdamWParams",
+    "CancelToken",
+    "Cancelled",
+    "DeadlineExceeded",
+    "Engine",
+    "InvalidArgument",
+    "LayerSpec",
+    "LayerWeights",
+    "LoraSpec",
+    "LoraTensors",
+    "NativeError",
+    "Ticket",
+    "Unsupported",
+    "list_isas",
+]

@@ -1,0 +1,133 @@
+#include <pybind11/numpy.h>
+#include <pybind11/stl.h>
+
+#include "bind/bindings.h"
+#include "kt_expert/engine.h"
+#include "kt_expert/error.h"
+
+namespace kt_expert {
+namespace {
+
+namespace py = pybind11;
+using IdArray = py::array_t<std::int32_t, py::array::c_style>;
+using FloatArray = py::array_t<float, py::array::c_style>;
+
+FloatType float_type_from(const std::string& name) {
+  if (name == "bf16") return FloatType::kBf16;
+  if (name == "fp32") return FloatType::kF32;
+  throw InvalidArgument("token dtype '" + name + "' is not known; choose one of: bf16, fp32");
+}
+
+std::string shape_text(const py::array& array) { return py::str(array.attr("shape")).cast<std::string>(); }
+
+// bf16 travels as uint16 bits, fp32 as float32; anything else is refused here, before a pointer is taken.
+FloatType token_type(const py::array& array, const char* name, py::ssize_t tokens, py::ssize_t hidden) {
+  if (array.ndim() != 2 || array.shape(0) != tokens || array.shape(1) != hidden) {
+    throw InvalidArgument(std::string(name) + " has shape " + shape_text(array) + ", expected (" +
+                          std::to_string(tokens) + ", " + std::to_string(hidden) + ")");
+  }
+  if ((array.flags() & py::array::c_style) == 0) throw InvalidArgument(std::string(name) + " must be C-contiguous");
+  if (py::isinstance<py::array_t<bf16_t>>(array)) return FloatType::kBf16;
+  if (py::isinstance<py::array_t<float>>(array)) return FloatType::kF32;
+  throw InvalidArgument(std::string(name) + " has dtype " + py::str(array.dtype()).cast<std::string>() +
+                        ", expected uint16 (bf16 bits) or float32");
+}
+
+TokensIn tokens_in(const py::array& array, const char* name, py::ssize_t tokens, py::ssize_t hidden) {
+  return {array.data(), token_type(array, name, tokens, hidden)};
+}
+
+TokensOut tokens_out(py::array& array, const char* name, py::ssize_t tokens, py::ssize_t hidden) {
+  const FloatType type = token_type(array, name, tokens, hidden);
+  return {array.mutable_data(), type};
+}
+
+std::unique_ptr<Ticket> forward(Engine& engine, const LayerWeights& weights, const LoraTensors* adapter,
+                                const py::array& x, const IdArray& expert_ids, const FloatArray& routing_weights,
+                                py::array y, bool save_for_backward, const CancelToken* token) {
+  if (expert_ids.ndim() != 2 || routing_weights.ndim() != 2 || routing_weights.shape(0) != expert_ids.shape(0) ||
+      routing_weights.shape(1) != expert_ids.shape(1)) {
+    throw InvalidArgument("expert_ids has shape " + shape_text(expert_ids) + " and routing_weights " +
+                          shape_text(routing_weights) + ", expected one (tokens, top_k) for both");
+  }
+  const py::ssize_t tokens = expert_ids.shape(0);
+  const LayerSpec& spec = weights.spec();
+  ForwardArgs args;
+  args.weights = &weights;
+  args.lora = adapter;
+  args.x = tokens_in(x, "x", tokens, spec.hidden);
+  args.y = tokens_out(y, "y", tokens, spec.hidden);
+  args.save = save_for_backward;
+  args.token = token;
+  const Span<const std::int32_t> ids{expert_ids.data(), static_cast<std::size_t>(expert_ids.size())};
+  const Span<const float> route_weights{routing_weights.data(), static_cast<std::size_t>(routing_weights.size())};
+  const int top_k = static_cast<int>(expert_ids.shape(1));
+  py::gil_scoped_release release;
+  args.routing = build_routing(ids, route_weights, static_cast<int>(tokens), top_k, spec.experts);
+  return engine.forward(args);
+}
+
+void backward(Engine& engine, const LayerWeights& weights, const LoraTensors* adapter, LoraTensors* gradients,
+              const Ticket& ticket, const py::array& dy, py::array dx, FloatArray d_weights, const CancelToken* token) {
+  const py::ssize_t tokens = ticket.routing().tokens;
+  const py::ssize_t top_k = ticket.routing().top_k;
+  if (d_weights.ndim() != 2 || d_weights.shape(0) != tokens || d_weights.shape(1) != top_k) {
+    throw InvalidArgument("d_weights has shape " + shape_text(d_weights) + ", expected (" + std::to_string(tokens) +
+                          ", " + std::to_string(top_k) + ")");
+  }
+  BackwardArgs args;
+  args.weights = &weights;
+  args.lora = adapter;
+  args.gradients = gradients;
+  args.ticket = &ticket;
+  args.dy = tokens_in(dy, "dy", tokens, weights.spec().hidden);
+  args.dx = tokens_out(dx, "dx", tokens, weights.spec().hidden);
+  args.d_weights = d_weights.mutable_data();
+  args.token = token;
+  py::gil_scoped_release release;
+  engine.backward(args);
+}
+
+AdamWParams adamw_params(double learning_rate, double beta1, double beta2, double eps, double weight_decay,
+                         double grad_scale, std::int64_t step) {
+  return AdamWParams{learning_rate, beta1, beta2, eps, weight_decay, grad_scale, step};
+}
+
+}  // namespace
+
+void bind_engine(py::module_& module) {
+  py::class_<CancelToken>(module, "CancelToken")
+      .def(py::init<>())
+      .def(py::init<double>(), py::arg("timeout_s"))
+      .def("cancel", &CancelToken::cancel)
+      .def("fired", &CancelToken::fired);
+  py::class_<Ticket>(module, "Ticket").def_property_readonly("nbytes", &Ticket::bytes);
+  py::class_<AdamWParams>(module, "AdamWParams")
+      .def(py::init(&adamw_params), py::kw_only(), py::arg("learning_rate"), py::arg("beta1"), py::arg("beta2"),
+           py::arg("eps"), py::arg("weight_decay"), py::arg("grad_scale"), py::arg("step"));
+  py::class_<Engine>(module, "Engine")
+      .def(py::init<int, const std::string&>(), py::arg("threads"), py::arg("isa") = "")
+      .def_property_readonly("threads", &Engine::threads)
+      .def_property_readonly("isa", &Engine::isa)
+      .def_property_readonly("kernel", &Engine::kernel)
+      .def("forward", &forward, py::arg("weights"), py::arg("adapter").none(true), py::arg("x"),
+           py::arg("expert_ids").noconvert(), py::arg("routing_weights").noconvert(), py::arg("y"),
+           py::arg("save_for_backward"), py::arg("token").none(true) = nullptr)
+      .def("backward", &backward, py::arg("weights"), py::arg("adapter").none(true), py::arg("gradients").none(true),
+           py::arg("ticket"), py::arg("dy"), py::arg("dx"), py::arg("d_weights").noconvert(),
+           py::arg("token").none(true) = nullptr)
+      .def("adamw", &Engine::adamw, py::arg("params"), py::arg("gradients"), py::arg("parameters"), py::arg("exp_avg"),
+           py::arg("exp_avg_sq"), py::call_guard<py::gil_scoped_release>())
+      .def("gradient_square_sum", &Engine::gradient_square_sum, py::arg("scale"), py::arg("gradients"),
+           py::call_guard<py::gil_scoped_release>())
+      .def("scratch_bytes", &Engine::scratch_bytes, py::arg("layer"), py::arg("lora"), py::arg("tokens"),
+           py::arg("top_k"))
+      .def_static(
+          "ticket_bytes",
+          [](const LayerSpec& layer, const LoraSpec& lora, std::int64_t tokens, int top_k, const std::string& dtype) {
+            return Engine::ticket_bytes(layer, lora, tokens, top_k, float_type_from(dtype));
+          },
+          py::arg("layer"), py::arg("lora"), py::arg("tokens"), py::arg("top_k"), py::arg("dtype"));
+}
+
+}  // namespace kt_expert

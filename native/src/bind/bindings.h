@@ -1,0 +1,13 @@
+// One function per area of the Python module.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+namespace kt_expert {
+
+void bind_errors(pybind11::module_& module);
+void bind_layer(pybind11::module_& module);
+void bind_lora(pybind11::module_& module);
+void bind_engine(pybind11::module_& module);
+
+}  // namespace kt_expert

@@ -1,0 +1,37 @@
+#include <pybind11/stl.h>
+
+#include "bind/bindings.h"
+#include "gemm/kernels.h"
+#include "kt_expert/cpu_features.h"
+#include "kt_expert/error.h"
+
+namespace kt_expert {
+namespace {
+
+std::vector<std::pair<std::string, bool>> list_isas() {
+  std::vector<std::pair<std::string, bool>> rungs;
+  for (Isa isa : all_isas()) rungs.emplace_back(isa_name(isa), isa_supported(isa));
+  return rungs;
+}
+
+}  // namespace
+
+void bind_errors(pybind11::module_& module) {
+  namespace py = pybind11;
+  const auto base = py::register_exception<Error>(module, "NativeError", PyExc_RuntimeError);
+  py::register_exception<InvalidArgument>(module, "InvalidArgument", base);
+  py::register_exception<Unsupported>(module, "Unsupported", base);
+  py::register_exception<Cancelled>(module, "Cancelled", base);
+  py::register_exception<DeadlineExceeded>(module, "DeadlineExceeded", base);
+}
+
+}  // namespace kt_expert
+
+PYBIND11_MODULE(_core, module) {
+  module.doc() = "Native core of kt-expert: buffers in, buffers out.";
+  kt_expert::bind_errors(module);
+  kt_expert::bind_layer(module);
+  kt_expert::bind_lora(module);
+  kt_expert::bind_engine(module);
+  module.def("list_isas", &kt_expert::list_isas, "Every rung of the instruction-set ladder and whether it runs here.");
+}

@@ -1,0 +1,76 @@
+// Loops over contiguous floats, compiled once per instruction set: each kernel file includes this and is built with its
+// own flags, so the compiler vectorises for that rung. Everything here has internal linkage on purpose.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "gemm/kernels.h"
+
+namespace kt_expert {
+namespace {
+
+void loop_bf16_to_f32(const bf16_t* source, float* target, std::int64_t count) {
+  for (std::int64_t i = 0; i < count; ++i) target[i] = bf16_to_float(source[i]);
+}
+
+void loop_f32_to_bf16(const float* source, bf16_t* target, std::int64_t count) {
+  for (std::int64_t i = 0; i < count; ++i) target[i] = float_to_bf16(source[i]);
+}
+
+void loop_scale(float factor, float* target, std::int64_t count) {
+  for (std::int64_t i = 0; i < count; ++i) target[i] *= factor;
+}
+
+void loop_add_scaled(float factor, const float* source, float* target, std::int64_t count) {
+  for (std::int64_t i = 0; i < count; ++i) target[i] += factor * source[i];
+}
+
+// Eight partial sums, then a fixed tree: the order does not depend on the compiler or on who calls.
+float loop_dot(const float* left, const float* right, std::int64_t count) {
+  constexpr int kLanes = 8;
+  float partial[kLanes] = {};
+  std::int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) {
+    for (int lane = 0; lane < kLanes; ++lane) partial[lane] += left[i + lane] * right[i + lane];
+  }
+  for (int lane = 0; i < count; ++i, ++lane) partial[lane] += left[i] * right[i];
+  return ((partial[0] + partial[4]) + (partial[2] + partial[6])) +
+         ((partial[1] + partial[5]) + (partial[3] + partial[7]));
+}
+
+double loop_sum_squares(const float* values, std::int64_t count) {
+  constexpr int kLanes = 4;
+  double partial[kLanes] = {};
+  std::int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) {
+    for (int lane = 0; lane < kLanes; ++lane) {
+      partial[lane] += static_cast<double>(values[i + lane]) * values[i + lane];
+    }
+  }
+  for (int lane = 0; i < count; ++i, ++lane) partial[lane] += static_cast<double>(values[i]) * values[i];
+  return (partial[0] + partial[2]) + (partial[1] + partial[3]);
+}
+
+// Loshchilov & Hutter, "Decoupled Weight Decay Regularization" (arXiv:1711.05101), in the order of operations of
+// torch.optim.AdamW.
+void loop_adamw(const AdamWStep& step, const float* gradient, float* parameter, float* exp_avg, float* exp_avg_sq,
+                std::int64_t count) {
+  const float decay = static_cast<float>(1.0 - step.learning_rate * step.weight_decay);
+  const float step_size = static_cast<float>(step.learning_rate / step.bias_correction1);
+  const float root_correction = static_cast<float>(std::sqrt(step.bias_correction2));
+  const float grad_scale = static_cast<float>(step.grad_scale), eps = static_cast<float>(step.eps);
+  const float rest1 = static_cast<float>(1.0 - step.beta1);
+  const float beta2 = static_cast<float>(step.beta2), rest2 = static_cast<float>(1.0 - step.beta2);
+  for (std::int64_t i = 0; i < count; ++i) {
+    const float g = grad_scale * gradient[i];
+    const float m = exp_avg[i] + rest1 * (g - exp_avg[i]);
+    const float v = beta2 * exp_avg_sq[i] + rest2 * g * g;
+    exp_avg[i] = m;
+    exp_avg_sq[i] = v;
+    parameter[i] = parameter[i] * decay - step_size * (m / (std::sqrt(v) / root_correction + eps));
+  }
+}
+
+}  // namespace
+}  // namespace kt_expert

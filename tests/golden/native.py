@@ -1,0 +1,75 @@
+"""Runs a reference case on the native engine."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import kt_expert_native as native
+import numpy as np
+import torch
+
+from golden.reference import Case, Golden, bf16_bits, from_bf16_bits
+
+
+def layer_spec(case: Case) -> native.LayerSpec:
+    shape = case.shape
+    return native.LayerSpec(
+        shape.experts, shape.hidden, shape.intermediate, shape.activation, shape.alpha, shape.limit, shape.bias
+    )
+
+
+def lora_spec(case: Case) -> native.LoraSpec:
+    return native.LoraSpec(**dataclasses.asdict(case.lora))
+
+
+def load_weights(case: Case) -> native.LayerWeights:
+    weights = native.LayerWeights(layer_spec(case))
+    for name, values in case.weights.items():
+        for expert in range(case.shape.experts):
+            weights.matrix(name, expert)[:] = bf16_bits(values[expert])
+    for name, values in case.biases.items():
+        for expert in range(case.shape.experts):
+            weights.bias(name, expert)[:] = values[expert].float().numpy()
+    return weights
+
+
+def load_adapter(case: Case) -> native.LoraTensors | None:
+    if not case.adapter:
+        return None
+    tensors = native.LoraTensors(layer_spec(case), lora_spec(case))
+    for name, values in case.adapter.items():
+        tensors.tensor(name)[:] = values.float().numpy()
+    return tensors
+
+
+def tokens(values: torch.Tensor, dtype: str) -> np.ndarray:
+    return bf16_bits(values) if dtype == "bf16" else values.float().numpy()
+
+
+def empty_tokens(case: Case, dtype: str) -> np.ndarray:
+    return np.empty((case.shape.tokens, case.shape.hidden), np.uint16 if dtype == "bf16" else np.float32)
+
+
+def as_float64(values: np.ndarray) -> torch.Tensor:
+    return from_bf16_bits(values) if values.dtype == np.uint16 else torch.from_numpy(values).double()
+
+
+def run(engine: native.Engine, case: Case, dtype: str = "bf16") -> Golden:
+    """One forward and backward; what the reference's golden() returns, as computed by the engine."""
+    weights, adapter = load_weights(case), load_adapter(case)
+    gradients = native.LoraTensors(layer_spec(case), lora_spec(case)) if adapter is not None else None
+    y, dx = empty_tokens(case, dtype), empty_tokens(case, dtype)
+    d_weights = np.empty((case.shape.tokens, case.shape.top_k), np.float32)
+    ids = case.ids.to(torch.int32).numpy()
+    ticket = engine.forward(
+        weights, adapter, tokens(case.x, dtype), ids, case.routing_weights.float().numpy(), y, True
+    )
+    assert ticket is not None
+    engine.backward(weights, adapter, gradients, ticket, tokens(case.dy, dtype), dx, d_weights)
+    names = gradients.names() if gradients is not None else []
+    return Golden(
+        as_float64(y),
+        as_float64(dx),
+        torch.from_numpy(d_weights).double(),
+        {name: torch.from_numpy(gradients.tensor(name).copy()).double() for name in names if gradients is not None},
+    )
