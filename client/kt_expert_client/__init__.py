@@ -1,1 +1,51 @@
-"""The kt-expert client."""
+"""The kt-expert client: trains a model whose experts live on a kt-expert-server.
+
+Low level::
+
+    client = kt_expert_client.connect("host:7443")
+    run = client.open_run(lora=[...])
+    handle = run.submit_forward(layer, hidden_states, expert_ids, routing_weights)
+    output = handle.result()
+
+High level: set ``KT_EXPERT_SERVER=host:port`` and import this package, or wrap ``from_pretrained`` in
+``offload_experts(address)``, or call ``attach(model)`` in a loop of your own.
+"""
+
+from kt_expert_client.adapter import AdamW, LayerLora, TensorKey
+from kt_expert_client.connection import Client, connect
+from kt_expert_client.errors import (
+    AlreadyExists,
+    Cancelled,
+    DeadlineExceeded,
+    InvalidRequest,
+    KtExpertError,
+    NotFound,
+    OutOfCapacity,
+    ServerFault,
+    ServerUnavailable,
+    UnsupportedModel,
+    WrongPhase,
+)
+from kt_expert_client.run import BackwardHandle, ForwardHandle, Run
+
+__all__ = [
+    "connect",
+    "Client",
+    "Run",
+    "ForwardHandle",
+    "BackwardHandle",
+    "LayerLora",
+    "AdamW",
+    "TensorKey",
+    "KtExpertError",
+    "InvalidRequest",
+    "NotFound",
+    "AlreadyExists",
+    "WrongPhase",
+    "OutOfCapacity",
+    "DeadlineExceeded",
+    "Cancelled",
+    "ServerUnavailable",
+    "ServerFault",
+    "UnsupportedModel",
+]

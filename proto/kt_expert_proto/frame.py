@@ -16,12 +16,12 @@ A frame is a 64-byte little-endian header and at most 1 MiB of payload::
     25      3     reserved, zero
     28      4     tokens          T
     32      4     hidden          H
-    36      8     offset          of the payload in its tensor, bytes; CREDIT: bytes given back
+    36      8     offset          of the payload in its tensor, bytes
     44      4     payload_bytes
     48      4     checksum        crc32 (zlib) of the payload
     52      4     deadline_ms     OPEN: time the server may take, from receipt; 0 for the server's default
     56      4     epoch           of the member's join
-    60      4     count           CREDIT: requests given back
+    60      4     reserved, zero
 """
 
 from __future__ import annotations
@@ -56,10 +56,9 @@ class FrameType(enum.IntEnum):
     END = 3  # either side: all tensors of this request or result are sent
     RESULT = 4  # server: a result begins
     ERROR = 5  # server: the request's outcome is an error; payload ErrorDetail
-    CREDIT = 6  # server: credits given back
-    CANCEL = 7  # client: the request's outcome is no longer wanted
-    ACK = 8  # client: outcomes up to and including request_id have been received
-    RELEASE = 9  # client: the ticket request_id will not be consumed
+    CANCEL = 6  # client: the request's outcome is no longer wanted
+    ACK = 7  # client: the outcome of request_id has been received; gives its credits back
+    RELEASE = 8  # client: the ticket request_id will not be consumed
 
 
 class Op(enum.IntEnum):
@@ -104,7 +103,6 @@ class Header:
     offset: int = 0
     deadline_ms: int = 0
     epoch: int = 0
-    count: int = 0
 
 
 def encode(header: Header, payload: bytes | bytearray | memoryview = b"", *, checksum: bool = False) -> bytes:
@@ -131,7 +129,7 @@ def encode(header: Header, payload: bytes | bytearray | memoryview = b"", *, che
         zlib.crc32(payload) if checksum else 0,
         header.deadline_ms,
         header.epoch,
-        header.count,
+        0,
     )
     return b"".join((packed, payload))
 
@@ -163,11 +161,11 @@ def decode(message: bytes) -> tuple[Header, memoryview]:
         checksum,
         deadline_ms,
         epoch,
-        count,
+        reserved_tail,
     ) = _HEADER.unpack_from(message)
     if magic != _MAGIC or version != PROTOCOL_VERSION:
         raise FrameError(f"frame begins with magic {magic:#x} version {version}, expected {_MAGIC:#x} version 1")
-    if flags & ~_KNOWN_FLAGS or reserved != _RESERVED:
+    if flags & ~_KNOWN_FLAGS or reserved != _RESERVED or reserved_tail:
         raise FrameError(f"frame has unknown flags {flags:#x} or a reserved field that is not zero")
     payload = memoryview(message)[HEADER_BYTES:]
     if size != payload.nbytes:
@@ -187,7 +185,6 @@ def decode(message: bytes) -> tuple[Header, memoryview]:
             offset,
             deadline_ms,
             epoch,
-            count,
         )
     except ValueError as error:
         raise FrameError(f"frame names an enumerator this version does not know: {error}") from None

@@ -115,7 +115,9 @@ def make_case(shape: Shape, lora: Lora = NO_LORA, *, seed: int = 0, used_experts
     }
     biases = {}
     if shape.bias:
-        biases = {name: normal(e, size, std=0.3).float().double() for name, size in (("gate", i), ("up", i), ("down", h))}
+        biases = {
+            name: normal(e, size, std=0.3).float().double() for name, size in (("gate", i), ("up", i), ("down", h))
+        }
     adapter = {
         name: normal(*size, std=size[2] ** -0.5).float().double() for name, size in lora_shapes(shape, lora).items()
     }

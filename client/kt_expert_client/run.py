@@ -1,0 +1,317 @@
+"""A member of a run: asynchronous forward and backward, barriers, and the run's adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import grpc
+import torch
+from kt_expert_proto.frame import MAX_PAYLOAD_BYTES, Dtype, FrameType, Header, Op, Tensor
+from kt_expert_proto.v1 import service_pb2 as pb
+from kt_expert_proto.v1 import service_pb2_grpc
+from kt_expert_proto.v1.session_pb2 import RequestOpen
+
+from kt_expert_client.adapter import PART_NAMES, PARTS, AdamW, AdapterTensors, TensorKey
+from kt_expert_client.errors import InvalidRequest, from_rpc
+from kt_expert_client.session import Pending, Session
+from kt_expert_client.staging import WIRE_TORCH_DTYPES, HostTensor, Staging
+
+DEFAULT_REQUEST_TIMEOUT_S = 600.0
+DEFAULT_BARRIER_TIMEOUT_S = 1800.0  # ranks may differ by a whole gradient accumulation
+_CALL_TIMEOUT_S = 3600.0
+_WIRE_FRAME_DTYPES = {"bf16": Dtype.BF16, "fp32": Dtype.FP32}
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardHandle:
+    """A forward in flight. `ticket` names its saved state for the backward."""
+
+    pending: Pending
+    ticket: int
+    _output: torch.Tensor
+    _staging: Staging
+    _device: torch.device
+    _dtype: torch.dtype
+
+    def result(self, timeout_s: float | None = None) -> torch.Tensor:
+        """The output [T, H] on the device and in the dtype of the hidden states. Raises the request's error."""
+        self.pending.wait(timeout_s)
+        return _deliver(self._staging, self._output, self._device, self._dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class BackwardHandle:
+    """A backward in flight."""
+
+    pending: Pending
+    _grad_hidden: torch.Tensor
+    _grad_weights: torch.Tensor
+    _staging: Staging
+    _device: torch.device
+    _dtype: torch.dtype
+
+    def result(self, timeout_s: float | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Gradients of hidden states [T, H] and of routing weights fp32 [T, k]. Raises the request's error."""
+        self.pending.wait(timeout_s)
+        return (
+            _deliver(self._staging, self._grad_hidden, self._device, self._dtype),
+            _deliver(self._staging, self._grad_weights, self._device, torch.float32),
+        )
+
+
+class Run:
+    """One joined rank of a run. Any thread may submit."""
+
+    def __init__(
+        self,
+        stub: service_pb2_grpc.ExpertStub,
+        session: Session,
+        name: str,
+        joined: pb.JoinRunResponse,
+        wire_dtype: str,
+        top_k: dict[int, int],
+    ) -> None:
+        self.name = name
+        self.wire_dtype = wire_dtype
+        self._stub = stub
+        self._session = session
+        self._member = joined.member
+        self._step = int(joined.step)
+        self._norm_sequence = int(joined.norm_sequence)
+        self._top_k = top_k
+        self._staging = Staging()
+        self._closed = False
+
+    @property
+    def steps_taken(self) -> int:
+        """Optimizer steps of the run, as far as this member knows."""
+        return self._step
+
+    def submit_forward(
+        self,
+        layer: int,
+        hidden_states: torch.Tensor,
+        expert_ids: torch.Tensor,
+        routing_weights: torch.Tensor,
+        *,
+        save_for_backward: bool = True,
+        use_adapter: bool = True,
+        timeout_s: float = DEFAULT_REQUEST_TIMEOUT_S,
+    ) -> ForwardHandle:
+        """Sends one layer's batch and returns at once.
+
+        hidden_states [T, H], any float dtype (sent in the run's wire dtype); expert_ids [T, k] integer, E itself skips a
+        route; routing_weights [T, k], sent as fp32. Tensors on CPU or CUDA. Raises InvalidRequest for shapes that do not
+        fit together, OutOfCapacity or DeadlineExceeded where no credits are free; everything else comes with result().
+        """
+        tokens, hidden = _check_forward(hidden_states, expert_ids, routing_weights)
+        wire = WIRE_TORCH_DTYPES[self.wire_dtype]
+        header = self._header(Op.FORWARD, layer, tokens, hidden)
+        sent = {
+            Tensor.EXPERT_IDS: (_of(Dtype.INT32), self._staging.to_host(expert_ids, torch.int32)),
+            Tensor.ROUTING_WEIGHTS: (_of(Dtype.FP32), self._staging.to_host(routing_weights, torch.float32)),
+            Tensor.HIDDEN_STATES: (_of(header.dtype), self._staging.to_host(hidden_states, wire)),
+        }
+        output = self._staging.host_buffer((tokens, hidden), wire, pinned=hidden_states.is_cuda)
+        opened = RequestOpen(top_k=expert_ids.shape[1], save_for_backward=save_for_backward, use_adapter=use_adapter)
+        pending = self._session.submit(
+            header, opened, sent, {Tensor.OUTPUT: output}, timeout_s, lambda: self._recycle(sent)
+        )
+        return ForwardHandle(
+            pending, pending.request_id, output, self._staging, hidden_states.device, hidden_states.dtype
+        )
+
+    def submit_backward(
+        self,
+        layer: int,
+        ticket: int,
+        grad_output: torch.Tensor,
+        *,
+        begin_window: bool = False,
+        timeout_s: float = DEFAULT_REQUEST_TIMEOUT_S,
+    ) -> BackwardHandle:
+        """Sends the gradient [T, H] of a forward's output and returns at once.
+
+        The ticket is consumed; LoRA gradients stay on the server, added to this member's window. begin_window forgets
+        what the window held before. Raises as submit_forward does.
+        """
+        if grad_output.dim() != 2 or layer not in self._top_k:
+            raise InvalidRequest(f"grad_output has shape {tuple(grad_output.shape)} for layer {layer}, expected [T, H]")
+        tokens, hidden = grad_output.shape
+        wire = WIRE_TORCH_DTYPES[self.wire_dtype]
+        header = self._header(Op.BACKWARD, layer, tokens, hidden)
+        sent = {Tensor.GRAD_OUTPUT: (_of(header.dtype), self._staging.to_host(grad_output, wire))}
+        pinned = grad_output.is_cuda
+        grad_hidden = self._staging.host_buffer((tokens, hidden), wire, pinned=pinned)
+        grad_weights = self._staging.host_buffer((tokens, self._top_k[layer]), torch.float32, pinned=pinned)
+        pending = self._session.submit(
+            header,
+            RequestOpen(ticket=ticket, begin_window=begin_window),
+            sent,
+            {Tensor.GRAD_HIDDEN_STATES: grad_hidden, Tensor.GRAD_ROUTING_WEIGHTS: grad_weights},
+            timeout_s,
+            lambda: self._recycle(sent),
+        )
+        return BackwardHandle(pending, grad_hidden, grad_weights, self._staging, grad_output.device, grad_output.dtype)
+
+    def release(self, ticket: int) -> None:
+        """Frees a ticket that no backward will consume. Never waits and never fails."""
+        if not self._closed:
+            self._session.release(ticket)
+
+    def grad_norm(self, timeout_s: float = DEFAULT_BARRIER_TIMEOUT_S) -> float:
+        """Barrier: L2 norm of all LoRA gradients on the server, averaged over the world size."""
+        request = pb.GradNormRequest(
+            member=self._member,
+            after_request_id=self._session.last_request_id,
+            sequence=self._norm_sequence + 1,
+            timeout_s=timeout_s,
+        )
+        response = self._call("grad_norm", self._stub.GradNorm, request, timeout_s)
+        self._norm_sequence += 1
+        return float(response.norm)
+
+    def step(self, adamw: AdamW, grad_scale: float = 1.0, timeout_s: float = DEFAULT_BARRIER_TIMEOUT_S) -> int:
+        """Barrier: one AdamW update with the averaged gradients times grad_scale. Closes the gradient window."""
+        request = pb.StepRequest(
+            member=self._member,
+            after_request_id=self._session.last_request_id,
+            step=self._step + 1,
+            grad_scale=grad_scale,
+            adamw=pb.AdamW(
+                learning_rate=adamw.learning_rate,
+                beta1=adamw.beta1,
+                beta2=adamw.beta2,
+                eps=adamw.eps,
+                weight_decay=adamw.weight_decay,
+            ),
+            timeout_s=timeout_s,
+        )
+        self._step = int(self._call("step", self._stub.Step, request, timeout_s).step)
+        return self._step
+
+    def zero_grad(self) -> None:
+        """Forgets what this member accumulated since the last step."""
+        request = pb.MemberRequest(member=self._member, after_request_id=self._session.last_request_id)
+        self._call("zero_grad", self._stub.ZeroGrad, request, _CALL_TIMEOUT_S)
+
+    def get_adapter(self, *, parameters: bool = True, moments: bool = False) -> AdapterTensors:
+        """fp32 tensors [E, rows, columns] of the run, by layer, name and part."""
+        request = pb.GetAdapterRequest(run=self.name, parameters=parameters, moments=moments)
+        tensors: AdapterTensors = {}
+        try:
+            for chunk in self._stub.GetAdapter(request, timeout=_CALL_TIMEOUT_S):
+                key = TensorKey(chunk.layer, chunk.tensor, PART_NAMES[chunk.part])
+                if key not in tensors:
+                    tensors[key] = torch.empty(tuple(chunk.shape), dtype=torch.float32)
+                view = memoryview(tensors[key].view(torch.uint8).reshape(-1).numpy())
+                view[chunk.offset : chunk.offset + len(chunk.data)] = chunk.data
+        except grpc.RpcError as error:
+            raise from_rpc(error, "get_adapter") from error
+        return tensors
+
+    def put_adapter(self, tensors: AdapterTensors, *, step: int | None = None) -> None:
+        """Replaces tensors of the run. With moments, `step` says how many optimizer steps they stand for."""
+        if not tensors:
+            return
+        try:
+            self._stub.PutAdapter(self._chunks(tensors, step or 0), timeout=_CALL_TIMEOUT_S)
+        except grpc.RpcError as error:
+            raise from_rpc(error, "put_adapter") from error
+        if any(key.part != "parameter" for key in tensors):
+            self._step = step or 0
+
+    def save_checkpoint(self, name: str) -> str:
+        """Snapshot of adapter, moments and step on the server's disk. Returns its digest."""
+        return self._checkpoint("save_checkpoint", self._stub.SaveCheckpoint, name)
+
+    def load_checkpoint(self, name: str) -> str:
+        """Replaces adapter, moments and step of the run by a snapshot's. Returns the base model's digest."""
+        digest = self._checkpoint("load_checkpoint", self._stub.LoadCheckpoint, name)
+        status = self._call("get_status", self._stub.GetStatus, pb.GetStatusRequest(), _CALL_TIMEOUT_S)
+        self._step = next(int(run.step) for run in status.runs if run.run == self.name)
+        return digest
+
+    def leave(self) -> None:
+        """Gives the rank back; the server frees its tickets. Safe to call twice."""
+        if self._closed:
+            return
+        self._closed = True
+        try:
+            self._stub.LeaveRun(pb.MemberRequest(member=self._member), timeout=10)
+        except grpc.RpcError:
+            pass  # the server is gone, or the lease ran out: either way the rank is free
+        self._session.close()
+
+    def _checkpoint(self, what: str, method: grpc.UnaryStreamMultiCallable, name: str) -> str:
+        digest = ""
+        try:
+            for progress in method(pb.CheckpointRequest(run=self.name, name=name), timeout=_CALL_TIMEOUT_S):
+                digest = progress.digest
+        except grpc.RpcError as error:
+            raise from_rpc(error, what) from error
+        return digest
+
+    def _call(self, what: str, method: grpc.UnaryUnaryMultiCallable, request: object, timeout_s: float) -> object:
+        try:
+            return method(request, timeout=timeout_s + 10)  # the server's own deadline has the better message
+        except grpc.RpcError as error:
+            raise from_rpc(error, what) from error
+
+    def _chunks(self, tensors: AdapterTensors, step: int) -> Iterator[pb.AdapterChunk]:
+        for key, tensor in tensors.items():
+            values = tensor.detach().to(device="cpu", dtype=torch.float32).contiguous()
+            view = memoryview(values.view(torch.uint8).reshape(-1).numpy())
+            for offset in range(0, view.nbytes, MAX_PAYLOAD_BYTES):
+                yield pb.AdapterChunk(
+                    run=self.name,
+                    layer=key.layer,
+                    tensor=key.tensor,
+                    part=PARTS[key.part],
+                    shape=tuple(values.shape),
+                    offset=offset,
+                    data=bytes(view[offset : offset + MAX_PAYLOAD_BYTES]),
+                    step=step,
+                )
+
+    def _header(self, op: Op, layer: int, tokens: int, hidden: int) -> Header:
+        return Header(
+            FrameType.OPEN, layer=layer, op=op, dtype=_WIRE_FRAME_DTYPES[self.wire_dtype], tokens=tokens, hidden=hidden
+        )
+
+    def _recycle(self, sent: dict[Tensor, tuple[Header, HostTensor]]) -> None:
+        for _, host in sent.values():
+            if host.ready is not None:
+                self._staging.give_back(host.tensor)
+
+
+def _of(dtype: Dtype) -> Header:
+    return Header(FrameType.DATA, dtype=dtype)
+
+
+def _deliver(staging: Staging, host: torch.Tensor, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    delivered = staging.to_device(host, device, dtype)
+    if device.type == "cuda":
+        staging.give_back(host)
+    return delivered
+
+
+def _check_forward(
+    hidden_states: torch.Tensor, expert_ids: torch.Tensor, routing_weights: torch.Tensor
+) -> tuple[int, int]:
+    fits = (
+        hidden_states.dim() == 2
+        and expert_ids.dim() == 2
+        and expert_ids.shape == routing_weights.shape
+        and expert_ids.shape[0] == hidden_states.shape[0]
+        and hidden_states.is_floating_point()
+        and not expert_ids.is_floating_point()
+    )
+    if not fits:
+        raise InvalidRequest(
+            f"got hidden_states {tuple(hidden_states.shape)} {hidden_states.dtype}, expert_ids {tuple(expert_ids.shape)} "
+            f"{expert_ids.dtype}, routing_weights {tuple(routing_weights.shape)}; expected [T, H] float, [T, k] integer and "
+            "[T, k]"
+        )
+    return int(hidden_states.shape[0]), int(hidden_states.shape[1])

@@ -1,0 +1,308 @@
+"""The control calls."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+import grpc
+from kt_expert_proto.frame import MAX_PAYLOAD_BYTES, PROTOCOL_VERSION
+from kt_expert_proto.v1 import service_pb2 as pb
+from kt_expert_proto.v1 import service_pb2_grpc
+
+from kt_expert_server.api import convert
+from kt_expert_server.api.status import CallGuard
+from kt_expert_server.errors import InvalidRequest, WrongPhase
+from kt_expert_server.runtime.adapter_io import AdapterWriter, set_step, stored_tensors
+from kt_expert_server.runtime.checkpoints import Checkpoints
+from kt_expert_server.runtime.compute import Compute
+from kt_expert_server.runtime.engine_queue import EngineQueue
+from kt_expert_server.runtime.memory import Kind
+from kt_expert_server.runtime.registry import Registry
+from kt_expert_server.runtime.run import Member
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class ControlService(service_pb2_grpc.ExpertServicer):  # type: ignore[misc]  # generated without annotations
+    """Every method validates, calls the runtime, and answers."""
+
+    def __init__(
+        self,
+        registry: Registry,
+        compute: Compute,
+        queue: EngineQueue,
+        checkpoints: Checkpoints,
+        guard: CallGuard,
+        version: str,
+        load_progress: Callable[[], float],
+    ) -> None:
+        self._registry = registry
+        self._compute = compute
+        self._queue = queue
+        self._checkpoints = checkpoints
+        self._guard = guard
+        self._version = version
+        self._progress = load_progress
+        self._begun = time.monotonic()
+
+    async def Hello(self, request: pb.HelloRequest, context: Context) -> pb.HelloResponse:  # noqa: N802
+        async def body() -> pb.HelloResponse:
+            if request.protocol_version != PROTOCOL_VERSION:
+                raise WrongPhase(
+                    f"the client speaks protocol {request.protocol_version}, this server {PROTOCOL_VERSION}; install "
+                    "matching versions of kt-expert"
+                )
+            model = self._registry.model
+            limits = self._registry.limits
+            return pb.HelloResponse(
+                protocol_version=PROTOCOL_VERSION,
+                server_version=self._version,
+                state=convert.STATES[self._registry.state],
+                model_type=model.plan.model_type if model else "",
+                model_digest=model.plan.digest if model else "",
+                layers=[convert.layer_spec(layer) for layer in model.plan.layers] if model else [],
+                isa=self._queue.engine.isa,
+                max_request_bytes=limits.max_request_bytes,
+                max_tokens=limits.max_tokens,
+                load_progress=self._progress(),
+            )
+
+        return await self._answer("Hello", context, body)
+
+    async def OpenRun(self, request: pb.OpenRunRequest, context: Context) -> pb.OpenRunResponse:  # noqa: N802
+        async def body() -> pb.OpenRunResponse:
+            run, created = self._registry.open_run(request.run, convert.run_config(request.config), request.ephemeral)
+            return pb.OpenRunResponse(created=created, step=run.step)
+
+        return await self._answer("OpenRun", context, body)
+
+    async def JoinRun(self, request: pb.JoinRunRequest, context: Context) -> pb.JoinRunResponse:  # noqa: N802
+        async def body() -> pb.JoinRunResponse:
+            member = self._registry.join(request.run, request.rank)
+            limits = self._registry.limits
+            return pb.JoinRunResponse(
+                member=member.token,
+                epoch=member.epoch,
+                credit_requests=limits.credit_requests,
+                credit_bytes=limits.credit_bytes,
+                last_request_id=member.last_request_id,
+                lease_s=limits.lease_s,
+                step=member.run.step,
+                norm_sequence=member.run.norm_barrier.completed,
+            )
+
+        return await self._answer("JoinRun", context, body)
+
+    async def LeaveRun(self, request: pb.MemberRequest, context: Context) -> pb.LeaveRunResponse:  # noqa: N802
+        async def body() -> pb.LeaveRunResponse:
+            self._registry.leave(self._registry.member(request.member))
+            return pb.LeaveRunResponse()
+
+        return await self._answer("LeaveRun", context, body)
+
+    async def CloseRun(self, request: pb.CloseRunRequest, context: Context) -> pb.CloseRunResponse:  # noqa: N802
+        async def body() -> pb.CloseRunResponse:
+            self._registry.close(self._registry.run_named(request.run))
+            return pb.CloseRunResponse()
+
+        return await self._answer("CloseRun", context, body)
+
+    async def GradNorm(self, request: pb.GradNormRequest, context: Context) -> pb.GradNormResponse:  # noqa: N802
+        async def body() -> pb.GradNormResponse:
+            member = self._registry.member(request.member)
+            timeout = convert.timeout_s(request.timeout_s, self._registry.limits.max_barrier_s)
+            await self._compute.wait_for_request(member, request.after_request_id, timeout)
+            norm = await member.run.norm_barrier.arrive(
+                member.rank, request.sequence, None, timeout, lambda _: self._compute.grad_norm(member.run)
+            )
+            return pb.GradNormResponse(norm=norm)
+
+        return await self._answer("GradNorm", context, body)
+
+    async def Step(self, request: pb.StepRequest, context: Context) -> pb.StepResponse:  # noqa: N802
+        async def body() -> pb.StepResponse:
+            member = self._registry.member(request.member)
+            timeout = convert.timeout_s(request.timeout_s, self._registry.limits.max_barrier_s)
+            params = convert.step_params(request)
+            await self._compute.wait_for_request(member, request.after_request_id, timeout)
+            step = await member.run.step_barrier.arrive(
+                member.rank, request.step, params, timeout, lambda said: self._compute.step(member.run, said)
+            )
+            return pb.StepResponse(step=step)
+
+        return await self._answer("Step", context, body)
+
+    async def ZeroGrad(self, request: pb.MemberRequest, context: Context) -> pb.ZeroGradResponse:  # noqa: N802
+        async def body() -> pb.ZeroGradResponse:
+            member = self._registry.member(request.member)
+            await self._wait(member, request.after_request_id)
+            member.close_window()
+            return pb.ZeroGradResponse()
+
+        return await self._answer("ZeroGrad", context, body)
+
+    async def GetAdapter(self, request: pb.GetAdapterRequest, context: Context) -> AsyncIterator[pb.AdapterChunk]:  # noqa: N802
+        async def body() -> AsyncIterator[pb.AdapterChunk]:
+            run = self._registry.run_named(request.run)
+            for tensor, values in stored_tensors(run, request.parameters, request.moments):
+                view = memoryview(values).cast("B")
+                for offset in range(0, view.nbytes, MAX_PAYLOAD_BYTES):
+                    yield pb.AdapterChunk(
+                        run=run.name,
+                        layer=tensor.layer,
+                        tensor=tensor.tensor,
+                        part=convert.PARTS[tensor.part],
+                        shape=values.shape,
+                        offset=offset,
+                        data=bytes(view[offset : offset + MAX_PAYLOAD_BYTES]),
+                        step=run.step,
+                    )
+
+        async for chunk in self._guard.stream("GetAdapter", context, body):
+            yield chunk
+
+    async def PutAdapter(  # noqa: N802
+        self, requests: AsyncIterator[pb.AdapterChunk], context: Context
+    ) -> pb.PutAdapterResponse:
+        async def body() -> pb.PutAdapterResponse:
+            writer: AdapterWriter | None = None
+            run, moments_step = None, None
+            async for chunk in requests:
+                if writer is None or run is None:
+                    run = self._registry.run_named(chunk.run)
+                    writer = AdapterWriter(run, self._registry.loaded_model())
+                if len(chunk.data) > MAX_PAYLOAD_BYTES:
+                    raise InvalidRequest(f"a piece of {len(chunk.data)} bytes, at most {MAX_PAYLOAD_BYTES} are taken")
+                tensor = convert.tensor_id(chunk)
+                if tensor.part != "parameter":
+                    moments_step = chunk.step
+                # Inside a turn of the engine: no forward reads a tensor while it is replaced.
+                async with self._queue.turn():
+                    writer.write(tensor, tuple(chunk.shape), chunk.offset, chunk.data)
+            if writer is None or run is None:
+                raise InvalidRequest("PutAdapter got no tensors")
+            writer.finish()
+            run.adapter_version += 1
+            if moments_step is not None:
+                set_step(run, moments_step)
+            return pb.PutAdapterResponse(tensors=writer.tensors)
+
+        return await self._answer("PutAdapter", context, body)
+
+    async def SaveCheckpoint(  # noqa: N802
+        self, request: pb.CheckpointRequest, context: Context
+    ) -> AsyncIterator[pb.CheckpointProgress]:
+        async for message in self._guard.stream(
+            "SaveCheckpoint", context, lambda: self._checkpoint_progress(self._checkpoints.save, request)
+        ):
+            yield message
+
+    async def LoadCheckpoint(  # noqa: N802
+        self, request: pb.CheckpointRequest, context: Context
+    ) -> AsyncIterator[pb.CheckpointProgress]:
+        async for message in self._guard.stream(
+            "LoadCheckpoint", context, lambda: self._checkpoint_progress(self._checkpoints.load, request)
+        ):
+            yield message
+
+    async def _checkpoint_progress(
+        self, operation: Callable[..., Awaitable[str]], request: pb.CheckpointRequest
+    ) -> AsyncIterator[pb.CheckpointProgress]:
+        run = self._registry.run_named(request.run)
+        loop = asyncio.get_running_loop()
+        reports: asyncio.Queue[tuple[int, int] | None] = asyncio.Queue()
+
+        def report(done: int, total: int) -> None:
+            loop.call_soon_threadsafe(reports.put_nowait, (done, total))
+
+        task = asyncio.ensure_future(operation(run, request.name, report))
+        task.add_done_callback(lambda _: reports.put_nowait(None))
+        done = total = 0
+        while (report_now := await reports.get()) is not None:
+            done, total = report_now
+            yield pb.CheckpointProgress(done_bytes=done, total_bytes=total)
+        yield pb.CheckpointProgress(done_bytes=done, total_bytes=total, digest=await task)
+
+    async def ListCheckpoints(  # noqa: N802
+        self, request: pb.ListCheckpointsRequest, context: Context
+    ) -> pb.ListCheckpointsResponse:
+        del request
+
+        async def body() -> pb.ListCheckpointsResponse:
+            found = [
+                pb.Checkpoint(name=name, run=manifest.run, step=manifest.step, size_bytes=manifest.size_bytes)
+                for name, manifest in self._checkpoints.list()
+            ]
+            return pb.ListCheckpointsResponse(checkpoints=found)
+
+        return await self._answer("ListCheckpoints", context, body)
+
+    async def Drain(self, request: pb.DrainRequest, context: Context) -> pb.DrainResponse:  # noqa: N802
+        del request
+
+        async def body() -> pb.DrainResponse:
+            self._registry.drain()
+            return pb.DrainResponse()
+
+        return await self._answer("Drain", context, body)
+
+    async def GetStatus(self, request: pb.GetStatusRequest, context: Context) -> pb.GetStatusResponse:  # noqa: N802
+        del request
+
+        async def body() -> pb.GetStatusResponse:
+            return self._status()
+
+        return await self._answer("GetStatus", context, body)
+
+    def _status(self) -> pb.GetStatusResponse:
+        registry, engine = self._registry, self._queue.engine
+        runs = [
+            pb.RunStatus(
+                run=run.name,
+                step=run.step,
+                world_size=run.config.world_size,
+                wire_dtype=convert.WIRE_DTYPES[run.config.wire_dtype],
+                adapter_bytes=run.adapter_bytes,
+                members=[
+                    pb.MemberStatus(
+                        rank=member.rank,
+                        epoch=member.epoch,
+                        connected=member.sink is not None,
+                        tickets=len(member.tickets),
+                        ticket_bytes=sum(saved.size_bytes for saved in member.tickets.values()),
+                        last_request_id=member.last_request_id,
+                    )
+                    for member in run.members.values()
+                ],
+            )
+            for run in registry.runs.values()
+        ]
+        layers = registry.model.layers if registry.model else {}
+        return pb.GetStatusResponse(
+            state=convert.STATES[registry.state],
+            uptime_s=time.monotonic() - self._begun,
+            runs=runs,
+            kernels=[
+                pb.KernelStatus(
+                    layer=layer,
+                    isa=engine.isa,
+                    kernel=engine.kernel,
+                    weight_format="bf16",
+                    reason="the highest instruction set this machine offers, or the one KT_EXPERT_ISA names",
+                )  # fmt: skip
+                for layer in layers
+            ],
+            memory=[pb.MemoryStatus(kind=kind.value, bytes=registry.budget.reserved(kind)) for kind in Kind],
+            memory_limit_bytes=registry.budget.limit_bytes,
+            threads=engine.threads,
+            queue_depth=self._queue.depth,
+        )
+
+    async def _wait(self, member: Member, request_id: int) -> None:
+        await self._compute.wait_for_request(member, request_id, self._registry.limits.max_barrier_s)
+
+    async def _answer(self, method: str, context: Context, body: Callable[[], Awaitable[Any]]) -> Any:
+        return await self._guard.unary(method, context, body)

@@ -1,0 +1,91 @@
+"""Protobuf messages to the runtime's values and back. Validation of single fields happens here, once."""
+
+from __future__ import annotations
+
+import math
+
+from kt_expert_proto.v1 import service_pb2 as pb
+
+from kt_expert_server.errors import InvalidRequest
+from kt_expert_server.model.index import LayerPlan
+from kt_expert_server.runtime.adapter_io import TensorId
+from kt_expert_server.runtime.registry import State
+from kt_expert_server.runtime.run import LayerLora, RunConfig, StepParams
+
+_DTYPES = {pb.WIRE_DTYPE_BF16: "bf16", pb.WIRE_DTYPE_FP32: "fp32"}
+WIRE_DTYPES = {name: value for value, name in _DTYPES.items()}
+STATES = {
+    State.LOADING: pb.SERVER_STATE_LOADING,
+    State.READY: pb.SERVER_STATE_READY,
+    State.DRAINING: pb.SERVER_STATE_DRAINING,
+}
+_PARTS = {
+    pb.ADAPTER_PART_PARAMETER: "parameter",
+    pb.ADAPTER_PART_EXP_AVG: "exp_avg",
+    pb.ADAPTER_PART_EXP_AVG_SQ: "exp_avg_sq",
+}
+PARTS = {name: value for value, name in _PARTS.items()}
+_MAX_LORA_SCALE = 1e6
+
+
+def run_config(config: pb.RunConfig) -> RunConfig:
+    """Raises InvalidRequest for a dtype or a scale that makes no sense."""
+    if config.wire_dtype not in _DTYPES:
+        raise InvalidRequest(f"wire_dtype is {config.wire_dtype}, expected WIRE_DTYPE_BF16 or WIRE_DTYPE_FP32")
+    lora = []
+    for entry in config.lora:
+        scales = (entry.scale_gate, entry.scale_up, entry.scale_down)
+        if not all(math.isfinite(scale) and abs(scale) <= _MAX_LORA_SCALE for scale in scales):
+            raise InvalidRequest(f"layer {entry.layer}: LoRA scales are {scales}, expected finite numbers")
+        lora.append(
+            LayerLora(
+                entry.layer,
+                entry.tied,
+                entry.rank_gate,
+                entry.rank_up,
+                entry.rank_down,
+                *scales,
+            )  # fmt: skip
+        )
+    return RunConfig(config.world_size, _DTYPES[config.wire_dtype], tuple(lora), config.seed)
+
+
+def layer_spec(plan: LayerPlan) -> pb.LayerSpec:
+    return pb.LayerSpec(
+        layer=plan.layer,
+        num_experts=plan.num_experts,
+        hidden_size=plan.hidden_size,
+        intermediate_size=plan.intermediate_size,
+        top_k=plan.top_k,
+        activation=plan.activation.kind,
+        alpha=plan.activation.alpha,
+        limit=plan.activation.limit,
+        has_bias=plan.has_bias,
+    )
+
+
+def step_params(request: pb.StepRequest) -> StepParams:
+    """Raises InvalidRequest for hyper-parameters AdamW is not defined for."""
+    adamw = request.adamw
+    values = (adamw.learning_rate, adamw.beta1, adamw.beta2, adamw.eps, adamw.weight_decay, request.grad_scale)
+    if not all(math.isfinite(value) for value in values):
+        raise InvalidRequest(f"the step's numbers are {values}, expected finite ones")
+    if not (0 <= adamw.beta1 < 1 and 0 <= adamw.beta2 < 1) or adamw.learning_rate < 0 or adamw.eps < 0:
+        raise InvalidRequest(
+            f"AdamW got lr {adamw.learning_rate}, betas {adamw.beta1}, {adamw.beta2}, eps {adamw.eps}; expected lr and eps "
+            "of at least 0 and betas in [0, 1)"
+        )
+    return StepParams(*values)
+
+
+def timeout_s(wanted: float, limit: float) -> float:
+    """A barrier's timeout: the caller's, within (0, limit]."""
+    if not math.isfinite(wanted) or wanted <= 0:
+        raise InvalidRequest(f"timeout_s is {wanted}, expected a number above 0")
+    return min(wanted, limit)
+
+
+def tensor_id(chunk: pb.AdapterChunk) -> TensorId:
+    if chunk.part not in _PARTS:
+        raise InvalidRequest(f"adapter part {chunk.part} is not known")
+    return TensorId(chunk.layer, chunk.tensor, _PARTS[chunk.part])

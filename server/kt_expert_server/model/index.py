@@ -1,0 +1,225 @@
+"""Finds the expert tensors of a model directory and works out every layer's shape before anything is read."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from kt_expert_server.errors import ModelError
+from kt_expert_server.model.architecture import (
+    ActivationSpec,
+    Family,
+    Naming,
+    activation_of,
+    family_of,
+    layer_pattern,
+    top_k_of,
+)
+from kt_expert_server.model.safetensors_file import DTYPE_BYTES, SafetensorsFile, TensorInfo
+
+_INDEX_NAME = "model.safetensors.index.json"
+_SINGLE_NAME = "model.safetensors"
+BF16_BYTES = 2
+FP32_BYTES = 4
+
+
+@dataclass(frozen=True, slots=True)
+class LayerPlan:
+    """One MoE layer as the checkpoint has it. `tensors` maps the names below `prefix` to file and position."""
+
+    layer: int
+    prefix: str
+    naming: Naming
+    num_experts: int
+    hidden_size: int
+    intermediate_size: int
+    top_k: int
+    activation: ActivationSpec
+    has_bias: bool
+    tensors: Mapping[str, tuple[str, TensorInfo]]
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes resident in bf16, biases in fp32."""
+        matrices = 3 * self.num_experts * self.hidden_size * self.intermediate_size * BF16_BYTES
+        biases = self.num_experts * (2 * self.intermediate_size + self.hidden_size) * FP32_BYTES
+        return matrices + (biases if self.has_bias else 0)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelPlan:
+    """A base model before loading."""
+
+    directory: Path
+    model_type: str
+    digest: str
+    layers: tuple[LayerPlan, ...]
+
+    @property
+    def weight_bytes(self) -> int:
+        return sum(layer.weight_bytes for layer in self.layers)
+
+
+def plan_model(directory: Path) -> ModelPlan:
+    """Reads config and headers only. Raises ModelError that says what is missing or not supported."""
+    if not directory.is_dir():
+        raise ModelError(
+            f"model directory {directory} does not exist; give a directory with config.json and safetensors"
+        )
+    config = _read_json(directory / "config.json")
+    family = family_of(config)
+    index = _tensor_index(directory)
+    layers = _layers(config, family, index)
+    if not layers:
+        raise ModelError(
+            f"{directory} has no expert tensors: {len(index)} tensors were seen and none is named like the experts of "
+            f"{config['model_type']}; was the checkpoint saved without them?"
+        )
+    return ModelPlan(directory, str(config["model_type"]), _digest(directory, index), layers)
+
+
+def _read_json(path: Path) -> dict[str, object]:
+    try:
+        value = json.loads(path.read_bytes())
+    except OSError as error:
+        raise ModelError(f"cannot read {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise ModelError(f"{path} is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ModelError(f"{path} holds a {type(value).__name__}, expected an object")
+    return value
+
+
+def _tensor_index(directory: Path) -> dict[str, tuple[str, TensorInfo]]:
+    """Every tensor of the checkpoint with its file. A shard that the index names and that is missing is an error."""
+    if (directory / _INDEX_NAME).exists():
+        weight_map = _read_json(directory / _INDEX_NAME).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise ModelError(f"{_INDEX_NAME} has no weight_map")
+        files = sorted({str(name) for name in weight_map.values()})
+        unsafe = [name for name in files if Path(name).name != name]
+        if unsafe:
+            raise ModelError(f"{_INDEX_NAME} names files outside the model directory: {unsafe[0]}")
+        missing = [name for name in files if not (directory / name).is_file()]
+        if missing:
+            raise ModelError(
+                f"{len(missing)} of {len(files)} shards are missing, the first is {missing[0]}; fetch them again"
+            )
+    elif (directory / _SINGLE_NAME).is_file():
+        weight_map, files = None, [_SINGLE_NAME]
+    else:
+        raise ModelError(f"{directory} has neither {_INDEX_NAME} nor {_SINGLE_NAME}")
+    found: dict[str, tuple[str, TensorInfo]] = {}
+    for name in files:
+        with SafetensorsFile(directory / name) as file:
+            found |= {tensor: (name, info) for tensor, info in file.tensors.items()}
+    absent = [tensor for tensor in weight_map or {} if tensor not in found]
+    if absent:
+        raise ModelError(f"{len(absent)} tensors of {_INDEX_NAME} are in no shard, the first is {absent[0]}")
+    return found
+
+
+def _layers(
+    config: Mapping[str, object], family: Family, index: Mapping[str, tuple[str, TensorInfo]]
+) -> tuple[LayerPlan, ...]:
+    found: dict[str, dict[str, tuple[str, TensorInfo]]] = {}
+    about: dict[str, tuple[int, Naming]] = {}
+    for naming in family.namings:
+        pattern = layer_pattern(naming)
+        for tensor, place in index.items():
+            match = pattern.match(tensor)
+            if match is not None:
+                found.setdefault(match["prefix"], {})[match["tensor"]] = place
+                about[match["prefix"]] = (int(match["layer"]), naming)
+    depth = config.get("num_hidden_layers")
+    plans = [
+        _layer_plan(config, family, prefix, *about[prefix], tensors)
+        for prefix, tensors in found.items()
+        # Layers past num_hidden_layers predict further tokens (MTP) and are no part of the trained model.
+        if not isinstance(depth, int) or about[prefix][0] < depth
+    ]
+    return tuple(sorted(plans, key=lambda plan: plan.layer))
+
+
+def _layer_plan(
+    config: Mapping[str, object],
+    family: Family,
+    prefix: str,
+    layer: int,
+    naming: Naming,
+    tensors: Mapping[str, tuple[str, TensorInfo]],
+) -> LayerPlan:
+    experts, hidden, intermediate = (
+        _fused_sizes(naming, prefix, tensors) if naming.fused else _expert_sizes(naming, prefix, tensors)
+    )
+    expected = config.get("hidden_size")
+    if isinstance(expected, int) and expected != hidden:
+        raise ModelError(f"{prefix} has hidden size {hidden}, config.json says {expected}")
+    return LayerPlan(
+        layer,
+        prefix,
+        naming,
+        experts,
+        hidden,
+        intermediate,
+        top_k_of(config, family, layer),
+        activation_of(config, family),
+        naming.biases is not None,
+        tensors,
+    )
+
+
+def _expert_sizes(naming: Naming, prefix: str, tensors: Mapping[str, tuple[str, TensorInfo]]) -> tuple[int, int, int]:
+    if naming.per_expert is None:
+        raise ModelError(f"{prefix} has no per-expert names")
+    experts = 1 + max(int(found[0]) for name in tensors if (found := re.findall(r"experts\.(\d+)\.", name)))
+    gate, up, down = naming.per_expert
+    intermediate, hidden = _shape(prefix, tensors, gate.format(e=0), 2)
+    for expert in range(experts):
+        for name, shape in (
+            (gate, (intermediate, hidden)),
+            (up, (intermediate, hidden)),
+            (down, (hidden, intermediate)),
+        ):
+            got = _shape(prefix, tensors, name.format(e=expert), 2)
+            if got != shape:
+                raise ModelError(f"{prefix}{name.format(e=expert)} has shape {got}, expected {shape}")
+    return experts, hidden, intermediate
+
+
+def _fused_sizes(naming: Naming, prefix: str, tensors: Mapping[str, tuple[str, TensorInfo]]) -> tuple[int, int, int]:
+    if naming.fused is None:
+        raise ModelError(f"{prefix} has no fused names")
+    experts, first, second = _shape(prefix, tensors, naming.fused[1], 3)
+    intermediate, hidden = (first, second) if naming.transposed else (second, first)
+    wide = (hidden, 2 * intermediate) if naming.transposed else (2 * intermediate, hidden)
+    got = _shape(prefix, tensors, naming.fused[0], 3)
+    if got != (experts, *wide):
+        raise ModelError(f"{prefix}{naming.fused[0]} has shape {got}, expected {(experts, *wide)}")
+    for name, width in zip(naming.biases or (), (2 * intermediate, hidden), strict=False):
+        if _shape(prefix, tensors, name, 2) != (experts, width):
+            raise ModelError(f"{prefix}{name} has another shape than {(experts, width)}")
+    return experts, hidden, intermediate
+
+
+def _shape(prefix: str, tensors: Mapping[str, tuple[str, TensorInfo]], name: str, dimensions: int) -> tuple[int, ...]:
+    if name not in tensors:
+        raise ModelError(f"{prefix}{name} is missing from the checkpoint")
+    info = tensors[name][1]
+    if info.dtype not in DTYPE_BYTES:
+        raise ModelError(f"{prefix}{name} has dtype {info.dtype}; supported: {', '.join(DTYPE_BYTES)}")
+    if len(info.shape) != dimensions:
+        raise ModelError(f"{prefix}{name} has {len(info.shape)} dimensions, expected {dimensions}")
+    return info.shape
+
+
+def _digest(directory: Path, index: Mapping[str, tuple[str, TensorInfo]]) -> str:
+    digest = hashlib.sha256((directory / "config.json").read_bytes())
+    for name in sorted(index):
+        file, info = index[name]
+        digest.update(f"{name}\0{file}\0{info.dtype}\0{info.shape}\n".encode())
+    return digest.hexdigest()

@@ -1,0 +1,131 @@
+"""Fills the engine's resident copy of the weights from a planned model, tensor by tensor, with no second copy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import kt_expert_native as native
+import numpy as np
+from numpy.typing import NDArray
+
+from kt_expert_server.model.index import LayerPlan, ModelPlan
+from kt_expert_server.model.safetensors_file import SafetensorsFile, TensorInfo
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedLayer:
+    """One layer ready to compute."""
+
+    plan: LayerPlan
+    spec: native.LayerSpec
+    weights: native.LayerWeights
+
+
+@dataclass(frozen=True, slots=True)
+class BaseModel:
+    """A loaded base model. `layers` is keyed by the checkpoint's layer index."""
+
+    plan: ModelPlan
+    layers: dict[int, LoadedLayer]
+
+
+def native_spec(plan: LayerPlan) -> native.LayerSpec:
+    return native.LayerSpec(
+        plan.num_experts,
+        plan.hidden_size,
+        plan.intermediate_size,
+        plan.activation.kind,
+        plan.activation.alpha,
+        plan.activation.limit,
+        plan.has_bias,
+    )
+
+
+def load_model(plan: ModelPlan, progress: Callable[[int], None]) -> BaseModel:
+    """Reads every expert tensor once. `progress` receives the weight bytes that became resident."""
+    layers = {}
+    for layer_plan in plan.layers:
+        spec = native_spec(layer_plan)
+        layers[layer_plan.layer] = LoadedLayer(layer_plan, spec, native.LayerWeights(spec))
+    # One file at a time, in file order: disks like it, and at most one file is open.
+    wanted: dict[str, list[tuple[LoadedLayer, str, TensorInfo]]] = {}
+    for layer in layers.values():
+        for name, (file_name, info) in layer.plan.tensors.items():
+            wanted.setdefault(file_name, []).append((layer, name, info))
+    for file_name in sorted(wanted):
+        with SafetensorsFile(plan.directory / file_name) as file:
+            for layer, name, info in sorted(wanted[file_name], key=lambda entry: entry[2].begin):
+                _load_tensor(file, layer, name, info)
+                elements = info.size_bytes // {"F32": 4}.get(info.dtype, 2)
+                progress(elements * 2)
+    return BaseModel(plan, layers)
+
+
+def _load_tensor(file: SafetensorsFile, layer: LoadedLayer, name: str, info: TensorInfo) -> None:
+    naming = layer.plan.naming
+    if naming.per_expert is not None:
+        expert = int(name.split(".")[1])
+        for projection, template in zip(("gate", "up", "down"), naming.per_expert, strict=True):
+            if template.format(e=expert) == name:
+                _read_bf16(file, info, 0, layer.weights.matrix(projection, expert))
+        return
+    if naming.biases is not None and name in naming.biases:
+        _load_bias(file, layer, name == naming.biases[0], info)
+    elif naming.fused is not None:
+        _load_fused(file, layer, name == naming.fused[0], info)
+
+
+def _load_fused(file: SafetensorsFile, layer: LoadedLayer, is_gate_up: bool, info: TensorInfo) -> None:
+    """One expert at a time through a buffer of one expert, or straight into place where the layout is ours."""
+    naming, weights = layer.plan.naming, layer.weights
+    per_expert = info.size_bytes // layer.plan.num_experts
+    for expert in range(layer.plan.num_experts):
+        offset = expert * per_expert
+        if not naming.transposed and not naming.interleaved:
+            projections = ("gate", "up") if is_gate_up else ("down",)
+            for position, projection in enumerate(projections):
+                target = weights.matrix(projection, expert)
+                _read_bf16(file, info, offset + position * per_expert // len(projections), target)
+            continue
+        source = np.empty(info.shape[1:], np.uint16)
+        _read_bf16(file, info, offset, source)
+        if is_gate_up:
+            weights.set_gate_up(expert, source.reshape(-1), naming.interleaved, naming.transposed)
+        else:
+            weights.set_down(expert, source.reshape(-1), naming.transposed)
+
+
+def _load_bias(file: SafetensorsFile, layer: LoadedLayer, is_gate_up: bool, info: TensorInfo) -> None:
+    values = _read_fp32(file, info)
+    for expert in range(layer.plan.num_experts):
+        if is_gate_up:
+            layer.weights.set_gate_up_bias(expert, values[expert], layer.plan.naming.interleaved)
+        else:
+            layer.weights.bias("down", expert)[:] = values[expert]
+
+
+def _read_bf16(file: SafetensorsFile, info: TensorInfo, offset: int, target: NDArray[np.uint16]) -> None:
+    """Reads target.size elements from byte `offset` on; fp16 and fp32 checkpoints are rounded to nearest even."""
+    if info.dtype == "BF16":
+        file.read_into(info, offset, target.data)
+        return
+    source = np.empty(target.shape, np.float16 if info.dtype == "F16" else np.float32)
+    file.read_into(info, offset, source.data)
+    target[...] = round_to_bf16(source.astype(np.float32, copy=False))
+
+
+def _read_fp32(file: SafetensorsFile, info: TensorInfo) -> NDArray[np.float32]:
+    stored = {"BF16": np.uint16, "F16": np.float16, "F32": np.float32}[info.dtype]
+    source = np.empty(info.shape, stored)
+    file.read_into(info, 0, source.data)
+    if info.dtype == "BF16":
+        return (source.astype(np.uint32) << 16).view(np.float32)
+    return source.astype(np.float32, copy=False)
+
+
+def round_to_bf16(values: NDArray[np.float32]) -> NDArray[np.uint16]:
+    """bf16 bits of `values`, to nearest, ties to even, as torch casts."""
+    bits = np.ascontiguousarray(values).view(np.uint32)
+    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    return np.where(np.isnan(values), 0x7FC0, rounded).astype(np.uint16)

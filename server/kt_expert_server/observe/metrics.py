@@ -1,0 +1,120 @@
+"""Prometheus metrics of the server. Names follow prometheus.io/docs/practices/naming: base units, ``_total`` counters."""
+
+from __future__ import annotations
+
+import time
+
+import prometheus_client
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+from kt_expert_server.runtime.engine_queue import EngineQueue
+from kt_expert_server.runtime.memory import Kind
+from kt_expert_server.runtime.registry import Registry, State
+
+SECONDS_BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+TOKEN_BUCKETS = (1, 4, 16, 64, 256, 1024, 4096, 16384, 65536)
+
+
+class Metrics:
+    """Implements the runtime's Observer and reads gauges from the registry at scrape time."""
+
+    def __init__(self, version: str, isa: str, weight_format: str) -> None:
+        self.registry = CollectorRegistry()
+        prometheus_client.disable_created_metrics()
+        self._isa, self._format = isa, weight_format
+        build = self._gauge("build_info", "Constant 1; what is running", ["version", "isa", "dtype"])
+        build.labels(version, isa, weight_format).set(1)
+        self._state = self._gauge("state", "1 for the state the server is in", ["state"])
+        self._tokens = self._counter("tokens", "Tokens computed", ["pass"])
+        self._flops = self._counter("gemm_flops", "Floating-point operations of the expert products", ["isa", "dtype"])
+        self._stage = self._histogram("stage_seconds", "Time of a request by stage", ["pass", "stage"], SECONDS_BUCKETS)
+        self._batch = self._histogram("batch_tokens", "Tokens of a request", ["pass"], TOKEN_BUCKETS)
+        self._imbalance = self._gauge("load_imbalance_ratio", "Most tokens of an expert over the mean", ["layer"])
+        self._queue_depth = self._gauge("queue_depth", "Operations waiting for the engine or running", [])
+        self._inflight = self._gauge("inflight_requests", "Requests accepted and without an outcome", [])
+        self._inflight_bytes = self._gauge("inflight_bytes", "Tensors of those requests", [])
+        self._rejected = self._counter("rejected", "Requests that ended in an error, by status code", ["reason"])
+        self._duplicates = self._counter("duplicate_requests", "Requests sent again and answered from memory", [])
+        self._memory = self._gauge("memory_bytes", "Memory reserved", ["kind"])
+        self._limit = self._gauge("memory_budget_bytes", "The limit all reservations share", [])
+        self._runs = self._gauge("run_active", "Runs that are open", [])
+        self._sessions = self._gauge("session_active", "Members with an attached stream", [])
+        self._tickets = self._gauge("tickets", "Tickets that wait for their backward", [])
+        self._steps = self._histogram("optimizer_step_seconds", "Time of an optimizer step", [], SECONDS_BUCKETS)
+        self._checkpoints = self._histogram("checkpoint_seconds", "Time of a checkpoint", ["op"], SECONDS_BUCKETS)
+        self._last_checkpoint = self._gauge(
+            "checkpoint_last_success_timestamp_seconds", "When a checkpoint last succeeded", ["op"]
+        )
+        self._threads = self._gauge("threads", "Threads of the engine", [])
+        self._started = Counter("grpc_server_started", "Calls begun", ["grpc_method"], registry=self.registry)
+        self._handled = Counter(
+            "grpc_server_handled", "Calls ended, by status code", ["grpc_method", "grpc_code"], registry=self.registry
+        )
+        self._handling = Histogram(
+            "grpc_server_handling_seconds", "Time of a call", ["grpc_method"], buckets=SECONDS_BUCKETS,
+            registry=self.registry,
+        )  # fmt: skip
+        for direction in ("forward", "backward"):  # series exist from the start, so that rates begin at zero
+            self._tokens.labels(direction)
+            self._batch.labels(direction)
+            for stage in ("receive", "queue", "compute", "send"):
+                self._stage.labels(direction, stage)
+        self._flops.labels(isa, weight_format)
+        prometheus_client.ProcessCollector(registry=self.registry)
+
+    def _gauge(self, name: str, text: str, labels: list[str]) -> Gauge:
+        return Gauge(f"kt_expert_{name}", text, labels, registry=self.registry)
+
+    def _counter(self, name: str, text: str, labels: list[str]) -> Counter:
+        return Counter(f"kt_expert_{name}", text, labels, registry=self.registry)
+
+    def _histogram(self, name: str, text: str, labels: list[str], buckets: tuple[float, ...]) -> Histogram:
+        return Histogram(f"kt_expert_{name}", text, labels, buckets=buckets, registry=self.registry)
+
+    def stage(self, direction: str, stage: str, seconds: float) -> None:
+        self._stage.labels(direction, stage).observe(seconds)
+
+    def computed(self, direction: str, tokens: int, flops: float) -> None:
+        self._tokens.labels(direction).inc(tokens)
+        self._batch.labels(direction).observe(tokens)
+        self._flops.labels(self._isa, self._format).inc(flops)
+
+    def imbalance(self, layer: int, ratio: float) -> None:
+        self._imbalance.labels(str(layer)).set(ratio)
+
+    def rejected(self, reason: str) -> None:
+        self._rejected.labels(reason).inc()
+
+    def duplicate(self) -> None:
+        self._duplicates.inc()
+
+    def step(self, seconds: float) -> None:
+        self._steps.observe(seconds)
+
+    def checkpoint(self, operation: str, seconds: float) -> None:
+        self._checkpoints.labels(operation).observe(seconds)
+        self._last_checkpoint.labels(operation).set(time.time())
+
+    def call_started(self, method: str) -> None:
+        self._started.labels(method).inc()
+
+    def call_ended(self, method: str, code: str, seconds: float) -> None:
+        self._handled.labels(method, code).inc()
+        self._handling.labels(method).observe(seconds)
+
+    def render(self, runs: Registry, queue: EngineQueue) -> bytes:
+        """The text exposition, with the gauges read now."""
+        for state in State:
+            self._state.labels(state.value).set(1 if runs.state is state else 0)
+        members = runs.members
+        self._queue_depth.set(queue.depth)
+        self._inflight.set(sum(len(member.running) for member in members))
+        self._inflight_bytes.set(sum(sum(member.running.values()) for member in members))
+        for kind in Kind:
+            self._memory.labels(kind.value).set(runs.budget.reserved(kind))
+        self._limit.set(runs.budget.limit_bytes)
+        self._runs.set(len(runs.runs))
+        self._sessions.set(sum(member.sink is not None for member in members))
+        self._tickets.set(sum(len(member.tickets) for member in members))
+        self._threads.set(queue.engine.threads)
+        return prometheus_client.generate_latest(self.registry)

@@ -1,0 +1,77 @@
+"""Saving and loading runs while the server goes on serving others."""
+
+from __future__ import annotations
+
+import time
+from typing import Protocol
+
+from kt_expert_server.errors import InvalidRequest, WrongPhase
+from kt_expert_server.runtime.adapter_io import AdapterWriter, set_step
+from kt_expert_server.runtime.engine_queue import EngineQueue
+from kt_expert_server.runtime.observer import Observer
+from kt_expert_server.runtime.registry import Registry
+from kt_expert_server.runtime.run import Run
+from kt_expert_server.store.checkpoint import CheckpointStore, Manifest
+
+
+class Report(Protocol):
+    def __call__(self, done_bytes: int, total_bytes: int) -> None: ...
+
+
+class Checkpoints:
+    """Snapshots between two operations of the engine, so that what is written is one consistent state."""
+
+    def __init__(
+        self, registry: Registry, queue: EngineQueue, store: CheckpointStore | None, observer: Observer
+    ) -> None:
+        self._registry = registry
+        self._queue = queue
+        self._store = store
+        self._observer = observer
+
+    def _require_store(self) -> CheckpointStore:
+        if self._store is None:
+            raise WrongPhase("this server has no place for checkpoints; start it with --state-dir DIR")
+        return self._store
+
+    async def save(self, run: Run, name: str, report: Report) -> str:
+        """Returns the manifest's sha256."""
+        store, digest = self._require_store(), self._registry.loaded_model().plan.digest
+        begun = time.monotonic()
+        async with self._queue.turn():
+            result = await self._queue.run(lambda: store.save(run, name, digest, report))
+        self._observer.checkpoint("save", time.monotonic() - begun)
+        return result
+
+    async def load(self, run: Run, name: str, report: Report) -> str:
+        """Replaces adapter, moments and step of a run of the same configuration. Returns the model digest."""
+        store, model = self._require_store(), self._registry.loaded_model()
+        manifest = store.read_manifest(name)
+        if manifest.model_digest != model.plan.digest:
+            raise InvalidRequest(
+                f"checkpoint {name!r} belongs to another base model than the one this server has loaded"
+            )
+        if manifest.config.lora != run.config.lora:
+            raise InvalidRequest(f"checkpoint {name!r} has other LoRA shapes than run {run.name!r}")
+        begun = time.monotonic()
+
+        def work() -> None:
+            # Read everything first: a damaged file must leave the run as it was.
+            tensors = list(store.tensors(name, manifest))
+            writer, done = AdapterWriter(run, model), 0
+            for tensor, values in tensors:
+                writer.write(tensor, values.shape, 0, values.tobytes())
+                done += values.nbytes
+                report(done, manifest.size_bytes)
+            writer.finish()
+
+        async with self._queue.turn():
+            await self._queue.run(work)
+        run.adapter_version += 1
+        set_step(run, manifest.step)
+        self._observer.checkpoint("load", time.monotonic() - begun)
+        return manifest.model_digest
+
+    def list(self) -> list[tuple[str, Manifest]]:
+        store = self._require_store()
+        return [(name, store.read_manifest(name)) for name in store.names()]

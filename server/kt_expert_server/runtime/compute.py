@@ -1,0 +1,312 @@
+"""Forward and backward of one request, and the optimizer step of a run."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import kt_expert_native as native
+import numpy as np
+from numpy.typing import NDArray
+
+from kt_expert_server.errors import DeadlinePassed, InvalidRequest, NotFound, WrongPhase
+from kt_expert_server.model.loader import LoadedLayer
+from kt_expert_server.runtime.engine_queue import EngineQueue
+from kt_expert_server.runtime.memory import Kind
+from kt_expert_server.runtime.observer import Observer
+from kt_expert_server.runtime.registry import Registry
+from kt_expert_server.runtime.run import LayerAdapter, Member, Run, SavedTicket, StepParams
+
+Tokens = NDArray[np.uint16] | NDArray[np.float32]
+_SCALE_TOLERANCE = 1e-3  # clip coefficients of two ranks may differ by their own rounding
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardRequest:
+    """Validated shapes: x [T, H], expert_ids int32 [T, k], routing_weights fp32 [T, k]."""
+
+    request_id: int
+    layer: int
+    x: Tokens
+    expert_ids: NDArray[np.int32]
+    routing_weights: NDArray[np.float32]
+    save_for_backward: bool
+    use_adapter: bool
+
+
+@dataclass(frozen=True, slots=True)
+class BackwardRequest:
+    """Validated shapes: dy [T, H] of the ticket's T."""
+
+    request_id: int
+    layer: int
+    ticket: int
+    dy: Tokens
+    begin_window: bool
+
+
+class Compute:
+    """Runs requests on the engine for the registry's members."""
+
+    def __init__(self, registry: Registry, queue: EngineQueue, observer: Observer) -> None:
+        self._registry = registry
+        self._queue = queue
+        self._observer = observer
+
+    async def forward(self, member: Member, request: ForwardRequest, token: native.CancelToken) -> Tokens:
+        """Returns y [T, H] in the dtype of x; keeps a ticket under the request's id if asked to."""
+        layer = self._registry.loaded_model().layers[request.layer]
+        adapter = member.run.adapters.get(request.layer) if request.use_adapter else None
+        lora = adapter.spec if adapter is not None else native.LoraSpec()
+        tokens, top_k = request.expert_ids.shape
+        budget, dtype = self._registry.budget, "bf16" if request.x.dtype == np.uint16 else "fp32"
+        scratch = self._queue.engine.scratch_bytes(layer.spec, lora, tokens, top_k)
+        saved = (
+            self._queue.engine.ticket_bytes(layer.spec, lora, tokens, top_k, dtype) if request.save_for_backward else 0
+        )
+        queued = time.monotonic()
+        async with self._queue.turn():
+            with budget.held(Kind.SCRATCH, scratch, f"a forward of {tokens} tokens"):
+                budget.reserve(Kind.TICKETS, saved, f"the ticket of {tokens} tokens")
+                try:
+                    y, ticket = await self._run_forward(layer, adapter, request, token, queued)
+                except BaseException:
+                    budget.release(Kind.TICKETS, saved)
+                    raise
+        if ticket is not None:
+            actual = ticket.nbytes
+            budget.release(Kind.TICKETS, saved - actual)
+            member.tickets[request.request_id] = SavedTicket(
+                ticket, request.layer, adapter is not None, member.run.adapter_version, actual
+            )
+        return y
+
+    async def _run_forward(
+        self,
+        layer: LoadedLayer,
+        adapter: LayerAdapter | None,
+        request: ForwardRequest,
+        token: native.CancelToken,
+        queued: float,
+    ) -> tuple[Tokens, native.Ticket | None]:
+        y = np.empty_like(request.x)
+
+        def work() -> tuple[native.Ticket | None, float, float]:
+            begun = time.monotonic()
+            ticket = self._queue.engine.forward(
+                layer.weights,
+                adapter.parameters if adapter is not None else None,
+                request.x,
+                request.expert_ids,
+                request.routing_weights,
+                y,
+                request.save_for_backward,
+                token,
+            )
+            return ticket, begun, time.monotonic()
+
+        ticket, begun, ended = await self._queue.run(work)
+        self._report("forward", layer, request.expert_ids.shape, queued, begun, ended)
+        self._report_imbalance(layer, request.expert_ids)
+        return y, ticket
+
+    async def backward(
+        self, member: Member, request: BackwardRequest, token: native.CancelToken
+    ) -> tuple[Tokens, NDArray[np.float32]]:
+        """Returns dx [T, H] and d_routing_weights [T, k]; consumes the ticket and adds to the member's gradients."""
+        saved = self._ticket(member, request)
+        layer = self._registry.loaded_model().layers[saved.layer]
+        adapter = member.run.adapters.get(saved.layer) if saved.with_adapter else None
+        tokens, top_k = request.dy.shape[0], layer.plan.top_k
+        lora = adapter.spec if adapter is not None else native.LoraSpec()
+        scratch = self._queue.engine.scratch_bytes(layer.spec, lora, tokens, top_k)
+        queued = time.monotonic()
+        async with self._queue.turn():
+            with self._registry.budget.held(Kind.SCRATCH, scratch, f"a backward of {tokens} tokens"):
+                if request.begin_window:
+                    member.close_window()
+                result = await self._run_backward(member, layer, adapter, saved, request, token, queued)
+        if request.ticket in member.tickets:
+            self._registry.drop_ticket(member, request.ticket, f"consumed by backward request {request.request_id}")
+        return result
+
+    async def _run_backward(
+        self,
+        member: Member,
+        layer: LoadedLayer,
+        adapter: LayerAdapter | None,
+        saved: SavedTicket,
+        request: BackwardRequest,
+        token: native.CancelToken,
+        queued: float,
+    ) -> tuple[Tokens, NDArray[np.float32]]:
+        dx = np.empty_like(request.dy)
+        d_weights = np.empty((request.dy.shape[0], layer.plan.top_k), np.float32)
+
+        def work() -> tuple[float, float]:
+            begun = time.monotonic()
+            gradients = None
+            if adapter is not None:
+                gradients = window_gradients(member, saved.layer, layer.spec, adapter.spec)
+            self._queue.engine.backward(
+                layer.weights,
+                adapter.parameters if adapter is not None else None,
+                gradients,
+                saved.ticket,
+                request.dy,
+                dx,
+                d_weights,
+                token,
+            )
+            return begun, time.monotonic()
+
+        begun, ended = await self._queue.run(work)
+        self._report("backward", layer, d_weights.shape, queued, begun, ended)
+        return dx, d_weights
+
+    def _ticket(self, member: Member, request: BackwardRequest) -> SavedTicket:
+        saved = member.tickets.get(request.ticket)
+        if saved is None:
+            how = member.consumed.get(request.ticket)
+            if how is not None:
+                raise WrongPhase(f"ticket {request.ticket} was already {how}; a ticket serves exactly one backward")
+            raise NotFound(
+                f"ticket {request.ticket} does not exist; run the forward with save_for_backward and name its request id"
+            )
+        if saved.layer != request.layer:
+            raise InvalidRequest(
+                f"ticket {request.ticket} belongs to layer {saved.layer}, not to layer {request.layer}"
+            )
+        if saved.with_adapter and saved.adapter_version != member.run.adapter_version:
+            raise WrongPhase(
+                f"the adapter changed since the forward of ticket {request.ticket}; run the forward again, then backward"
+            )
+        return saved
+
+    def _report(
+        self,
+        direction: str,
+        layer: LoadedLayer,
+        routes: tuple[int, ...],
+        queued: float,
+        begun: float,
+        ended: float,
+    ) -> None:
+        plan = layer.plan
+        self._observer.stage(direction, "queue", begun - queued)
+        self._observer.stage(direction, "compute", ended - begun)
+        # Three products of H x I per route, two flop per multiply-add; LoRA is left out on purpose.
+        flops = 6.0 * routes[0] * routes[1] * plan.hidden_size * plan.intermediate_size
+        self._observer.computed(direction, routes[0], flops)
+
+    def _report_imbalance(self, layer: LoadedLayer, expert_ids: NDArray[np.int32]) -> None:
+        counts = np.bincount(expert_ids.reshape(-1), minlength=layer.plan.num_experts)[: layer.plan.num_experts]
+        if counts.sum():
+            self._observer.imbalance(layer.plan.layer, float(counts.max() / counts.mean()))
+
+    async def grad_norm(self, run: Run) -> float:
+        """L2 norm over all layers of the gradients averaged over the world size."""
+
+        def work() -> float:
+            total = 0.0
+            for layer in run.adapters:
+                gradients = rank_gradients(run, layer)
+                if gradients:
+                    total += self._queue.engine.gradient_square_sum(1.0 / run.config.world_size, gradients)
+            return float(total**0.5)
+
+        async with self._queue.turn():
+            return await self._queue.run(work)
+
+    async def step(self, run: Run, said: Mapping[int, StepParams]) -> int:
+        """Averages, clips and applies AdamW once, then closes every member's window. Returns the new step count."""
+        params = agreed_params(said)
+        index = run.step + 1
+
+        def work() -> None:
+            native_params = native.AdamWParams(
+                learning_rate=params.learning_rate,
+                beta1=params.beta1,
+                beta2=params.beta2,
+                eps=params.eps,
+                weight_decay=params.weight_decay,
+                grad_scale=params.grad_scale / run.config.world_size,
+                step=index,
+            )
+            for layer, adapter in run.adapters.items():
+                gradients = rank_gradients(run, layer)
+                if gradients:  # a layer that saw no backward keeps its parameters and moments, as torch does
+                    exp_avg, exp_avg_sq = ensure_moments(adapter, self._registry.loaded_model().layers[layer].spec)
+                    self._queue.engine.adamw(native_params, gradients, adapter.parameters, exp_avg, exp_avg_sq)
+
+        begun = time.monotonic()
+        async with self._queue.turn():
+            await self._queue.run(work)
+        self._observer.step(time.monotonic() - begun)
+        run.adapter_version += 1
+        for member in run.members.values():
+            member.close_window()
+        return index
+
+    async def wait_for_request(self, member: Member, request_id: int, timeout_s: float) -> None:
+        """Waits until the request and all before it have their outcome."""
+        if request_id > member.last_request_id:
+            raise WrongPhase(
+                f"the call waits for request {request_id}, the last one that arrived is {member.last_request_id}"
+            )
+        async with member.finished:
+            try:
+                await _wait(member, request_id, timeout_s)
+            except TimeoutError:
+                raise DeadlinePassed(f"request {request_id} had no outcome within {timeout_s:g} s") from None
+
+
+async def _wait(member: Member, request_id: int, timeout_s: float) -> None:
+    await asyncio.wait_for(
+        member.finished.wait_for(lambda: all(running > request_id for running in member.running)), timeout_s
+    )
+
+
+def window_gradients(
+    member: Member, layer: int, layer_spec: native.LayerSpec, lora_spec: native.LoraSpec
+) -> native.LoraTensors:
+    """The member's accumulators of one layer, zeroed where this is the window's first backward through it."""
+    if layer not in member.gradients:
+        member.gradients[layer] = native.LoraTensors(layer_spec, lora_spec)
+    elif layer not in member.window:
+        member.gradients[layer].zero()
+    member.window.add(layer)
+    return member.gradients[layer]
+
+
+def rank_gradients(run: Run, layer: int) -> list[native.LoraTensors]:
+    """Gradients of one layer in rank order, of the members that touched it in this window."""
+    return [run.members[rank].gradients[layer] for rank in sorted(run.members) if layer in run.members[rank].window]
+
+
+def ensure_moments(
+    adapter: LayerAdapter, layer_spec: native.LayerSpec
+) -> tuple[native.LoraTensors, native.LoraTensors]:
+    if adapter.exp_avg is None or adapter.exp_avg_sq is None:
+        adapter.exp_avg = native.LoraTensors(layer_spec, adapter.spec)
+        adapter.exp_avg_sq = native.LoraTensors(layer_spec, adapter.spec)
+    return adapter.exp_avg, adapter.exp_avg_sq
+
+
+def agreed_params(said: Mapping[int, StepParams]) -> StepParams:
+    """The lowest rank's word, once all others are seen to say the same."""
+    first_rank = min(said)
+    first = said[first_rank]
+    for rank, other in said.items():
+        same = (other.learning_rate, other.beta1, other.beta2, other.eps, other.weight_decay) == (
+            first.learning_rate,
+            first.beta1,
+            first.beta2,
+            first.eps,
+            first.weight_decay,
+        )
+        if not same or abs(other.grad_scale - first.grad_scale) > _SCALE_TOLERANCE * abs(first.grad_scale):
+            raise InvalidRequest(f"rank {rank} asked for another step than rank {first_rank}: {other} against {first}")
+    return first

@@ -1,0 +1,251 @@
+"""The runs of the server: opening, joining, leaving, leases and draining."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from enum import StrEnum
+
+import kt_expert_native as native
+import numpy as np
+
+from kt_expert_server.config import Limits
+from kt_expert_server.errors import (
+    AlreadyExists,
+    InvalidRequest,
+    NotFound,
+    OutOfCapacity,
+    ServerUnavailable,
+)
+from kt_expert_server.model.loader import BaseModel
+from kt_expert_server.runtime.barrier import Barrier
+from kt_expert_server.runtime.memory import Kind, MemoryBudget
+from kt_expert_server.runtime.names import check_name
+from kt_expert_server.runtime.run import LayerAdapter, LayerLora, Member, Run, RunConfig
+
+_MAX_WORLD_SIZE = 1024
+_MOMENTS = 2
+
+
+class State(StrEnum):
+    LOADING = "loading"
+    READY = "ready"
+    DRAINING = "draining"
+
+
+class Registry:
+    """Owns every run and member. Used from the event loop only."""
+
+    def __init__(self, budget: MemoryBudget, limits: Limits) -> None:
+        self.state = State.LOADING
+        self.model: BaseModel | None = None
+        self.runs: dict[str, Run] = {}
+        self.budget = budget
+        self.limits = limits
+        self._members: dict[str, Member] = {}
+
+    def become_ready(self, model: BaseModel) -> None:
+        self.model = model
+        self.state = State.READY
+
+    def loaded_model(self) -> BaseModel:
+        if self.model is None:
+            raise ServerUnavailable("the model is still loading; try again when /readyz answers 200")
+        return self.model
+
+    def drain(self) -> None:
+        self.state = State.DRAINING
+
+    def _require_accepting(self) -> None:
+        if self.state is State.DRAINING:
+            raise ServerUnavailable("the server is draining and takes no new runs or members; connect to another one")
+
+    def open_run(self, name: str, config: RunConfig, ephemeral: bool) -> tuple[Run, bool]:
+        """Returns the run and whether it was created."""
+        model = self.loaded_model()
+        check_name("run", name)
+        existing = self.runs.get(name)
+        if existing is not None:
+            if existing.config != config:
+                raise AlreadyExists(
+                    f"run {name!r} exists with another configuration (world size {existing.config.world_size}, wire "
+                    f"{existing.config.wire_dtype}, {len(existing.config.lora)} layers with LoRA); choose another name "
+                    "or close it"
+                )
+            return existing, False
+        self._require_accepting()
+        self._validate(model, config)
+        run = Run(
+            name,
+            config,
+            ephemeral,
+            {},
+            self._reserve(name, model, config),
+            Barrier("step", config.world_size),
+            Barrier("grad norm", config.world_size),
+        )
+        for lora in config.lora:
+            spec = lora.native()
+            run.adapters[lora.layer] = LayerAdapter(spec, native.LoraTensors(model.layers[lora.layer].spec, spec))
+        initialise(run)
+        self.runs[name] = run
+        return run, True
+
+    def _validate(self, model: BaseModel, config: RunConfig) -> None:
+        if not 1 <= config.world_size <= _MAX_WORLD_SIZE:
+            raise InvalidRequest(f"world size is {config.world_size}, expected 1 to {_MAX_WORLD_SIZE}")
+        seen: set[int] = set()
+        for lora in config.lora:
+            if lora.layer not in model.layers:
+                raise NotFound(f"layer {lora.layer} has no experts; layers with experts: {describe_layers(model)}")
+            if lora.layer in seen:
+                raise InvalidRequest(f"layer {lora.layer} has two LoRA entries, expected one")
+            seen.add(lora.layer)
+            try:
+                lora.native()
+            except native.InvalidArgument as error:
+                raise InvalidRequest(f"layer {lora.layer}: {error}") from error
+
+    def _reserve(self, name: str, model: BaseModel, config: RunConfig) -> dict[str, int]:
+        size = sum(adapter_bytes(model, lora) for lora in config.lora)
+        sizes = {
+            Kind.ADAPTERS: size,
+            Kind.GRADIENTS: size * config.world_size,
+            Kind.OPTIMIZER: size * _MOMENTS,
+        }
+        done: dict[str, int] = {}
+        try:
+            for kind, amount in sizes.items():
+                self.budget.reserve(kind, amount, f"run {name!r}: its {kind}")
+                done[kind] = amount
+        except OutOfCapacity:
+            for kind_name, amount in done.items():
+                self.budget.release(Kind(kind_name), amount)
+            raise
+        return done
+
+    def run_named(self, name: str) -> Run:
+        if name not in self.runs:
+            known = ", ".join(sorted(self.runs)) or "none"
+            raise NotFound(f"run {name!r} is not open; open runs: {known}")
+        return self.runs[name]
+
+    def member(self, token: str) -> Member:
+        if token not in self._members:
+            raise NotFound("this member is not joined, or its lease ran out; join the run again")
+        return self._members[token]
+
+    def join(self, name: str, rank: int) -> Member:
+        """A second join of a rank fences the first and keeps its tickets, gradients and outcomes."""
+        run = self.run_named(name)
+        if not 0 <= rank < run.config.world_size:
+            raise InvalidRequest(f"rank {rank} is outside [0, {run.config.world_size}) of run {name!r}")
+        member = run.members.get(rank)
+        if member is not None:
+            member.epoch += 1
+            if member.sink is not None:
+                member.sink.close(
+                    f"rank {rank} of run {name!r} was joined again: epoch {member.epoch} replaces this one"
+                )
+                member.sink = None
+            member.last_seen = time.monotonic()
+            return member
+        self._require_accepting()
+        if len(self._members) >= self.limits.max_members:
+            raise OutOfCapacity(f"{len(self._members)} members are joined, the limit is {self.limits.max_members}")
+        member = Member(secrets.token_urlsafe(16), run, rank)
+        run.members[rank] = member
+        self._members[member.token] = member
+        return member
+
+    def leave(self, member: Member) -> None:
+        """Frees what the member holds; the run goes on, unless it was ephemeral and this was its last member."""
+        run = member.run
+        if member.sink is not None:
+            member.sink.close("the member left the run")
+        for token in member.cancels.values():
+            token.cancel()
+        for ticket_id in list(member.tickets):
+            self.drop_ticket(member, ticket_id, "released when its member left")
+        for outcome in member.outcomes.values():
+            self.budget.release(Kind.OUTCOMES, outcome.size_bytes)
+        member.outcomes.clear()
+        run.members.pop(member.rank, None)
+        self._members.pop(member.token, None)
+        if run.ephemeral and not run.members:
+            self.close(run)
+
+    def close(self, run: Run) -> None:
+        self.runs.pop(run.name, None)
+        for member in list(run.members.values()):
+            self.leave(member)
+        for kind, size in run.reserved_bytes.items():
+            self.budget.release(Kind(kind), size)
+        run.reserved_bytes.clear()
+        run.adapters.clear()
+
+    def drop_ticket(self, member: Member, ticket_id: int, how: str) -> None:
+        saved = member.tickets.pop(ticket_id)
+        self.budget.release(Kind.TICKETS, saved.size_bytes)
+        member.forget_ticket(ticket_id, how)
+
+    def expire(self) -> list[Member]:
+        """Drops members whose lease ran out without a stream. Returns them."""
+        now = time.monotonic()
+        late = [
+            member
+            for member in self._members.values()
+            if member.sink is None and not member.running and now - member.last_seen > self.limits.lease_s
+        ]
+        for member in late:
+            self.leave(member)
+        # A run that was opened and never joined would otherwise stay for good.
+        for run in list(self.runs.values()):
+            if run.ephemeral and not run.members and now - run.created > self.limits.lease_s:
+                self.close(run)
+        return late
+
+    @property
+    def members(self) -> list[Member]:
+        return list(self._members.values())
+
+    async def wait_idle(self, timeout_s: float) -> bool:
+        """Waits until no accepted request lacks an outcome. False where that took too long."""
+        deadline = time.monotonic() + timeout_s
+        for member in self.members:
+            async with member.finished:
+                try:
+                    await asyncio.wait_for(
+                        member.finished.wait_for(lambda member=member: not member.running),  # type: ignore[misc]
+                        max(0.0, deadline - time.monotonic()),
+                    )
+                except TimeoutError:
+                    return False
+        return True
+
+
+def adapter_bytes(model: BaseModel, lora: LayerLora) -> int:
+    """fp32 bytes of one set of tensors."""
+    spec = model.layers[lora.layer].plan
+    hidden, inter = spec.hidden_size, spec.intermediate_size
+    a_up = 0 if lora.tied else lora.rank_up * hidden
+    floats = lora.rank_gate * (hidden + inter) + a_up + lora.rank_up * inter + lora.rank_down * (inter + hidden)
+    return spec.num_experts * floats * 4
+
+
+def describe_layers(model: BaseModel) -> str:
+    indices = sorted(model.layers)
+    return f"{indices[0]} to {indices[-1]} ({len(indices)})"
+
+
+def initialise(run: Run) -> None:
+    """A uniform in +-1/sqrt(fan_in), the bound of PEFT's kaiming_uniform(a=sqrt(5)); B zero. Seeded per tensor."""
+    for layer, adapter in run.adapters.items():
+        for position, name in enumerate(("a_gate", "a_up", "a_down")):
+            if name not in adapter.parameters.names():
+                continue
+            tensor = adapter.parameters.tensor(name)
+            generator = np.random.Generator(np.random.Philox(key=[run.config.seed, layer * 4 + position]))
+            bound = tensor.shape[2] ** -0.5
+            tensor[...] = generator.uniform(-bound, bound, tensor.shape).astype(np.float32)

@@ -1,0 +1,157 @@
+"""Runs and members: the state that lives on the server between calls."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import kt_expert_native as native
+
+from kt_expert_server.runtime.barrier import Barrier
+
+REMEMBERED_TICKETS = 4096  # consumed ticket ids kept per member, to tell a second use from an unknown one
+
+
+@dataclass(frozen=True, slots=True)
+class LayerLora:
+    """LoRA of one layer; the fields are those of the protocol."""
+
+    layer: int
+    tied: bool
+    rank_gate: int
+    rank_up: int
+    rank_down: int
+    scale_gate: float
+    scale_up: float
+    scale_down: float
+
+    def native(self) -> native.LoraSpec:
+        return native.LoraSpec(
+            tied=self.tied,
+            rank_gate=self.rank_gate,
+            rank_up=self.rank_up,
+            rank_down=self.rank_down,
+            scale_gate=self.scale_gate,
+            scale_up=self.scale_up,
+            scale_down=self.scale_down,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class RunConfig:
+    """What makes two openings of one name the same run."""
+
+    world_size: int
+    wire_dtype: str  # "bf16" or "fp32"
+    lora: tuple[LayerLora, ...]
+    seed: int
+
+
+@dataclass(slots=True)
+class LayerAdapter:
+    """fp32 master parameters and AdamW moments of one layer. Moments exist from the first step on."""
+
+    spec: native.LoraSpec
+    parameters: native.LoraTensors
+    exp_avg: native.LoraTensors | None = None
+    exp_avg_sq: native.LoraTensors | None = None
+
+
+@dataclass(slots=True)
+class SavedTicket:
+    """A ticket with what a backward has to agree with."""
+
+    ticket: native.Ticket
+    layer: int
+    with_adapter: bool
+    adapter_version: int
+    size_bytes: int
+
+
+@dataclass(slots=True)
+class Outcome:
+    """Frames of a finished request, kept until the member acknowledges it."""
+
+    frames: list[bytes]
+    size_bytes: int
+    credit_bytes: int | None  # None for a request that was refused before it took credits
+
+
+class FrameSink(Protocol):
+    """Where a member's frames go: the session that is attached at the moment."""
+
+    def send(self, frames: list[bytes]) -> None: ...
+
+    def close(self, reason: str) -> None: ...
+
+
+@dataclass(slots=True)
+class Member:
+    """One trainer process of a run."""
+
+    token: str
+    run: Run
+    rank: int
+    epoch: int = 1
+    sink: FrameSink | None = None
+    last_seen: float = field(default_factory=time.monotonic)
+    last_request_id: int = 0
+    credit_requests_used: int = 0
+    credit_bytes_used: int = 0
+    tickets: dict[int, SavedTicket] = field(default_factory=dict)
+    consumed: OrderedDict[int, str] = field(default_factory=OrderedDict)
+    gradients: dict[int, native.LoraTensors] = field(default_factory=dict)
+    window: set[int] = field(default_factory=set)  # layers whose gradients belong to the open window
+    outcomes: dict[int, Outcome] = field(default_factory=dict)
+    running: dict[int, int] = field(default_factory=dict)  # request id -> its credit bytes
+    dropped: set[int] = field(default_factory=set)  # ids whose stream ended before the request was complete
+    cancels: dict[int, native.CancelToken] = field(default_factory=dict)
+    finished: asyncio.Condition = field(default_factory=asyncio.Condition)
+
+    def forget_ticket(self, ticket_id: int, how: str) -> None:
+        self.consumed[ticket_id] = how
+        while len(self.consumed) > REMEMBERED_TICKETS:
+            self.consumed.popitem(last=False)
+
+    def close_window(self) -> None:
+        """Gradients accumulated so far no longer count; their memory is reused."""
+        self.window.clear()
+
+
+@dataclass(frozen=True, slots=True)
+class StepParams:
+    """One member's word for a step. All members must say the same."""
+
+    learning_rate: float
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+    grad_scale: float
+
+
+@dataclass(slots=True)
+class Run:
+    """One fine-tuning job on the loaded base model."""
+
+    name: str
+    config: RunConfig
+    ephemeral: bool
+    adapters: dict[int, LayerAdapter]
+    reserved_bytes: dict[str, int]
+    step_barrier: Barrier[StepParams, int]
+    norm_barrier: Barrier[None, float]
+    members: dict[int, Member] = field(default_factory=dict)
+    adapter_version: int = 0
+    created: float = field(default_factory=time.monotonic)
+
+    @property
+    def step(self) -> int:
+        return self.step_barrier.completed
+
+    @property
+    def adapter_bytes(self) -> int:
+        return sum(adapter.parameters.nbytes for adapter in self.adapters.values())

@@ -1,0 +1,1 @@
+"""Checkpoints on the server's disk."""
