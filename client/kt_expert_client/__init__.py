@@ -27,8 +27,11 @@ from kt_expert_client.errors import (
     WrongPhase,
 )
 from kt_expert_client.run import BackwardHandle, ForwardHandle, Run
+from kt_expert_client.start import attach, enable_from_environment, offload_experts
 
 __all__ = [
+    "offload_experts",
+    "attach",
     "connect",
     "Client",
     "Run",
@@ -49,3 +52,5 @@ __all__ = [
     "ServerFault",
     "UnsupportedModel",
 ]
+
+enable_from_environment()

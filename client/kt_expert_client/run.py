@@ -222,6 +222,10 @@ class Run:
         if any(key.part != "parameter" for key in tensors):
             self._step = step or 0
 
+    def note_steps(self, step: int) -> None:
+        """Another member has set the run's step count."""
+        self._step = step
+
     def save_checkpoint(self, name: str) -> str:
         """Snapshot of adapter, moments and step on the server's disk. Returns its digest."""
         return self._checkpoint("save_checkpoint", self._stub.SaveCheckpoint, name)

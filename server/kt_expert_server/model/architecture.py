@@ -117,10 +117,10 @@ def top_k_of(config: Mapping[str, object], family: Family, layer: int) -> int:
 def activation_of(config: Mapping[str, object], family: Family) -> ActivationSpec:
     """Raises ModelError for an activation the engine has no kernel for."""
     if family.gpt_oss:
-        limit = config.get("swiglu_limit", GPT_OSS_LIMIT)
-        if not isinstance(limit, (int, float)) or limit <= 0:
-            raise ModelError(f"config.json gives swiglu_limit = {limit!r}, expected a number above 0")
-        return ActivationSpec("gpt_oss", GPT_OSS_ALPHA, float(limit))
+        alpha, limit = config.get("swiglu_alpha", GPT_OSS_ALPHA), config.get("swiglu_limit", GPT_OSS_LIMIT)
+        if not isinstance(alpha, (int, float)) or not isinstance(limit, (int, float)) or limit <= 0:
+            raise ModelError(f"config.json gives swiglu_alpha = {alpha!r} and swiglu_limit = {limit!r}, expected numbers")
+        return ActivationSpec("gpt_oss", float(alpha), float(limit))
     name = config.get(family.activation_key, "silu")
     if name not in ("silu", "swish"):
         raise ModelError(f"config.json gives {family.activation_key} = {name!r}; the engine has: silu")

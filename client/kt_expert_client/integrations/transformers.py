@@ -1,0 +1,175 @@
+"""Loading transformers models with their experts elsewhere."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.monkey_patching import get_patch_mapping, register_patch_mapping, unregister_patch_mapping
+
+from kt_expert_client.connection import Client, connect
+from kt_expert_client.errors import InvalidRequest, UnsupportedModel
+from kt_expert_client.integrations.experts import (
+    RemoteExperts,
+    convert_in_place,
+    is_experts_class,
+    loaded_experts_classes,
+    local_spec,
+    remote_class,
+)
+from kt_expert_client.offload import ModelOffload, OptimizerHook
+
+_log = logging.getLogger(__name__)
+SERVER_VARIABLE = "KT_EXPERT_SERVER"
+OFFLOAD_ATTRIBUTE = "kt_expert_offload"
+_CONFIG_SIGNS_OF_MOE = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+
+
+class Offloader:
+    """Loads models against one server. One per process and address; `installed` while its hooks are in place."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self._addresses: list[str] = []
+        self._clients: dict[str, Client] = {}
+        self._originals: dict[str, Any] = {}
+        self._optimizer_hook = OptimizerHook()
+
+    def client(self, address: str) -> Client:
+        with self._lock:
+            if address not in self._clients:
+                self._clients[address] = connect(address)
+            return self._clients[address]
+
+    def push(self, address: str) -> None:
+        """Models loaded from now on use `address`."""
+        with self._lock:
+            self._addresses.append(address)
+            if len(self._addresses) == 1:
+                self._install()
+
+    def pop(self) -> None:
+        with self._lock:
+            self._addresses.pop()
+            if not self._addresses:
+                self._uninstall()
+
+    def bind(self, model: nn.Module, address: str) -> ModelOffload | None:
+        """Connects a model's remote experts to the server. None where it has none."""
+        from kt_expert_client.integrations import peft as peft_integration
+        from kt_expert_client.integrations import trainer as trainer_integration
+
+        remote = [(name, module) for name, module in model.named_modules() if isinstance(module, RemoteExperts)]
+        if not remote:
+            return None
+        dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+        specs = [local_spec(name, module) for name, module in remote]
+        offload = ModelOffload(self.client(address), specs, "bf16" if dtype == torch.bfloat16 else "fp32")
+        for spec, (_, module) in zip(specs, remote, strict=True):
+            module.kt_layer = offload.layers[spec.layer]
+            module.kt_offload = offload
+        object.__setattr__(model, OFFLOAD_ATTRIBUTE, offload)
+        peft_integration.install(self._optimizer_hook)
+        trainer_integration.install()
+        return offload
+
+    def close(self) -> None:
+        """Leaves all runs; the models cannot be used afterwards."""
+        with self._lock:
+            for client in self._clients.values():
+                client.close()
+            self._clients.clear()
+
+    def _install(self) -> None:
+        for name in ("from_pretrained", "_from_config"):
+            original = PreTrainedModel.__dict__[name]
+            self._originals[name] = original
+            setattr(PreTrainedModel, name, classmethod(self._wrapped(original.__func__)))
+
+    def _uninstall(self) -> None:
+        for name, original in self._originals.items():
+            setattr(PreTrainedModel, name, original)
+        self._originals.clear()
+
+    def _wrapped(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        def load(cls: type[PreTrainedModel], *args: Any, **kwargs: Any) -> Any:
+            with patched_experts():
+                result = original(cls, *args, **kwargs)
+            model = result[0] if isinstance(result, tuple) else result
+            with self._lock:
+                address = self._addresses[-1]
+            if self.bind(model, address) is None:
+                _warn_if_moe(model)
+            return result
+
+        return load
+
+
+OFFLOADER = Offloader()
+
+
+@contextlib.contextmanager
+def patched_experts() -> Iterator[None]:
+    """Inside, transformers builds remote experts in place of its own, through its own replacement registry."""
+    taken = get_patch_mapping()
+    mapping = {name: remote_class(stock) for name, stock in loaded_experts_classes() if name not in taken}
+    register_patch_mapping(mapping)
+    try:
+        yield
+    finally:
+        unregister_patch_mapping(list(mapping))
+
+
+@contextlib.contextmanager
+def offload_experts(address: str) -> Iterator[None]:
+    """Models loaded inside (``from_pretrained``, ``from_config``) get their experts from the server at `address`.
+
+    The models stay connected after the block. Raises ServerUnavailable, or WrongPhase where the server has another model.
+    """
+    OFFLOADER.push(address)
+    try:
+        yield
+    finally:
+        OFFLOADER.pop()
+
+
+def enable(address: str) -> None:
+    """offload_experts for the rest of the process: what KT_EXPERT_SERVER does."""
+    OFFLOADER.push(address)
+
+
+def attach(model: nn.Module, address: str | None = None) -> ModelOffload:
+    """Connects a model that was built in another way: its experts lose their weights and compute on the server.
+
+    `address` defaults to KT_EXPERT_SERVER. Raises InvalidRequest without an address, UnsupportedModel for a model without
+    experts classes the client knows.
+    """
+    existing = getattr(model, OFFLOAD_ATTRIBUTE, None)
+    if isinstance(existing, ModelOffload):
+        return existing
+    server = address or os.environ.get(SERVER_VARIABLE)
+    if not server:
+        raise InvalidRequest(f"attach needs the server's address: give it, or set {SERVER_VARIABLE}=host:port")
+    for module in list(model.modules()):
+        if is_experts_class(type(module)):
+            convert_in_place(module)
+    offload = OFFLOADER.bind(model, server)
+    if offload is None:
+        raise UnsupportedModel(f"{type(model).__name__} has no experts module with transformers' standard signature")
+    return offload
+
+
+def _warn_if_moe(model: PreTrainedModel) -> None:
+    config = model.config.get_text_config()
+    if any(getattr(config, sign, None) for sign in _CONFIG_SIGNS_OF_MOE):
+        _log.warning(
+            "%s looks like a mixture of experts, but none of its modules can be offloaded: its experts stay in this process",
+            type(model).__name__,
+        )

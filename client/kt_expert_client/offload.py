@@ -1,0 +1,257 @@
+"""One model whose experts are elsewhere: its run on the server, its layers, and its gradient window."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from kt_expert_client.adapter import AdamW, AdapterTensors, LayerLora
+from kt_expert_client.connection import Client
+from kt_expert_client.errors import UnsupportedModel, WrongPhase
+from kt_expert_client.membership import current_membership
+from kt_expert_client.run import Run
+
+# Fills anchor.grad where there is no norm to report. Not 0: zero_grad(set_to_none=False) must be told apart.
+TINY_NORM = 1e-30
+
+
+@dataclass(frozen=True, slots=True)
+class LocalLayerSpec:
+    """A layer as the trainer's own config describes it, for the handshake."""
+
+    layer: int
+    num_experts: int
+    hidden_size: int
+    intermediate_size: int
+    activation: str
+    alpha: float
+    limit: float
+    has_bias: bool
+
+
+class Anchor(nn.Module):
+    """A one-element parameter that stands for all LoRA parameters on the server.
+
+    Every experts call takes it as an input, so the loss always needs a gradient, an optimizer always has a parameter, and
+    ``clip_grad_norm_`` sees, in its gradient, the norm of the gradients it stands for.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1, device=device))
+
+
+class OffloadedLayer:
+    """Implements RemoteLayer for one layer of an offloaded model."""
+
+    def __init__(self, offload: ModelOffload, layer: int) -> None:
+        self._offload = offload
+        self.layer = layer
+        self._live: set[int] = set()
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        expert_ids: torch.Tensor,
+        routing_weights: torch.Tensor,
+        *,
+        keep: bool,
+        use_adapter: bool,
+    ) -> tuple[torch.Tensor, int]:
+        handle = self._offload.run.submit_forward(
+            self.layer, hidden_states, expert_ids, routing_weights, save_for_backward=keep, use_adapter=use_adapter
+        )
+        output = handle.result()
+        if not keep:
+            return output, 0
+        self._live.add(handle.ticket)
+        return output, handle.ticket
+
+    def backward(self, ticket: int, grad_output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        begin = self._offload.begins_window()
+        result = self._offload.run.submit_backward(self.layer, ticket, grad_output, begin_window=begin).result()
+        self._live.discard(ticket)
+        return result
+
+    def release(self, ticket: int) -> None:
+        if ticket in self._live:
+            self._live.discard(ticket)
+            self._offload.release(ticket)
+
+
+class ModelOffload:
+    """Owns the connection of one model. The run is opened when the first call or the adapter needs it."""
+
+    def __init__(self, client: Client, specs: Iterable[LocalLayerSpec], wire_dtype: str) -> None:
+        self.client = client
+        self.wire_dtype = wire_dtype
+        self.lora: tuple[LayerLora, ...] = ()
+        self.anchor: Anchor | None = None
+        self._norm = 0.0
+        self._filled = 0.0
+        self._in_window_of_pass = False
+        self._run: Run | None = None
+        self._lock = threading.Lock()
+        self.layers: dict[int, OffloadedLayer] = {}
+        for spec in specs:
+            _compare(spec, client)
+            self.layers[spec.layer] = OffloadedLayer(self, spec.layer)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ModelOffload:
+        """A copied model talks to the same server through the same run."""
+        memo[id(self)] = self
+        return self
+
+    @property
+    def run(self) -> Run:
+        with self._lock:
+            if self._run is None:
+                member = current_membership()
+                self._run = self.client.open_run(
+                    member.name,
+                    lora=self.lora,
+                    rank=member.rank,
+                    world_size=member.world_size,
+                    wire_dtype=self.wire_dtype,
+                    ephemeral=member.ephemeral,
+                )
+            return self._run
+
+    @property
+    def is_rank_zero(self) -> bool:
+        return current_membership().rank == 0
+
+    def set_adapter(self, lora: Iterable[LayerLora], tensors: AdapterTensors, device: torch.device) -> Anchor:
+        """Opens a run with this adapter; rank 0 uploads its values, the others wait for them."""
+        with self._lock:
+            previous, self._run = self._run, None
+            self.lora = tuple(lora)
+        if previous is not None:
+            previous.leave()
+        self.upload(tensors)
+        self.anchor = Anchor(device)
+        self.anchor.weight.register_post_accumulate_grad_hook(self._after_backward)
+        return self.anchor
+
+    def upload(self, tensors: AdapterTensors, step: int | None = None) -> None:
+        """Replaces adapter tensors (or, with `step`, moments too) of the run, once for all members."""
+        run = self.run
+        if self.is_rank_zero:
+            run.put_adapter(tensors, step=step)
+        if current_membership().world_size > 1:
+            run.grad_norm()  # a barrier: nobody computes before the values are there
+        if step is not None:
+            run.note_steps(step)
+
+    def download(self, *, moments: bool = False) -> AdapterTensors:
+        """The adapter's tensors, or its moments alone."""
+        return self.run.get_adapter(parameters=not moments, moments=moments)
+
+    def release(self, ticket: int) -> None:
+        with self._lock:
+            run = self._run
+        if run is not None:
+            run.release(ticket)
+
+    def begins_window(self) -> bool:
+        """True for the first backward after the gradients were cleared: anchor.grad is None or zero."""
+        if self.anchor is None or self._in_window_of_pass:
+            return False
+        self._in_window_of_pass = True
+        grad = self.anchor.weight.grad
+        return grad is None or (self._filled != 0.0 and float(grad.item()) == 0.0)
+
+    def _after_backward(self, parameter: torch.Tensor) -> None:
+        """Runs once all experts of a backward are done: the anchor's gradient becomes the norm it stands for."""
+        self._in_window_of_pass = False
+        self._norm = self.run.grad_norm() if _synchronises_now() else 0.0
+        self._filled = max(self._norm, TINY_NORM)
+        assert parameter.grad is not None  # noqa: S101  # the hook runs after accumulation
+        parameter.grad.fill_(self._filled)
+
+    def step(self, optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> None:
+        """The server's update, with the hyper-parameters of the group that holds the anchor."""
+        if self.anchor is None or self.anchor.weight.grad is None:
+            return
+        if not isinstance(optimizer, (torch.optim.AdamW, torch.optim.Adam)) or group.get("amsgrad"):
+            raise UnsupportedModel(
+                f"the server updates LoRA with AdamW; the trainer's optimizer is {type(optimizer).__name__}"
+                f"{' with amsgrad' if group.get('amsgrad') else ''}. Use torch.optim.AdamW"
+            )
+        decay = float(group["weight_decay"])
+        if isinstance(optimizer, torch.optim.Adam) and not isinstance(optimizer, torch.optim.AdamW) and decay:
+            raise UnsupportedModel("Adam with L2 weight decay is not available on the server; use AdamW or decay 0")
+        if group.get("maximize"):
+            raise UnsupportedModel("maximize is not available on the server; negate the loss")
+        scale = float(self.anchor.weight.grad.item()) / self._filled
+        beta1, beta2 = group["betas"]
+        adamw = AdamW(float(group["lr"]), float(beta1), float(beta2), float(group["eps"]), decay)
+        self.run.step(adamw, grad_scale=scale)
+
+    def close(self) -> None:
+        self.client.close()
+
+
+def _synchronises_now() -> bool:
+    """False in the micro-steps of a gradient accumulation that accelerate announces."""
+    state = sys.modules.get("accelerate.state")
+    if state is None or not state.GradientState._shared_state:
+        return True
+    return bool(state.GradientState().sync_gradients)
+
+
+def _compare(spec: LocalLayerSpec, client: Client) -> None:
+    """The handshake: raises WrongPhase with both sides' figures in one sentence."""
+    remote = client.layers.get(spec.layer)
+    if remote is None:
+        raise WrongPhase(
+            f"this model has experts in layer {spec.layer}, the {client.model_type} at {client.address} has none there; "
+            "start the server on the same checkpoint"
+        )
+    ours = (spec.num_experts, spec.hidden_size, spec.intermediate_size, spec.activation, spec.has_bias)
+    theirs = (
+        remote.num_experts,
+        remote.hidden_size,
+        remote.intermediate_size,
+        remote.activation,
+        remote.has_bias,
+    )
+    same_numbers = spec.activation == "silu" or (
+        abs(spec.alpha - remote.alpha) < 1e-5 and abs(spec.limit - remote.limit) < 1e-5
+    )
+    if ours != theirs or not same_numbers:
+        raise WrongPhase(
+            f"layer {spec.layer} of this model has (experts, hidden, intermediate, activation, bias) = {ours}, the server at "
+            f"{client.address} has {theirs}; start the server on the same checkpoint"
+        )
+
+
+class OptimizerHook:
+    """One process-wide hook: when an optimizer that holds an anchor steps, the server steps too."""
+
+    def __init__(self) -> None:
+        self._offloads: list[ModelOffload] = []
+        self._remove: Callable[[], None] | None = None
+
+    def watch(self, offload: ModelOffload) -> None:
+        self._offloads.append(offload)
+        if self._remove is None:
+            from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+            self._remove = register_optimizer_step_pre_hook(self._before_step).remove
+
+    def _before_step(self, optimizer: torch.optim.Optimizer, args: object, kwargs: object) -> None:
+        del args, kwargs
+        for offload in self._offloads:
+            if offload.anchor is None:
+                continue
+            for group in optimizer.param_groups:
+                if any(parameter is offload.anchor.weight for parameter in group["params"]):
+                    offload.step(optimizer, group)
+
