@@ -49,9 +49,7 @@ class ExpertsFunction(torch.autograd.Function):
         keep: bool,
         use_adapter: bool,
     ) -> torch.Tensor:
-        output, ticket = layer.forward(
-            hidden_states, expert_ids, routing_weights, keep=keep, use_adapter=use_adapter
-        )
+        output, ticket = layer.forward(hidden_states, expert_ids, routing_weights, keep=keep, use_adapter=use_adapter)
         ctx.layer = layer
         ctx.anchor_like = None if anchor is None else (anchor.shape, anchor.dtype, anchor.device)
         ctx.weights_dtype = routing_weights.dtype

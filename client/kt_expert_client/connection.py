@@ -5,17 +5,17 @@ from __future__ import annotations
 import os
 import time
 import uuid
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from importlib.metadata import version
 from typing import Any
 
 import grpc
-from kt_expert_proto.frame import MAX_FRAME_BYTES, PROTOCOL_VERSION
+from kt_expert_proto.frame import MAX_MESSAGE_BYTES, PROTOCOL_VERSION
 from kt_expert_proto.v1 import service_pb2 as pb
 from kt_expert_proto.v1 import service_pb2_grpc
 
 from kt_expert_client.adapter import LayerLora
-from kt_expert_client.errors import InvalidRequest, ServerUnavailable, from_rpc
+from kt_expert_client.errors import DeadlineExceeded, InvalidRequest, ServerUnavailable, from_rpc
 from kt_expert_client.run import Run
 from kt_expert_client.session import Credits, Session
 from kt_expert_client.staging import WIRE_TORCH_DTYPES
@@ -26,8 +26,8 @@ _CALL_TIMEOUT_S = 60.0
 _LOADING_POLL_S = 0.5
 _PROTO_DTYPES = {"bf16": pb.WIRE_DTYPE_BF16, "fp32": pb.WIRE_DTYPE_FP32}
 _OPTIONS = (
-    ("grpc.max_receive_message_length", 8 * MAX_FRAME_BYTES),
-    ("grpc.max_send_message_length", 8 * MAX_FRAME_BYTES),
+    ("grpc.max_receive_message_length", 8 * MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", 8 * MAX_MESSAGE_BYTES),
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.keepalive_timeout_ms", 20_000),
     ("grpc.keepalive_permit_without_calls", 1),
@@ -103,7 +103,8 @@ class Client:
         return run
 
     def status(self) -> pb.GetStatusResponse:
-        return self._call("status", self._stub.GetStatus, pb.GetStatusRequest())
+        status: pb.GetStatusResponse = self._call("status", self._stub.GetStatus, pb.GetStatusRequest())
+        return status
 
     def close(self) -> None:
         """Leaves all runs and closes the channel. Does nothing in a forked child: the connection is its parent's."""
@@ -114,7 +115,7 @@ class Client:
         self._runs.clear()
         self._channel.close()
 
-    def _call(self, what: str, method: grpc.UnaryUnaryMultiCallable, request: object) -> Any:
+    def _call(self, what: str, method: Callable[..., Any], request: object) -> Any:
         try:
             return method(request, timeout=_CALL_TIMEOUT_S)
         except grpc.RpcError as error:
@@ -142,10 +143,10 @@ def _wait_until_loaded(address: str, channel: grpc.Channel, deadline: float, tim
     while True:
         left = deadline - time.monotonic()
         try:
-            hello = stub.Hello(request, timeout=max(0.01, left), wait_for_ready=True)
+            hello: pb.HelloResponse = stub.Hello(request, timeout=max(0.01, left), wait_for_ready=True)
         except grpc.RpcError as error:
             failure = from_rpc(error, f"no kt-expert-server answered at {address} within {timeout_s:g} s")
-            if isinstance(error, grpc.Call) and error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
+            if isinstance(failure, DeadlineExceeded):
                 raise ServerUnavailable(str(failure)) from error
             raise failure from error
         if hello.state != pb.SERVER_STATE_LOADING:

@@ -15,6 +15,8 @@ KtExpertError (RuntimeError)
 
 from __future__ import annotations
 
+from typing import Any
+
 import grpc
 
 
@@ -81,6 +83,6 @@ def from_status(number: int, message: str) -> KtExpertError:
 
 def from_rpc(error: grpc.RpcError, what: str) -> KtExpertError:
     """The error for a failed call, with what was being done."""
-    code = error.code() if isinstance(error, grpc.Call) else grpc.StatusCode.UNKNOWN
-    details = (error.details() if isinstance(error, grpc.Call) else None) or str(error)
+    call: Any = error  # every error of a finished call is a grpc.Call too; the stubs do not say so
+    code, details = call.code(), call.details() or str(error)
     return from_status(code.value[0], f"{what}: {details}")

@@ -53,4 +53,3 @@ def _launcher_name() -> str:
     parts = [os.environ.get(key, "") for key in ("TORCHELASTIC_RUN_ID", "MASTER_ADDR", "MASTER_PORT")]
     parts.append(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
     return _FORBIDDEN.sub("-", "torchrun-" + "-".join(parts))[:128]
-

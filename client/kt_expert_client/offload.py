@@ -254,4 +254,3 @@ class OptimizerHook:
             for group in optimizer.param_groups:
                 if any(parameter is offload.anchor.weight for parameter in group["params"]):
                     offload.step(optimizer, group)
-

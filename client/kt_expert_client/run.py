@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import grpc
 import torch
@@ -15,11 +17,13 @@ from kt_expert_proto.v1.session_pb2 import RequestOpen
 from kt_expert_client.adapter import PART_NAMES, PARTS, AdamW, AdapterTensors, TensorKey
 from kt_expert_client.errors import InvalidRequest, from_rpc
 from kt_expert_client.session import Pending, Session
-from kt_expert_client.staging import WIRE_TORCH_DTYPES, HostTensor, Staging
+from kt_expert_client.staging import WIRE_TORCH_DTYPES, HostTensor, Staging, byte_view
 
 DEFAULT_REQUEST_TIMEOUT_S = 600.0
 DEFAULT_BARRIER_TIMEOUT_S = 1800.0  # ranks may differ by a whole gradient accumulation
 _CALL_TIMEOUT_S = 3600.0
+_LEAVE_TIMEOUT_S = 10.0
+_ANSWER_SLACK_S = 10.0  # the server's own deadline has the better message, so its answer gets time to travel
 _WIRE_FRAME_DTYPES = {"bf16": Dtype.BF16, "fp32": Dtype.FP32}
 
 
@@ -115,12 +119,8 @@ class Run:
         }
         output = self._staging.host_buffer((tokens, hidden), wire, pinned=hidden_states.is_cuda)
         opened = RequestOpen(top_k=expert_ids.shape[1], save_for_backward=save_for_backward, use_adapter=use_adapter)
-        pending = self._session.submit(
-            header, opened, sent, {Tensor.OUTPUT: output}, timeout_s, lambda: self._recycle(sent)
-        )
-        return ForwardHandle(
-            pending, pending.request_id, output, self._staging, hidden_states.device, hidden_states.dtype
-        )
+        pending = self._session.submit(header, opened, sent, {Tensor.OUTPUT: output}, timeout_s, lambda: self._recycle(sent))
+        return ForwardHandle(pending, pending.request_id, output, self._staging, hidden_states.device, hidden_states.dtype)
 
     def submit_backward(
         self,
@@ -205,7 +205,7 @@ class Run:
                 key = TensorKey(chunk.layer, chunk.tensor, PART_NAMES[chunk.part])
                 if key not in tensors:
                     tensors[key] = torch.empty(tuple(chunk.shape), dtype=torch.float32)
-                view = memoryview(tensors[key].view(torch.uint8).reshape(-1).numpy())
+                view = byte_view(tensors[key])
                 view[chunk.offset : chunk.offset + len(chunk.data)] = chunk.data
         except grpc.RpcError as error:
             raise from_rpc(error, "get_adapter") from error
@@ -242,13 +242,11 @@ class Run:
         if self._closed:
             return
         self._closed = True
-        try:
-            self._stub.LeaveRun(pb.MemberRequest(member=self._member), timeout=10)
-        except grpc.RpcError:
-            pass  # the server is gone, or the lease ran out: either way the rank is free
+        with contextlib.suppress(grpc.RpcError):  # the server is gone, or the lease ran out: the rank is free either way
+            self._stub.LeaveRun(pb.MemberRequest(member=self._member), timeout=_LEAVE_TIMEOUT_S)
         self._session.close()
 
-    def _checkpoint(self, what: str, method: grpc.UnaryStreamMultiCallable, name: str) -> str:
+    def _checkpoint(self, what: str, method: Callable[..., Any], name: str) -> str:
         digest = ""
         try:
             for progress in method(pb.CheckpointRequest(run=self.name, name=name), timeout=_CALL_TIMEOUT_S):
@@ -257,16 +255,16 @@ class Run:
             raise from_rpc(error, what) from error
         return digest
 
-    def _call(self, what: str, method: grpc.UnaryUnaryMultiCallable, request: object, timeout_s: float) -> object:
+    def _call(self, what: str, method: Callable[..., Any], request: object, timeout_s: float) -> Any:
         try:
-            return method(request, timeout=timeout_s + 10)  # the server's own deadline has the better message
+            return method(request, timeout=timeout_s + _ANSWER_SLACK_S)
         except grpc.RpcError as error:
             raise from_rpc(error, what) from error
 
     def _chunks(self, tensors: AdapterTensors, step: int) -> Iterator[pb.AdapterChunk]:
         for key, tensor in tensors.items():
             values = tensor.detach().to(device="cpu", dtype=torch.float32).contiguous()
-            view = memoryview(values.view(torch.uint8).reshape(-1).numpy())
+            view = byte_view(values)
             for offset in range(0, view.nbytes, MAX_PAYLOAD_BYTES):
                 yield pb.AdapterChunk(
                     run=self.name,
@@ -301,9 +299,7 @@ def _deliver(staging: Staging, host: torch.Tensor, device: torch.device, dtype: 
     return delivered
 
 
-def _check_forward(
-    hidden_states: torch.Tensor, expert_ids: torch.Tensor, routing_weights: torch.Tensor
-) -> tuple[int, int]:
+def _check_forward(hidden_states: torch.Tensor, expert_ids: torch.Tensor, routing_weights: torch.Tensor) -> tuple[int, int]:
     fits = (
         hidden_states.dim() == 2
         and expert_ids.dim() == 2

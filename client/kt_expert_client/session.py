@@ -26,7 +26,7 @@ from kt_expert_client.errors import (
     ServerFault,
     from_status,
 )
-from kt_expert_client.staging import HostTensor
+from kt_expert_client.staging import HostTensor, byte_view
 from kt_expert_client.transport.base import Transport
 
 _ANSWER_SLACK_S = 5.0  # the server enforces the deadline; this is for its answer to travel
@@ -126,7 +126,8 @@ class Session:
 
     def on_frame(self, message: bytes) -> None:
         try:
-            self._deliver(message)
+            for header, payload in decode(message):
+                self._deliver(header, payload)
         except FrameError as error:
             self.on_end(ServerFault(f"the server sent a malformed frame: {error}"))
             self._transport.close()
@@ -187,8 +188,7 @@ class Session:
         if self._failure is None:
             self._transport.send([encode(Header(kind, request_id, epoch=self._epoch))])
 
-    def _deliver(self, message: bytes) -> None:
-        header, payload = decode(message)
+    def _deliver(self, header: Header, payload: memoryview) -> None:
         with self._lock:
             pending = self._pending.get(header.request_id)
         if pending is None:
@@ -230,6 +230,6 @@ def _fill(pending: Pending, header: Header, payload: memoryview) -> None:
     received = pending.received.get(header.tensor, 0)
     if target is None or header.offset != received or received + payload.nbytes > target.nbytes:
         raise FrameError(f"outcome of request {header.request_id} has an unexpected piece of {header.tensor.name}")
-    view = memoryview(target.view(torch.uint8).reshape(-1).numpy())
+    view = byte_view(target)
     view[received : received + payload.nbytes] = payload
     pending.received[header.tensor] = received + payload.nbytes

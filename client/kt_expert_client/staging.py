@@ -16,6 +16,14 @@ WIRE_TORCH_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 _KEPT_BUFFERS = 16  # pinned buffers kept per dtype; in flight are at most the member's credits times three
 
 
+def byte_view(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a contiguous CPU tensor, not copied."""
+    if not tensor.numel():
+        return memoryview(b"")
+    view: memoryview = tensor.view(torch.uint8).reshape(-1).numpy().data
+    return view
+
+
 @dataclass(frozen=True, slots=True)
 class HostTensor:
     """A contiguous CPU tensor and, where a device copy is still under way, the event that ends it."""
@@ -27,7 +35,7 @@ class HostTensor:
         """Waits for the copy and returns the tensor's bytes."""
         if self.ready is not None:
             self.ready.synchronize()
-        return memoryview(self.tensor.view(torch.uint8).reshape(-1).numpy()) if self.tensor.numel() else memoryview(b"")
+        return byte_view(self.tensor)
 
 
 class Staging:

@@ -1,6 +1,7 @@
 """Frames of the session stream: one definition for client and server.
 
-A frame is a 64-byte little-endian header and at most 1 MiB of payload::
+A message of the stream holds one frame or several whole frames one after another, at most MAX_MESSAGE_BYTES together: a
+small request then costs one message each way. A frame is a 64-byte little-endian header and at most 1 MiB of payload::
 
     offset  size  field
     0       4     magic "KTX1"
@@ -29,6 +30,7 @@ from __future__ import annotations
 import enum
 import struct
 import zlib
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 PROTOCOL_VERSION = 1
@@ -40,7 +42,7 @@ MAX_PAYLOAD_BYTES = 1024 * 1024  # larger messages lose the allocator's recycled
 _MAGIC = int.from_bytes(b"KTX1", "little")
 _HEADER = struct.Struct("<IBBHQIHBBB3sIIQIIIII")
 HEADER_BYTES = _HEADER.size
-MAX_FRAME_BYTES = HEADER_BYTES + MAX_PAYLOAD_BYTES
+MAX_MESSAGE_BYTES = HEADER_BYTES + MAX_PAYLOAD_BYTES
 FLAG_CHECKSUM = 1
 _KNOWN_FLAGS = FLAG_CHECKSUM
 _RESERVED = b"\0\0\0"
@@ -134,14 +136,25 @@ def encode(header: Header, payload: bytes | bytearray | memoryview = b"", *, che
     return b"".join((packed, payload))
 
 
-def decode(message: bytes) -> tuple[Header, memoryview]:
-    """Splits a message into its header and a view of its payload.
+def decode(message: bytes) -> list[tuple[Header, memoryview]]:
+    """Splits a message into its frames: headers and views of the payloads.
 
     Raises FrameError where the message is truncated or oversized, the magic, version, flags or enumerators are unknown,
-    the announced size differs from the received one, or the checksum does not match.
+    the announced size differs from the received one, or a checksum does not match.
     """
-    if not HEADER_BYTES <= len(message) <= MAX_FRAME_BYTES:
-        raise FrameError(f"frame of {len(message)} bytes, expected {HEADER_BYTES} to {MAX_FRAME_BYTES}")
+    if not HEADER_BYTES <= len(message) <= MAX_MESSAGE_BYTES:
+        raise FrameError(f"message of {len(message)} bytes, expected {HEADER_BYTES} to {MAX_MESSAGE_BYTES}")
+    frames, position = [], 0
+    while position < len(message):
+        header, payload = _decode_at(message, position)
+        frames.append((header, payload))
+        position += HEADER_BYTES + payload.nbytes
+    return frames
+
+
+def _decode_at(message: bytes, position: int) -> tuple[Header, memoryview]:
+    if len(message) - position < HEADER_BYTES:
+        raise FrameError(f"message ends {len(message) - position} bytes into a frame's header: truncated or misframed")
     (
         magic,
         version,
@@ -162,12 +175,13 @@ def decode(message: bytes) -> tuple[Header, memoryview]:
         deadline_ms,
         epoch,
         reserved_tail,
-    ) = _HEADER.unpack_from(message)
+    ) = _HEADER.unpack_from(message, position)
     if magic != _MAGIC or version != PROTOCOL_VERSION:
         raise FrameError(f"frame begins with magic {magic:#x} version {version}, expected {_MAGIC:#x} version 1")
     if flags & ~_KNOWN_FLAGS or reserved != _RESERVED or reserved_tail:
         raise FrameError(f"frame has unknown flags {flags:#x} or a reserved field that is not zero")
-    payload = memoryview(message)[HEADER_BYTES:]
+    begin = position + HEADER_BYTES
+    payload = memoryview(message)[begin : begin + size]
     if size != payload.nbytes:
         raise FrameError(f"frame announces {size} payload bytes and carries {payload.nbytes}: truncated or misframed")
     if flags & FLAG_CHECKSUM and zlib.crc32(payload) != checksum:
@@ -211,3 +225,17 @@ def tensor_frames(header: Header, data: memoryview, *, checksum: bool = False) -
         )
         frames.append(encode(piece, view[offset : offset + MAX_PAYLOAD_BYTES], checksum=checksum))
     return frames
+
+
+def coalesce(frames: Iterable[bytes]) -> Iterator[bytes]:
+    """Messages that carry `frames` in order: small neighbours travel together, large ones are passed on uncopied."""
+    waiting: list[bytes] = []
+    size = 0
+    for frame in frames:
+        if waiting and size + len(frame) > MAX_MESSAGE_BYTES:
+            yield waiting[0] if len(waiting) == 1 else b"".join(waiting)
+            waiting, size = [], 0
+        waiting.append(frame)
+        size += len(frame)
+    if waiting:
+        yield waiting[0] if len(waiting) == 1 else b"".join(waiting)

@@ -9,12 +9,13 @@ import signal
 import sys
 from collections.abc import Callable
 from importlib.metadata import version
+from typing import Any
 
 import grpc
 import kt_expert_native as native
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
-from kt_expert_proto.frame import MAX_FRAME_BYTES
+from kt_expert_proto.frame import MAX_MESSAGE_BYTES
 from kt_expert_proto.v1 import service_pb2, service_pb2_grpc
 
 from kt_expert_server.api.control import ControlService
@@ -38,8 +39,8 @@ SERVICE_NAME = service_pb2.DESCRIPTOR.services_by_name["Expert"].full_name
 _LEASE_CHECKS = 3  # a lease ends at most a third of its length late
 _STREAM_GRACE_S = 2.0  # for the last frames to reach trainers after a drain
 _GRPC_OPTIONS = (
-    ("grpc.max_receive_message_length", 8 * MAX_FRAME_BYTES),
-    ("grpc.max_send_message_length", 8 * MAX_FRAME_BYTES),
+    ("grpc.max_receive_message_length", 8 * MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", 8 * MAX_MESSAGE_BYTES),
     ("grpc.so_reuseport", 0),  # on by default, and then two servers silently share a port
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
     ("grpc.keepalive_permit_without_calls", 1),
@@ -64,7 +65,7 @@ class Server:
             store.prepare()
         self._checkpoints = Checkpoints(self._registry, self._queue, store, self._metrics)
         self._observe = ObserveServer(self._registry, lambda: self._metrics.render(self._registry, self._queue))
-        self._health = health.aio.HealthServicer()
+        self._health: Any = health.aio.HealthServicer()  # type: ignore[attr-defined]  # present; the stubs lack it
         self._loaded_bytes = 0
         self._stop = asyncio.Event()
 

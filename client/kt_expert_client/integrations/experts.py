@@ -63,7 +63,7 @@ class RemoteExperts(nn.Module):
         needs_grad = hidden_states.requires_grad or routing_weights.requires_grad
         needs_grad = needs_grad or (anchor is not None and anchor.requires_grad)
         switch = getattr(self, "kt_switch", None)
-        return ExpertsFunction.apply(
+        output: torch.Tensor = ExpertsFunction.apply(
             hidden_states,
             routing_weights,
             anchor,
@@ -72,6 +72,7 @@ class RemoteExperts(nn.Module):
             torch.is_grad_enabled() and needs_grad,
             switch is None or switch.kt_adapter_on,
         )
+        return output
 
 
 def is_experts_class(candidate: object) -> bool:
@@ -142,13 +143,11 @@ def local_spec(name: str, module: Any) -> LocalLayerSpec:
     experts, first, second = shapes[DOWN]
     intermediate, hidden = (first, second) if module.is_transposed else (second, first)
     activation, alpha, limit = _activation(name, module)
-    return LocalLayerSpec(
-        layer_index(name), experts, hidden, intermediate, activation, alpha, limit, bool(module.has_bias)
-    )
+    return LocalLayerSpec(layer_index(name), experts, hidden, intermediate, activation, alpha, limit, bool(module.has_bias))
 
 
 def _activation(name: str, module: Any) -> tuple[str, float, float]:
-    stock = type(module).__mro__[2]
+    stock: Any = type(module).__mro__[2]
     if stock.__name__ == _GPT_OSS_CLASS:
         return "gpt_oss", float(module.alpha), float(module.limit)
     act = type(getattr(module, "act_fn", None)).__name__

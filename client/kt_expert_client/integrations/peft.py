@@ -149,7 +149,8 @@ class RemoteAdapter:
                 weight.data = torch.zeros(weight.shape) if value is None else value
 
     def _dtype(self, layer: _AdaptedLayer) -> torch.dtype:
-        return next((p.dtype for p in self._model.parameters() if p.is_floating_point()), layer.module.kt_dtype)
+        fallback: torch.dtype = layer.module.kt_dtype
+        return next((p.dtype for p in self._model.parameters() if p.is_floating_point()), fallback)
 
 
 def install(hook: OptimizerHook) -> None:
@@ -178,7 +179,22 @@ def install(hook: OptimizerHook) -> None:
 
 def _override_methods(model: PeftModel, adapter: RemoteAdapter, offload: ModelOffload, name: str) -> None:
     """Instance-level overrides: saving, loading, counting and what cannot be done with experts elsewhere."""
-    save, load, count = model.save_pretrained, model.load_adapter, model.get_nb_trainable_parameters
+    model.save_pretrained = _saving(model, adapter)
+    model.load_adapter = _loading(model, adapter, offload, name)
+    count = model.get_nb_trainable_parameters
+
+    def get_nb_trainable_parameters() -> tuple[int, int]:
+        trainable, total = count()
+        anchor = sum(1 for parameter_name, _ in model.named_parameters() if parameter_name.startswith(ANCHOR_MODULE))
+        return trainable + adapter.parameter_count - anchor, total + adapter.parameter_count - anchor
+
+    model.get_nb_trainable_parameters = get_nb_trainable_parameters
+    for method in ("merge_and_unload", "merge_adapter", "unload"):
+        setattr(model, method, _refusing(method))
+
+
+def _saving(model: PeftModel, adapter: RemoteAdapter) -> Callable[..., Any]:
+    save = model.save_pretrained
 
     def save_pretrained(save_directory: Any, *args: Any, **kwargs: Any) -> Any:
         if not kwargs.get("is_main_process", True):
@@ -186,15 +202,21 @@ def _override_methods(model: PeftModel, adapter: RemoteAdapter, offload: ModelOf
         with adapter.materialised(upload=False):
             state = kwargs.get("state_dict")
             if state is not None:
-                full = model.state_dict()
-                kwargs["state_dict"] = {**state, **{key: full[key] for key in full if ".experts." in key and "lora_" in key}}
+                expert_state = {k: v for k, v in model.state_dict().items() if ".experts." in k and "lora_" in k}
+                kwargs["state_dict"] = {**state, **expert_state}
             return save(save_directory, *args, **kwargs)
+
+    return save_pretrained
+
+
+def _loading(model: PeftModel, adapter: RemoteAdapter, offload: ModelOffload, name: str) -> Callable[..., Any]:
+    load = model.load_adapter
 
     def load_adapter(model_id: Any, adapter_name: str = name, *args: Any, **kwargs: Any) -> Any:
         if adapter_name != name:
             raise UnsupportedModel(
-                f"adapter {adapter_name!r} cannot be added: one adapter per run, and this one is {name!r}; load it under that "
-                "name, or load a second model"
+                f"adapter {adapter_name!r} cannot be added: one adapter per run, and this one is {name!r}; load it under "
+                "that name, or load a second model"
             )
         with adapter.materialised(upload=True):
             result = load(model_id, adapter_name, *args, **kwargs)
@@ -203,24 +225,17 @@ def _override_methods(model: PeftModel, adapter: RemoteAdapter, offload: ModelOf
             offload.upload(moments.tensors, step=moments.step)
         return result
 
-    def get_nb_trainable_parameters() -> tuple[int, int]:
-        trainable, total = count()
-        return trainable + adapter.parameter_count, total + adapter.parameter_count
+    return load_adapter
 
-    def refuse(what: str) -> Callable[..., None]:
-        def refused(*args: Any, **kwargs: Any) -> None:
-            del args, kwargs
-            raise UnsupportedModel(
-                f"{what} needs the expert weights, which are on the server; save the adapter and merge it where they are"
-            )
 
-        return refused
+def _refusing(method: str) -> Callable[..., None]:
+    def refused(*args: Any, **kwargs: Any) -> None:
+        del args, kwargs
+        raise UnsupportedModel(
+            f"{method} needs the expert weights, which are on the server; save the adapter and merge it where they are"
+        )
 
-    model.save_pretrained = save_pretrained
-    model.load_adapter = load_adapter
-    model.get_nb_trainable_parameters = get_nb_trainable_parameters
-    for method in ("merge_and_unload", "merge_adapter", "unload"):
-        setattr(model, method, refuse(method))
+    return refused
 
 
 def _remote_modules(model: nn.Module) -> list[Any]:
@@ -251,9 +266,7 @@ def _layer_lora(layer: _AdaptedLayer, adapter: str) -> LayerLora:
     for wrapper in layer.wrappers:
         rank[wrapper.parameter_name] = wrapper.r[adapter]
         scale[wrapper.parameter_name] = wrapper.scaling[adapter]
-    return LayerLora(
-        layer.layer, True, rank[GATE_UP], rank[GATE_UP], rank[DOWN], scale[GATE_UP], scale[GATE_UP], scale[DOWN]
-    )
+    return LayerLora(layer.layer, True, rank[GATE_UP], rank[GATE_UP], rank[DOWN], scale[GATE_UP], scale[GATE_UP], scale[DOWN])
 
 
 def _to_server(layer: _AdaptedLayer, parameter: str, a: torch.Tensor, b: torch.Tensor) -> AdapterTensors:

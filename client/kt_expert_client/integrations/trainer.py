@@ -17,9 +17,7 @@ from kt_expert_client.offload import ModelOffload
 class KtExpertCallback(TrainerCallback):  # type: ignore[misc]  # transformers has no annotations
     """Does nothing for models without remote experts."""
 
-    def on_save(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         del control
         offload = _offload_of(kwargs.get("model"))
         if offload is None or not offload.lora or not state.is_world_process_zero:

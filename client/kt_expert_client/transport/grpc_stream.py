@@ -5,9 +5,10 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import grpc
-from kt_expert_proto.frame import EPOCH_METADATA_KEY, MEMBER_METADATA_KEY, SESSION_METHOD
+from kt_expert_proto.frame import EPOCH_METADATA_KEY, MEMBER_METADATA_KEY, SESSION_METHOD, coalesce
 
 from kt_expert_client.errors import KtExpertError, ServerUnavailable, from_rpc
 from kt_expert_client.transport.base import FrameReceiver
@@ -21,8 +22,8 @@ class GrpcStreamTransport:
     def __init__(self, channel: grpc.Channel, member: str, epoch: int) -> None:
         self._outgoing: queue.SimpleQueue[Iterable[bytes] | None] = queue.SimpleQueue()
         metadata = ((MEMBER_METADATA_KEY, member), (EPOCH_METADATA_KEY, str(epoch)))
-        exchange = channel.stream_stream(SESSION_METHOD)
-        self._call = exchange(self._requests(), metadata=metadata)
+        exchange = channel.stream_stream(SESSION_METHOD, request_serializer=None, response_deserializer=None)
+        self._call: Any = exchange(self._requests(), metadata=metadata)
         self._closed = threading.Event()
         self._send_failure: KtExpertError | None = None
         self._thread: threading.Thread | None = None
@@ -46,8 +47,8 @@ class GrpcStreamTransport:
     def _requests(self) -> Iterator[bytes]:
         while (frames := self._outgoing.get()) is not None:
             try:
-                yield from frames
-            except Exception as error:  # noqa: BLE001  # gRPC would only log it, and every waiter would hang
+                yield from coalesce(frames)
+            except Exception as error:  # gRPC would only log it, and every waiter would hang
                 self._send_failure = ServerUnavailable(f"a request could not be sent: {error!r}")
                 self._call.cancel()
                 return

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import grpc
 from kt_expert_proto.frame import MAX_PAYLOAD_BYTES, PROTOCOL_VERSION
@@ -24,9 +24,11 @@ from kt_expert_server.runtime.registry import Registry
 from kt_expert_server.runtime.run import Member
 
 Context = grpc.aio.ServicerContext[Any, Any]
+_KERNEL_REASON = "the highest instruction set this machine offers, or the one KT_EXPERT_ISA names"
+Response = TypeVar("Response")
 
 
-class ControlService(service_pb2_grpc.ExpertServicer):  # type: ignore[misc]  # generated without annotations
+class ControlService(service_pb2_grpc.ExpertServicer):
     """Every method validates, calls the runtime, and answers."""
 
     def __init__(
@@ -148,7 +150,7 @@ class ControlService(service_pb2_grpc.ExpertServicer):  # type: ignore[misc]  # 
         async def body() -> AsyncIterator[pb.AdapterChunk]:
             run = self._registry.run_named(request.run)
             for tensor, values in stored_tensors(run, request.parameters, request.moments):
-                view = memoryview(values).cast("B")
+                view = values.data.cast("B")
                 for offset in range(0, view.nbytes, MAX_PAYLOAD_BYTES):
                     yield pb.AdapterChunk(
                         run=run.name,
@@ -286,13 +288,7 @@ class ControlService(service_pb2_grpc.ExpertServicer):  # type: ignore[misc]  # 
             uptime_s=time.monotonic() - self._begun,
             runs=runs,
             kernels=[
-                pb.KernelStatus(
-                    layer=layer,
-                    isa=engine.isa,
-                    kernel=engine.kernel,
-                    weight_format="bf16",
-                    reason="the highest instruction set this machine offers, or the one KT_EXPERT_ISA names",
-                )  # fmt: skip
+                pb.KernelStatus(layer=layer, isa=engine.isa, kernel=engine.kernel, weight_format="bf16", reason=_KERNEL_REASON)
                 for layer in layers
             ],
             memory=[pb.MemoryStatus(kind=kind.value, bytes=registry.budget.reserved(kind)) for kind in Kind],
@@ -304,5 +300,5 @@ class ControlService(service_pb2_grpc.ExpertServicer):  # type: ignore[misc]  # 
     async def _wait(self, member: Member, request_id: int) -> None:
         await self._compute.wait_for_request(member, request_id, self._registry.limits.max_barrier_s)
 
-    async def _answer(self, method: str, context: Context, body: Callable[[], Awaitable[Any]]) -> Any:
+    async def _answer(self, method: str, context: Context, body: Callable[[], Awaitable[Response]]) -> Response:
         return await self._guard.unary(method, context, body)

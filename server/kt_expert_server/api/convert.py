@@ -37,16 +37,8 @@ def run_config(config: pb.RunConfig) -> RunConfig:
         scales = (entry.scale_gate, entry.scale_up, entry.scale_down)
         if not all(math.isfinite(scale) and abs(scale) <= _MAX_LORA_SCALE for scale in scales):
             raise InvalidRequest(f"layer {entry.layer}: LoRA scales are {scales}, expected finite numbers")
-        lora.append(
-            LayerLora(
-                entry.layer,
-                entry.tied,
-                entry.rank_gate,
-                entry.rank_up,
-                entry.rank_down,
-                *scales,
-            )  # fmt: skip
-        )
+        ranks = (entry.rank_gate, entry.rank_up, entry.rank_down)
+        lora.append(LayerLora(entry.layer, entry.tied, *ranks, *scales))
     return RunConfig(config.world_size, _DTYPES[config.wire_dtype], tuple(lora), config.seed)
 
 

@@ -6,13 +6,14 @@ import logging
 import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import grpc
 
 from kt_expert_server.errors import ServerError
 from kt_expert_server.observe.metrics import Metrics
 
+Response = TypeVar("Response")
 _log = logging.getLogger(__name__)
 
 
@@ -36,8 +37,8 @@ class CallGuard:
         self._metrics = metrics
 
     async def unary(
-        self, method: str, context: grpc.aio.ServicerContext[Any, Any], body: Callable[[], Awaitable[Any]]
-    ) -> Any:
+        self, method: str, context: grpc.aio.ServicerContext[Any, Any], body: Callable[[], Awaitable[Response]]
+    ) -> Response:
         begun, code = time.monotonic(), "OK"
         self._metrics.call_started(method)
         try:
@@ -45,7 +46,7 @@ class CallGuard:
         except ServerError as error:
             code = error.code
             await abort(context, error)
-        except Exception:  # noqa: BLE001  # the last place that can turn it into a status
+        except Exception:  # the last place that can turn it into a status
             code = "INTERNAL"
             await abort_fault(context, method)
         finally:
@@ -62,7 +63,7 @@ class CallGuard:
         except ServerError as error:
             code = error.code
             await abort(context, error)
-        except Exception:  # noqa: BLE001  # as above
+        except Exception:  # as above
             code = "INTERNAL"
             await abort_fault(context, method)
         finally:

@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import grpc
-from kt_expert_proto.frame import EPOCH_METADATA_KEY, MEMBER_METADATA_KEY, SESSION_METHOD, FrameError
+from kt_expert_proto.frame import EPOCH_METADATA_KEY, MEMBER_METADATA_KEY, SESSION_METHOD, FrameError, coalesce
 
 from kt_expert_server.api.status import abort, abort_fault
 from kt_expert_server.errors import InvalidRequest, ServerError, WrongPhase
@@ -30,7 +30,7 @@ class StreamEnded(ServerError):
     code = "FAILED_PRECONDITION"
 
 
-class SessionStreams(grpc.GenericRpcHandler):
+class SessionStreams(grpc.GenericRpcHandler[bytes, bytes]):
     """Serves /kt_expert.v1.Session/Exchange with identity serializers."""
 
     def __init__(self, registry: Registry, compute: Compute, metrics: Metrics) -> None:
@@ -41,7 +41,7 @@ class SessionStreams(grpc.GenericRpcHandler):
     def service(self, handler_call_details: Any) -> Any:
         if handler_call_details.method != SESSION_METHOD:
             return None
-        return grpc.stream_stream_rpc_method_handler(self._exchange)  # type: ignore[arg-type]  # the stubs know sync only
+        return grpc.stream_stream_rpc_method_handler(self._exchange)
 
     async def _exchange(self, messages: AsyncIterator[bytes], context: Context) -> None:
         begun, code = time.monotonic(), "OK"
@@ -54,7 +54,7 @@ class SessionStreams(grpc.GenericRpcHandler):
         except asyncio.CancelledError:
             code = "CANCELLED"
             raise
-        except Exception:  # noqa: BLE001  # the last place that can turn it into a status
+        except Exception:  # the last place that can turn it into a status
             code = "INTERNAL"
             await abort_fault(context, _METHOD)
         finally:
@@ -64,9 +64,7 @@ class SessionStreams(grpc.GenericRpcHandler):
         metadata = {str(key): str(value) for key, value in context.invocation_metadata() or ()}
         token, epoch = metadata.get(MEMBER_METADATA_KEY, ""), metadata.get(EPOCH_METADATA_KEY, "")
         if not token or not epoch.isdigit():
-            raise InvalidRequest(
-                f"the stream lacks metadata {MEMBER_METADATA_KEY} and {EPOCH_METADATA_KEY}; join a run first"
-            )
+            raise InvalidRequest(f"the stream lacks metadata {MEMBER_METADATA_KEY} and {EPOCH_METADATA_KEY}; join a run first")
         member = self._registry.member(token)
         if int(epoch) != member.epoch:
             raise WrongPhase(f"epoch {epoch} is stale, rank {member.rank} is at {member.epoch}; join the run again")
@@ -79,9 +77,7 @@ class _Exchange:
     def __init__(self, member: Member, registry: Registry, compute: Compute, metrics: Metrics) -> None:
         # Bounded by the member's credits: only outcomes that are not acknowledged wait here.
         self._outgoing: asyncio.Queue[list[bytes] | str] = asyncio.Queue()
-        self._session = Session(
-            member, registry, compute, metrics, self._outgoing.put_nowait, self._outgoing.put_nowait
-        )
+        self._session = Session(member, registry, compute, metrics, self._outgoing.put_nowait, self._outgoing.put_nowait)
 
     async def run(self, messages: AsyncIterator[bytes], context: Context) -> None:
         self._session.attach()
@@ -110,5 +106,5 @@ class _Exchange:
             item = await self._outgoing.get()
             if isinstance(item, str):
                 raise StreamEnded(item)
-            for frame in item:
-                await context.write(frame)
+            for message in coalesce(item):
+                await context.write(message)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
 import logging
 import os
 import sys
@@ -37,9 +36,7 @@ _PLAIN_REPORTS = 10  # lines a load prints where there is no terminal
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the process's exit status: 0 after a clean stop, an error's own status otherwise."""
     options = _parser().parse_args(argv)
-    logging.basicConfig(
-        stream=sys.stderr, level=options.log_level.upper(), format="%(asctime)s %(levelname)s %(message)s"
-    )
+    logging.basicConfig(stream=sys.stderr, level=options.log_level.upper(), format="%(asctime)s %(levelname)s %(message)s")
     try:
         config = _config(options)
         plan = plan_model(config.model_dir)
@@ -57,16 +54,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="kt-expert-server", description="Serve the experts of a MoE checkpoint.")
     parser.add_argument("--model", required=True, type=Path, metavar="DIR", help="checkpoint with safetensors files")
-    parser.add_argument(
-        "--listen", default=DEFAULT_LISTEN, metavar="HOST:PORT", help="gRPC address (port 0: a free one)"
-    )
+    parser.add_argument("--listen", default=DEFAULT_LISTEN, metavar="HOST:PORT", help="gRPC address (port 0: a free one)")
     parser.add_argument("--metrics-listen", default=DEFAULT_METRICS_LISTEN, metavar="HOST:PORT", help="HTTP address")
     parser.add_argument("--state-dir", type=Path, metavar="DIR", help="where checkpoints are kept; none without it")
     parser.add_argument("--threads", type=int, metavar="N", help="engine threads (default: all cores of this process)")
     parser.add_argument("--weight-format", default="bf16", choices=WEIGHT_FORMATS, help="format resident in memory")
-    parser.add_argument(
-        "--memory-limit", type=float, metavar="GIB", help="limit of all reservations (default: cgroup's)"
-    )
+    parser.add_argument("--memory-limit", type=float, metavar="GIB", help="limit of all reservations (default: cgroup's)")
     parser.add_argument(
         "--shutdown-timeout", type=float, default=_DEFAULT_SHUTDOWN_TIMEOUT_S, metavar="S", help="time to finish work"
     )

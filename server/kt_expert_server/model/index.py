@@ -67,9 +67,7 @@ class ModelPlan:
 def plan_model(directory: Path) -> ModelPlan:
     """Reads config and headers only. Raises ModelError that says what is missing or not supported."""
     if not directory.is_dir():
-        raise ModelError(
-            f"model directory {directory} does not exist; give a directory with config.json and safetensors"
-        )
+        raise ModelError(f"model directory {directory} does not exist; give a directory with config.json and safetensors")
     config = _read_json(directory / "config.json")
     family = family_of(config)
     index = _tensor_index(directory)
@@ -106,9 +104,7 @@ def _tensor_index(directory: Path) -> dict[str, tuple[str, TensorInfo]]:
             raise ModelError(f"{_INDEX_NAME} names files outside the model directory: {unsafe[0]}")
         missing = [name for name in files if not (directory / name).is_file()]
         if missing:
-            raise ModelError(
-                f"{len(missing)} of {len(files)} shards are missing, the first is {missing[0]}; fetch them again"
-            )
+            raise ModelError(f"{len(missing)} of {len(files)} shards are missing, the first is {missing[0]}; fetch them again")
     elif (directory / _SINGLE_NAME).is_file():
         weight_map, files = None, [_SINGLE_NAME]
     else:
@@ -123,9 +119,7 @@ def _tensor_index(directory: Path) -> dict[str, tuple[str, TensorInfo]]:
     return found
 
 
-def _layers(
-    config: Mapping[str, object], family: Family, index: Mapping[str, tuple[str, TensorInfo]]
-) -> tuple[LayerPlan, ...]:
+def _layers(config: Mapping[str, object], family: Family, index: Mapping[str, tuple[str, TensorInfo]]) -> tuple[LayerPlan, ...]:
     found: dict[str, dict[str, tuple[str, TensorInfo]]] = {}
     about: dict[str, tuple[int, Naming]] = {}
     for naming in family.namings:

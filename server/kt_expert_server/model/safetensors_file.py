@@ -48,9 +48,7 @@ class SafetensorsFile:
     def __enter__(self) -> SafetensorsFile:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         os.close(self._fd)
 
     def read_into(self, info: TensorInfo, offset: int, target: memoryview) -> None:
@@ -86,9 +84,7 @@ class SafetensorsFile:
         begin, end = (int(offset) for offset in offsets)
         sizes = tuple(int(size) for size in shape)
         if not 0 <= begin <= end or data_begin + end > file_bytes or any(size < 0 for size in sizes):
-            raise ModelError(
-                f"{self._path.name}: tensor {name} lies outside the file; the file is truncated or damaged"
-            )
+            raise ModelError(f"{self._path.name}: tensor {name} lies outside the file; the file is truncated or damaged")
         if dtype in DTYPE_BYTES:
             expected = DTYPE_BYTES[dtype]
             for size in sizes:

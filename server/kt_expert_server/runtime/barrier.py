@@ -56,8 +56,7 @@ class Barrier(Generic[Payload, Result]):
             return self._last
         if sequence != self._completed + 1:
             raise WrongPhase(
-                f"{self._name} {sequence} was asked for, the next is {self._completed + 1}; a member has missed or "
-                "repeated one"
+                f"{self._name} {sequence} was asked for, the next is {self._completed + 1}; a member has missed or repeated one"
             )
         if self._round is None:
             self._round = _Round(sequence)
@@ -74,7 +73,7 @@ class Barrier(Generic[Payload, Result]):
     ) -> None:
         try:
             result = await action(current.arrivals)
-        except Exception as error:  # noqa: BLE001  # every waiting member must hear of it, whatever it is
+        except Exception as error:  # every waiting member must hear of it, whatever it is
             self._round = None
             current.done.set_exception(error)
             return

@@ -21,9 +21,7 @@ class Report(Protocol):
 class Checkpoints:
     """Snapshots between two operations of the engine, so that what is written is one consistent state."""
 
-    def __init__(
-        self, registry: Registry, queue: EngineQueue, store: CheckpointStore | None, observer: Observer
-    ) -> None:
+    def __init__(self, registry: Registry, queue: EngineQueue, store: CheckpointStore | None, observer: Observer) -> None:
         self._registry = registry
         self._queue = queue
         self._store = store
@@ -48,9 +46,7 @@ class Checkpoints:
         store, model = self._require_store(), self._registry.loaded_model()
         manifest = store.read_manifest(name)
         if manifest.model_digest != model.plan.digest:
-            raise InvalidRequest(
-                f"checkpoint {name!r} belongs to another base model than the one this server has loaded"
-            )
+            raise InvalidRequest(f"checkpoint {name!r} belongs to another base model than the one this server has loaded")
         if manifest.config.lora != run.config.lora:
             raise InvalidRequest(f"checkpoint {name!r} has other LoRA shapes than run {run.name!r}")
         begun = time.monotonic()

@@ -63,9 +63,7 @@ class Compute:
         tokens, top_k = request.expert_ids.shape
         budget, dtype = self._registry.budget, "bf16" if request.x.dtype == np.uint16 else "fp32"
         scratch = self._queue.engine.scratch_bytes(layer.spec, lora, tokens, top_k)
-        saved = (
-            self._queue.engine.ticket_bytes(layer.spec, lora, tokens, top_k, dtype) if request.save_for_backward else 0
-        )
+        saved = self._queue.engine.ticket_bytes(layer.spec, lora, tokens, top_k, dtype) if request.save_for_backward else 0
         queued = time.monotonic()
         async with self._queue.turn():
             with budget.held(Kind.SCRATCH, scratch, f"a forward of {tokens} tokens"):
@@ -176,9 +174,7 @@ class Compute:
                 f"ticket {request.ticket} does not exist; run the forward with save_for_backward and name its request id"
             )
         if saved.layer != request.layer:
-            raise InvalidRequest(
-                f"ticket {request.ticket} belongs to layer {saved.layer}, not to layer {request.layer}"
-            )
+            raise InvalidRequest(f"ticket {request.ticket} belongs to layer {saved.layer}, not to layer {request.layer}")
         if saved.with_adapter and saved.adapter_version != member.run.adapter_version:
             raise WrongPhase(
                 f"the adapter changed since the forward of ticket {request.ticket}; run the forward again, then backward"
@@ -253,9 +249,7 @@ class Compute:
     async def wait_for_request(self, member: Member, request_id: int, timeout_s: float) -> None:
         """Waits until the request and all before it have their outcome."""
         if request_id > member.last_request_id:
-            raise WrongPhase(
-                f"the call waits for request {request_id}, the last one that arrived is {member.last_request_id}"
-            )
+            raise WrongPhase(f"the call waits for request {request_id}, the last one that arrived is {member.last_request_id}")
         async with member.finished:
             try:
                 await _wait(member, request_id, timeout_s)
@@ -264,9 +258,7 @@ class Compute:
 
 
 async def _wait(member: Member, request_id: int, timeout_s: float) -> None:
-    await asyncio.wait_for(
-        member.finished.wait_for(lambda: all(running > request_id for running in member.running)), timeout_s
-    )
+    await asyncio.wait_for(member.finished.wait_for(lambda: all(running > request_id for running in member.running)), timeout_s)
 
 
 def window_gradients(
@@ -286,9 +278,7 @@ def rank_gradients(run: Run, layer: int) -> list[native.LoraTensors]:
     return [run.members[rank].gradients[layer] for rank in sorted(run.members) if layer in run.members[rank].window]
 
 
-def ensure_moments(
-    adapter: LayerAdapter, layer_spec: native.LayerSpec
-) -> tuple[native.LoraTensors, native.LoraTensors]:
+def ensure_moments(adapter: LayerAdapter, layer_spec: native.LayerSpec) -> tuple[native.LoraTensors, native.LoraTensors]:
     if adapter.exp_avg is None or adapter.exp_avg_sq is None:
         adapter.exp_avg = native.LoraTensors(layer_spec, adapter.spec)
         adapter.exp_avg_sq = native.LoraTensors(layer_spec, adapter.spec)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from kt_expert_proto.frame import DTYPE_BYTES, Dtype, FrameError, Header, Op, Tensor
@@ -45,9 +46,7 @@ class IncomingRequest:
         """Raises FrameError for an undeclared tensor, another dtype, or bytes out of order or past the end."""
         part = self.parts.get(header.tensor)
         if part is None or header.dtype != part.dtype:
-            raise FrameError(
-                f"request {self.header.request_id} does not take tensor {header.tensor.name} {header.dtype.name}"
-            )
+            raise FrameError(f"request {self.header.request_id} does not take tensor {header.tensor.name} {header.dtype.name}")
         end = header.offset + payload.nbytes
         if header.offset != part.received or end > len(part.buffer):
             raise FrameError(
@@ -82,7 +81,7 @@ class IncomingRequest:
             self.open.begin_window,
         )
 
-    def _array(self, tensor: Tensor) -> NDArray[np.generic]:
+    def _array(self, tensor: Tensor) -> NDArray[Any]:
         part = self.parts[tensor]
         return np.ndarray(part.shape, _NUMPY[part.dtype], part.buffer)
 
@@ -96,9 +95,7 @@ def declared_parts(
         raise NotFound(f"layer {header.layer} has no experts; layers with experts: {describe_layers(model)}")
     plan = layer.plan
     if header.hidden != plan.hidden_size:
-        raise InvalidRequest(
-            f"layer {header.layer} takes hidden size {plan.hidden_size}, the request has {header.hidden}"
-        )
+        raise InvalidRequest(f"layer {header.layer} takes hidden size {plan.hidden_size}, the request has {header.hidden}")
     wire = WIRE_DTYPES[wire_dtype]
     if header.dtype is not wire:
         raise InvalidRequest(f"this run's tokens travel as {wire.name}, the request has {header.dtype.name}")
@@ -110,9 +107,7 @@ def declared_parts(
     if header.op is not Op.FORWARD:
         raise InvalidRequest(f"op {header.op.name} is not a request; expected FORWARD or BACKWARD")
     if opened.top_k != plan.top_k:
-        raise InvalidRequest(
-            f"layer {header.layer} routes each token to {plan.top_k} experts, the request has {opened.top_k}"
-        )
+        raise InvalidRequest(f"layer {header.layer} routes each token to {plan.top_k} experts, the request has {opened.top_k}")
     routes = (header.tokens, opened.top_k)
     return {
         Tensor.EXPERT_IDS: (Dtype.INT32, routes),
@@ -125,9 +120,7 @@ def declared_bytes(parts: dict[Tensor, tuple[Dtype, tuple[int, int]]]) -> int:
     return sum(DTYPE_BYTES[dtype] * shape[0] * shape[1] for dtype, shape in parts.values())
 
 
-def allocate(
-    header: Header, opened: RequestOpen, parts: dict[Tensor, tuple[Dtype, tuple[int, int]]]
-) -> IncomingRequest:
+def allocate(header: Header, opened: RequestOpen, parts: dict[Tensor, tuple[Dtype, tuple[int, int]]]) -> IncomingRequest:
     return IncomingRequest(
         header,
         opened,

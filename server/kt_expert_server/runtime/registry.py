@@ -145,9 +145,7 @@ class Registry:
         if member is not None:
             member.epoch += 1
             if member.sink is not None:
-                member.sink.close(
-                    f"rank {rank} of run {name!r} was joined again: epoch {member.epoch} replaces this one"
-                )
+                member.sink.close(f"rank {rank} of run {name!r} was joined again: epoch {member.epoch} replaces this one")
                 member.sink = None
             member.last_seen = time.monotonic()
             return member

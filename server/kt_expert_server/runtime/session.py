@@ -6,8 +6,8 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import Callable
-from typing import assert_never
+from collections.abc import Callable, Mapping
+from typing import Any, assert_never
 
 import kt_expert_native as native
 import numpy as np
@@ -102,7 +102,10 @@ class Session:
 
     def receive(self, message: bytes) -> None:
         """Takes one message off the wire."""
-        header, payload = decode(message)
+        for header, payload in decode(message):
+            self._frame(header, payload)
+
+    def _frame(self, header: Header, payload: memoryview) -> None:
         if header.epoch != self._epoch:
             raise FrameError(f"frame of epoch {header.epoch} on a stream of epoch {self._epoch}")
         self._member.last_seen = time.monotonic()
@@ -129,9 +132,7 @@ class Session:
         if self._is_repeat(request_id):
             return
         if request_id <= self._member.last_request_id and request_id not in self._member.dropped:
-            raise FrameError(
-                f"request id {request_id} came after {self._member.last_request_id}; ids of a member increase"
-            )
+            raise FrameError(f"request id {request_id} came after {self._member.last_request_id}; ids of a member increase")
         self._member.dropped.discard(request_id)
         self._member.last_request_id = max(request_id, self._member.last_request_id)
         try:
@@ -149,13 +150,8 @@ class Session:
         parts = declared_parts(header, opened, self._registry.loaded_model(), limits, member.run.config.wire_dtype)
         size = declared_bytes(parts)
         if size > limits.max_request_bytes:
-            raise InvalidRequest(
-                f"the request's tensors take {size} bytes, at most {limits.max_request_bytes} are taken"
-            )
-        if (
-            member.credit_requests_used >= limits.credit_requests
-            or member.credit_bytes_used + size > limits.credit_bytes
-        ):
+            raise InvalidRequest(f"the request's tensors take {size} bytes, at most {limits.max_request_bytes} are taken")
+        if member.credit_requests_used >= limits.credit_requests or member.credit_bytes_used + size > limits.credit_bytes:
             raise OutOfCapacity(
                 f"{member.credit_requests_used} requests and {member.credit_bytes_used} bytes are without an acknowledged "
                 f"outcome, the credits are {limits.credit_requests} and {limits.credit_bytes}; acknowledge outcomes first"
@@ -238,7 +234,7 @@ class Session:
             member.running.pop(request_id, None)
             member.finished.notify_all()
 
-    def _result_frames(self, header: Header, tensors: dict[Tensor, NDArray[np.generic]]) -> list[bytes]:
+    def _result_frames(self, header: Header, tensors: Mapping[Tensor, NDArray[Any]]) -> list[bytes]:
         begun = time.monotonic()
         base = Header(
             FrameType.RESULT, header.request_id, header.layer, header.op, tokens=header.tokens, hidden=header.hidden,
@@ -252,7 +248,7 @@ class Session:
                 epoch=header.epoch,
             )  # fmt: skip
             if values.nbytes:
-                frames += tensor_frames(about, memoryview(values).cast("B"))
+                frames += tensor_frames(about, values.data.cast("B"))
         frames.append(encode(Header(FrameType.END, header.request_id, epoch=header.epoch)))
         direction = "forward" if header.op is Op.FORWARD else "backward"
         self._observer.stage(direction, "send", time.monotonic() - begun)

@@ -57,9 +57,7 @@ class Manifest:
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise InvalidRequest(f"the checkpoint's manifest cannot be read: {error}") from error
         if manifest.format_version != FORMAT_VERSION:
-            raise InvalidRequest(
-                f"the checkpoint has format {manifest.format_version}, this server reads {FORMAT_VERSION}"
-            )
+            raise InvalidRequest(f"the checkpoint has format {manifest.format_version}, this server reads {FORMAT_VERSION}")
         return manifest
 
 
@@ -113,9 +111,7 @@ class CheckpointStore:
             except OSError as error:
                 raise InvalidRequest(f"checkpoint {name!r} lacks {path.name}: {error.strerror}") from error
             if hashlib.sha256(raw).hexdigest() != digest:
-                raise InvalidRequest(
-                    f"checkpoint {name!r}: {path.name} is damaged, its digest differs from the manifest"
-                )
+                raise InvalidRequest(f"checkpoint {name!r}: {path.name} is damaged, its digest differs from the manifest")
             try:
                 content = safetensors.numpy.load(raw)
             except SafetensorError as error:

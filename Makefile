@@ -1,0 +1,65 @@
+# Every target does its own set-up. Needs Python 3.11 or newer with venv, g++, git and make; `make test` also needs
+# Debian's prometheus and doctest-dev, which it installs where it may (root), or names.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+NATIVE_BUILD := build/native-tests
+TORCH ?= torch==2.13.0
+NATIVE_SOURCES := $(shell find native -name '*.cc' -o -name '*.h' -o -name '*.inc' -o -name 'CMakeLists.txt' -o -name '*.cmake')
+PROTO_SOURCES := $(wildcard proto/kt_expert_proto/v1/*.proto)
+DEMO_FLAGS ?=
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: setup demo test check format native-test python-test bench clean system-packages
+
+setup: $(STAMP)
+
+# A CPU build of torch comes first: left to the dependencies, pip would fetch gigabytes of CUDA libraries.
+$(VENV)/.torch:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet "$(TORCH)" || $(BIN)/python -m pip install --quiet torch
+	touch $@
+
+$(STAMP): pyproject.toml $(NATIVE_SOURCES) $(PROTO_SOURCES) | $(VENV)/.torch
+	$(BIN)/python deploy/requirements.py build dev > $(VENV)/requirements.txt
+	$(BIN)/python -m pip install --quiet -r $(VENV)/requirements.txt
+	$(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --editable .
+	touch $@
+
+demo: $(STAMP)
+	$(BIN)/python deploy/demo/run.py $(DEMO_FLAGS)
+
+test: check native-test python-test
+	$(MAKE) demo DEMO_FLAGS="--out build/demo-small --base-steps 40 --steps 6"
+
+check: $(STAMP)
+	ruff format --check .
+	ruff check .
+	clang-format --dry-run --Werror $$(git ls-files 'native/*.cc' 'native/*.h')
+	mypy
+
+format: $(STAMP)
+	ruff format .
+	ruff check --fix .
+	clang-format -i $$(git ls-files 'native/*.cc' 'native/*.h')
+
+system-packages:
+	sh .ci/system-packages
+
+native-test: $(STAMP) system-packages
+	cmake -S native -B $(NATIVE_BUILD) -G Ninja -DKT_EXPERT_BUILD_MODULE=OFF -DKT_EXPERT_BUILD_TESTS=ON > /dev/null
+	cmake --build $(NATIVE_BUILD)
+	$(NATIVE_BUILD)/tests/kt_expert_native_tests
+
+python-test: $(STAMP) system-packages
+	$(BIN)/python -m pytest
+
+bench: $(STAMP)
+	kt-expert bench layer --json build/bench.json
+
+clean:
+	rm -rf build
