@@ -1,8 +1,31 @@
-"""Puts the test support packages (golden, ...) on the path."""
+"""Puts the test support packages on the path and starts the servers tests share."""
 
 from __future__ import annotations
 
+import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+
 sys.path.insert(0, str(Path(__file__).parent))
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.pop("KT_EXPERT_SERVER", None)
+
+from support.models import save_checkpoint
+from support.server import ServerProcess
+
+
+@pytest.fixture(scope="session")
+def qwen3_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny qwen3_moe as a user has it on disk."""
+    return save_checkpoint("qwen3_moe", tmp_path_factory.mktemp("qwen3"))
+
+
+@pytest.fixture(scope="session")
+def server(qwen3_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    """One server for all tests that leave it as they found it."""
+    directory = tmp_path_factory.mktemp("server")
+    with ServerProcess(qwen3_checkpoint, directory / "log", "--state-dir", str(directory / "state")) as process:
+        yield process

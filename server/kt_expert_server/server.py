@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
 from importlib.metadata import version
 from typing import Any
@@ -22,7 +23,7 @@ from kt_expert_server.api.control import ControlService
 from kt_expert_server.api.status import CallGuard
 from kt_expert_server.api.stream import SessionStreams
 from kt_expert_server.config import Address, ServerConfig
-from kt_expert_server.errors import ListenError, ServerError
+from kt_expert_server.errors import InvalidRequest, ListenError, ServerError, ServerUnavailable
 from kt_expert_server.model.index import ModelPlan
 from kt_expert_server.model.loader import BaseModel, load_model
 from kt_expert_server.observe.http import ObserveServer
@@ -37,7 +38,8 @@ from kt_expert_server.store.checkpoint import CheckpointStore
 _log = logging.getLogger(__name__)
 SERVICE_NAME = service_pb2.DESCRIPTOR.services_by_name["Expert"].full_name
 _LEASE_CHECKS = 3  # a lease ends at most a third of its length late
-_STREAM_GRACE_S = 2.0  # for the last frames to reach trainers after a drain
+_STREAM_GRACE_S = 2.0  # for the last words to reach trainers after a drain
+_ACKNOWLEDGE_POLL_S = 0.02
 _GRPC_OPTIONS = (
     ("grpc.max_receive_message_length", 8 * MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", 8 * MAX_MESSAGE_BYTES),
@@ -56,7 +58,11 @@ class Server:
         self._plan = plan
         self._budget = MemoryBudget(config.memory_limit_bytes)
         self._registry = Registry(self._budget, config.limits)
-        self._queue = EngineQueue(native.Engine(config.threads, config.isa))
+        try:
+            engine = native.Engine(config.threads, config.isa)
+        except native.NativeError as error:
+            raise InvalidRequest(str(error)) from error
+        self._queue = EngineQueue(engine)
         self._version = version("kt-expert")
         self._metrics = Metrics(self._version, self._queue.engine.isa, config.weight_format)
         self._compute = Compute(self._registry, self._queue, self._metrics)
@@ -155,6 +161,12 @@ class Server:
         self._registry.drain()
         await self._health.enter_graceful_shutdown()
         _log.info("draining: %d members are joined", len(self._registry.members))
+        deadline = time.monotonic() + self._config.shutdown_timeout_s
         if not await self._registry.wait_idle(self._config.shutdown_timeout_s):
             _log.warning("requests were still running after %g s and are abandoned", self._config.shutdown_timeout_s)
+        while any(member.outcomes for member in self._registry.members if member.sink) and time.monotonic() < deadline:
+            await asyncio.sleep(_ACKNOWLEDGE_POLL_S)
+        for member in self._registry.members:
+            if member.sink is not None:
+                member.sink.close(ServerUnavailable("the server has finished its work and is stopping"))
         await grpc_server.stop(_STREAM_GRACE_S)

@@ -63,7 +63,7 @@ class RemoteExperts(nn.Module):
         needs_grad = hidden_states.requires_grad or routing_weights.requires_grad
         needs_grad = needs_grad or (anchor is not None and anchor.requires_grad)
         switch = getattr(self, "kt_switch", None)
-        output: torch.Tensor = ExpertsFunction.apply(
+        output: torch.Tensor = ExpertsFunction.apply(  # type: ignore[no-untyped-call]  # torch leaves it unannotated
             hidden_states,
             routing_weights,
             anchor,

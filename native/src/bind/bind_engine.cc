@@ -71,10 +71,6 @@ void backward(Engine& engine, const LayerWeights& weights, const LoraTensors* ad
               const Ticket& ticket, const py::array& dy, py::array dx, FloatArray d_weights, const CancelToken* token) {
   const py::ssize_t tokens = ticket.routing().tokens;
   const py::ssize_t top_k = ticket.routing().top_k;
-  if (d_weights.ndim() != 2 || d_weights.shape(0) != tokens || d_weights.shape(1) != top_k) {
-    throw InvalidArgument("d_weights has shape " + shape_text(d_weights) + ", expected (" + std::to_string(tokens) +
-                          ", " + std::to_string(top_k) + ")");
-  }
   BackwardArgs args;
   args.weights = &weights;
   args.lora = adapter;
@@ -82,6 +78,10 @@ void backward(Engine& engine, const LayerWeights& weights, const LoraTensors* ad
   args.ticket = &ticket;
   args.dy = tokens_in(dy, "dy", tokens, weights.spec().hidden);
   args.dx = tokens_out(dx, "dx", tokens, weights.spec().hidden);
+  if (d_weights.ndim() != 2 || d_weights.shape(0) != tokens || d_weights.shape(1) != top_k) {
+    throw InvalidArgument("d_weights has shape " + shape_text(d_weights) + ", expected (" + std::to_string(tokens) +
+                          ", " + std::to_string(top_k) + ")");
+  }
   args.d_weights = d_weights.mutable_data();
   args.token = token;
   py::gil_scoped_release release;

@@ -24,13 +24,7 @@ Context = grpc.aio.ServicerContext[bytes, bytes]
 _METHOD = "Exchange"
 
 
-class StreamEnded(ServerError):
-    """The stream was replaced by a newer one, or its member left."""
-
-    code = "FAILED_PRECONDITION"
-
-
-class SessionStreams(grpc.GenericRpcHandler[bytes, bytes]):
+class SessionStreams(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # generic in the stubs only
     """Serves /kt_expert.v1.Session/Exchange with identity serializers."""
 
     def __init__(self, registry: Registry, compute: Compute, metrics: Metrics) -> None:
@@ -76,7 +70,7 @@ class _Exchange:
 
     def __init__(self, member: Member, registry: Registry, compute: Compute, metrics: Metrics) -> None:
         # Bounded by the member's credits: only outcomes that are not acknowledged wait here.
-        self._outgoing: asyncio.Queue[list[bytes] | str] = asyncio.Queue()
+        self._outgoing: asyncio.Queue[list[bytes] | ServerError] = asyncio.Queue()
         self._session = Session(member, registry, compute, metrics, self._outgoing.put_nowait, self._outgoing.put_nowait)
 
     async def run(self, messages: AsyncIterator[bytes], context: Context) -> None:
@@ -104,7 +98,7 @@ class _Exchange:
     async def _write(self, context: Context) -> None:
         while True:
             item = await self._outgoing.get()
-            if isinstance(item, str):
-                raise StreamEnded(item)
+            if isinstance(item, ServerError):
+                raise item
             for message in coalesce(item):
                 await context.write(message)

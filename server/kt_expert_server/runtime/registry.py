@@ -17,6 +17,7 @@ from kt_expert_server.errors import (
     NotFound,
     OutOfCapacity,
     ServerUnavailable,
+    WrongPhase,
 )
 from kt_expert_server.model.loader import BaseModel
 from kt_expert_server.runtime.barrier import Barrier
@@ -145,7 +146,9 @@ class Registry:
         if member is not None:
             member.epoch += 1
             if member.sink is not None:
-                member.sink.close(f"rank {rank} of run {name!r} was joined again: epoch {member.epoch} replaces this one")
+                member.sink.close(
+                    WrongPhase(f"rank {rank} of run {name!r} was joined again: epoch {member.epoch} replaces this one")
+                )
                 member.sink = None
             member.last_seen = time.monotonic()
             return member
@@ -161,7 +164,7 @@ class Registry:
         """Frees what the member holds; the run goes on, unless it was ephemeral and this was its last member."""
         run = member.run
         if member.sink is not None:
-            member.sink.close("the member left the run")
+            member.sink.close(WrongPhase("the member left the run"))
         for token in member.cancels.values():
             token.cancel()
         for ticket_id in list(member.tickets):

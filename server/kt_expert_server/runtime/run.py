@@ -10,6 +10,7 @@ from typing import Protocol
 
 import kt_expert_native as native
 
+from kt_expert_server.errors import ServerError
 from kt_expert_server.runtime.barrier import Barrier
 
 REMEMBERED_TICKETS = 4096  # consumed ticket ids kept per member, to tell a second use from an unknown one
@@ -85,7 +86,8 @@ class FrameSink(Protocol):
 
     def send(self, frames: list[bytes]) -> None: ...
 
-    def close(self, reason: str) -> None: ...
+    def close(self, error: ServerError) -> None:
+        """Ends the stream with this error."""
 
 
 @dataclass(slots=True)

@@ -27,7 +27,7 @@ from kt_expert_proto.frame import (
 from kt_expert_proto.v1.session_pb2 import ErrorDetail, RequestOpen
 from numpy.typing import NDArray
 
-from kt_expert_server.errors import InternalError, InvalidRequest, OutOfCapacity, ServerError
+from kt_expert_server.errors import InternalError, InvalidRequest, OutOfCapacity, ServerError, WrongPhase
 from kt_expert_server.runtime.compute import Compute, ForwardRequest
 from kt_expert_server.runtime.incoming import IncomingRequest, allocate, declared_bytes, declared_parts
 from kt_expert_server.runtime.memory import Kind
@@ -66,7 +66,7 @@ class Session:
         compute: Compute,
         observer: Observer,
         send: Callable[[list[bytes]], None],
-        close: Callable[[str], None],
+        close: Callable[[ServerError], None],
     ) -> None:
         self._member = member
         self._epoch = member.epoch
@@ -82,7 +82,7 @@ class Session:
     def attach(self) -> None:
         """Makes this the member's stream; outcomes of requests that were under way come here."""
         if self._member.sink is not None:
-            self._member.sink.close("another stream of the same member was opened")
+            self._member.sink.close(WrongPhase("another stream of the same member was opened"))
         self._member.sink = self
 
     def detach(self) -> None:
@@ -97,8 +97,8 @@ class Session:
     def send(self, frames: list[bytes]) -> None:
         self._send(frames)
 
-    def close(self, reason: str) -> None:
-        self._close(reason)
+    def close(self, error: ServerError) -> None:
+        self._close(error)
 
     def receive(self, message: bytes) -> None:
         """Takes one message off the wire."""

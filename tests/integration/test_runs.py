@@ -1,0 +1,395 @@
+"""Runs, members, barriers, checkpoints and the life of the process, through the client library."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import kt_expert_client as kt
+import pytest
+import torch
+from kt_expert_client import AdamW, Client, LayerLora, Run, TensorKey
+from support.models import save_checkpoint
+from support.server import ServerProcess
+
+HIDDEN, TOP_K, EXPERTS, LAYERS = 32, 2, 8, 3
+LORA = [LayerLora(layer, True, 4, 4, 4, 2.0, 2.0, 2.0) for layer in range(LAYERS)]
+
+
+def batch(tokens: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.rand(tokens, EXPERTS, generator=generator).topk(TOP_K).indices
+    x = torch.randn(tokens, HIDDEN, generator=generator)
+    return x, ids, torch.rand(tokens, TOP_K, generator=generator)
+
+
+def train_step(run: Run, seed: int, *, tokens: int = 12, scale: float = 1.0) -> torch.Tensor:
+    """One forward and backward through every layer; returns the last output."""
+    x, ids, weights = batch(tokens, seed)
+    for layer in range(LAYERS):
+        handle = run.submit_forward(layer, x, ids, weights)
+        output = handle.result()
+        run.submit_backward(layer, handle.ticket, torch.cos(output) * scale).result()
+        x = x + output
+    return x
+
+
+def with_random_b(run: Run, seed: int = 0) -> None:
+    """B starts at zero, where gradients of A vanish; random values make every tensor matter."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {key: torch.randn(value.shape, generator=generator) * 0.1 for key, value in run.get_adapter().items()}
+    run.put_adapter(tensors)
+
+
+@pytest.fixture
+def client(server: ServerProcess) -> Client:
+    with kt.connect(server.address) as connected:
+        yield connected
+
+
+def test_runs_do_not_see_each_other(client: Client) -> None:
+    """A run's numbers are the same bits whether another run trains between its calls or not."""
+    alone = client.open_run(lora=LORA, wire_dtype="fp32", seed=5)
+    with_random_b(alone)
+    for step in range(3):
+        train_step(alone, step)
+        alone.step(AdamW(1e-2))
+    expected = alone.get_adapter()
+    ours = client.open_run(lora=LORA, wire_dtype="fp32", seed=5)
+    other = client.open_run(lora=LORA[:1], wire_dtype="bf16", seed=6)
+    with_random_b(ours)
+    for step in range(3):
+        train_step(ours, step)
+        x, ids, weights = batch(7, 100 + step)
+        handle = other.submit_forward(0, x, ids, weights)
+        other.submit_backward(0, handle.ticket, handle.result()).result()
+        other.step(AdamW(0.5))
+        ours.step(AdamW(1e-2))
+    got = ours.get_adapter()
+    assert all(torch.equal(got[key], expected[key]) for key in expected)
+
+
+def test_two_members_equal_one_with_twice_the_batch(client: Client) -> None:
+    single = client.open_run(lora=LORA, wire_dtype="fp32", seed=1)
+    members = [
+        client.open_run("pair", lora=LORA, rank=rank, world_size=2, wire_dtype="fp32", seed=1, ephemeral=True)
+        for rank in range(2)
+    ]
+    norms: dict[int, float] = {}
+
+    def train(rank: int) -> None:
+        for step in range(3):
+            train_step(members[rank], 10 * step + rank)
+            norms[rank] = members[rank].grad_norm(timeout_s=30)
+            members[rank].step(AdamW(1e-2), grad_scale=0.7, timeout_s=30)
+
+    threads = [threading.Thread(target=train, args=(rank,)) for rank in range(2)]
+    for thread in threads:
+        thread.start()
+    for step in range(3):
+        for rank in range(2):
+            train_step(single, 10 * step + rank, scale=0.5)  # the mean over both halves
+        norm = single.grad_norm()
+        single.step(AdamW(1e-2), grad_scale=0.7)
+    for thread in threads:
+        thread.join(60)
+    assert norms[0] == norms[1] == pytest.approx(norm, rel=1e-5)
+    got, expected = members[0].get_adapter(), single.get_adapter()
+    # Adam divides by the gradient's own size, so an order of summation can move a parameter by a part of the step.
+    assert all(torch.allclose(got[key], expected[key], atol=2e-5) for key in expected)
+
+
+def test_step_and_norm_repeat_harmlessly(client: Client) -> None:
+    run = client.open_run(lora=LORA, wire_dtype="fp32")
+    train_step(run, 0)
+    run.step(AdamW(1e-2))
+    after = run.get_adapter()
+    run._step -= 1  # as after an answer that was lost
+    assert run.step(AdamW(1e-2)) == 1
+    again = run.get_adapter()
+    assert all(torch.equal(again[key], after[key]) for key in after)
+
+
+def test_zero_grad_forgets_the_window(client: Client) -> None:
+    run = client.open_run(lora=LORA, wire_dtype="fp32")
+    train_step(run, 0)
+    assert run.grad_norm() > 0
+    run.zero_grad()
+    assert run.grad_norm() == 0
+    train_step(run, 1)
+    first = run.grad_norm()
+    run.zero_grad()
+    train_step(run, 1)
+    assert run.grad_norm() == first
+
+
+def test_an_adapter_goes_in_and_out_unchanged(client: Client) -> None:
+    run = client.open_run(lora=[LayerLora(1, False, 3, 5, 2, 1.0, 1.0, 1.0)], wire_dtype="fp32", seed=3)
+    initial = run.get_adapter()
+    assert {key.tensor: tuple(value.shape) for key, value in initial.items()} == {
+        "a_gate": (8, 3, 32),
+        "b_gate": (8, 24, 3),
+        "a_up": (8, 5, 32),
+        "b_up": (8, 24, 5),
+        "a_down": (8, 2, 24),
+        "b_down": (8, 32, 2),
+    }
+    assert not any(initial[key].any() for key in initial if key.tensor.startswith("b"))
+    assert initial[TensorKey(1, "a_up")].abs().max() <= 32**-0.5
+    values = {key: torch.randn_like(value) for key, value in initial.items()}
+    run.put_adapter(values)
+    assert all(torch.equal(value, run.get_adapter()[key]) for key, value in values.items())
+
+
+def test_a_forward_without_the_adapter_is_the_base_model(client: Client) -> None:
+    run = client.open_run(lora=LORA, wire_dtype="fp32")
+    x, ids, weights = batch(6, 0)
+    base = run.submit_forward(0, x, ids, weights, save_for_backward=False).result()
+    with_random_b(run)
+    adapted = run.submit_forward(0, x, ids, weights, save_for_backward=False).result()
+    disabled = run.submit_forward(0, x, ids, weights, save_for_backward=False, use_adapter=False).result()
+    assert torch.equal(base, disabled)
+    assert not torch.allclose(base, adapted)
+
+
+def test_an_adapter_that_changed_invalidates_its_tickets(client: Client) -> None:
+    run = client.open_run(lora=LORA, wire_dtype="fp32")
+    x, ids, weights = batch(6, 0)
+    handle = run.submit_forward(0, x, ids, weights)
+    output = handle.result()
+    run.put_adapter(run.get_adapter())
+    with pytest.raises(kt.WrongPhase, match="the adapter changed since the forward"):
+        run.submit_backward(0, handle.ticket, output).result()
+
+
+def test_checkpoints_continue_bit_for_bit(client: Client) -> None:
+    run = client.open_run("to-save", lora=LORA, wire_dtype="fp32", seed=2, ephemeral=True)
+    with_random_b(run)
+    for step in range(2):
+        train_step(run, step)
+        run.step(AdamW(1e-2))
+    run.save_checkpoint("two-steps")
+    with pytest.raises(kt.AlreadyExists, match="checkpoints never change"):
+        run.save_checkpoint("two-steps")
+    for step in range(2, 4):
+        train_step(run, step)
+        run.step(AdamW(1e-2))
+    resumed = client.open_run(lora=LORA, wire_dtype="fp32", seed=9)
+    resumed.load_checkpoint("two-steps")
+    assert resumed.steps_taken == 2
+    for step in range(2, 4):
+        train_step(resumed, step)
+        resumed.step(AdamW(1e-2))
+    for moments in (False, True):
+        expected = run.get_adapter(parameters=not moments, moments=moments)
+        got = resumed.get_adapter(parameters=not moments, moments=moments)
+        assert all(torch.equal(got[key], expected[key]) for key in expected)
+    other = client.open_run(lora=LORA[:1], wire_dtype="fp32")
+    with pytest.raises(kt.InvalidRequest, match="other LoRA shapes"):
+        other.load_checkpoint("two-steps")
+    with pytest.raises(kt.NotFound, match="there are: two-steps"):
+        other.load_checkpoint("none")
+    with pytest.raises(kt.InvalidRequest, match="not allowed"):
+        other.save_checkpoint("../outside")
+
+
+def test_another_configuration_under_one_name_is_refused(client: Client) -> None:
+    client.open_run("named", lora=LORA, ephemeral=True)
+    with pytest.raises(kt.AlreadyExists, match="another configuration"):
+        client.open_run("named", lora=LORA[:1])
+
+
+def test_too_large_a_run_is_refused_with_its_numbers(client: Client) -> None:
+    wide = [LayerLora(layer, False, 4096, 4096, 4096, 1.0, 1.0, 1.0) for layer in range(LAYERS)]
+    with pytest.raises(kt.OutOfCapacity, match=r"needs .* of the limit of"):
+        client.open_run("wide", lora=wide, world_size=1024, ephemeral=True)
+
+
+def test_leaving_frees_everything(server: ServerProcess) -> None:
+    kinds = ("adapters", "gradients", "optimizer", "tickets", "outcomes", "requests", "scratch")
+
+    def reserved() -> list[float]:
+        return [server.metric(f'kt_expert_memory_bytes{{kind="{kind}"}}') for kind in kinds]
+
+    before = reserved()
+    with kt.connect(server.address) as client:
+        run = client.open_run(lora=LORA)
+        x, ids, weights = batch(6, 0)
+        run.submit_forward(0, x, ids, weights).result()
+        assert reserved() != before
+    assert reserved() == before
+
+
+def test_no_server_is_a_clear_error() -> None:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{unused.getsockname()[1]}"
+        with pytest.raises(kt.ServerUnavailable, match=f"no kt-expert-server answered at {address}"):
+            kt.connect(address, timeout_s=0.5)
+
+
+def wait_until(condition: Callable[[], bool], timeout_s: float = 30.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "the condition never came true"
+
+
+def run_server(*arguments: str, environment: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "kt_expert_server", *arguments]
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=60, check=False, env={**os.environ, **(environment or {})}
+    )
+
+
+def test_sigterm_finishes_what_was_accepted_and_exits_zero(qwen3_checkpoint: Path, tmp_path: Path) -> None:
+    server = ServerProcess(qwen3_checkpoint, tmp_path / "log")
+    client = kt.connect(server.address)
+    run = client.open_run(lora=LORA, wire_dtype="fp32")
+    x, ids, weights = batch(65536, 0)
+    handles = [run.submit_forward(layer, x, ids, weights) for layer in range(LAYERS)]
+    wait_until(lambda: server.metric("kt_expert_inflight_requests") == LAYERS)
+    server.process.send_signal(signal.SIGTERM)
+    outputs = [handle.result() for handle in handles]
+    assert server.process.wait(60) == 0
+    assert all(torch.isfinite(output).all() for output in outputs)
+    with pytest.raises(kt.ServerUnavailable):
+        run.submit_forward(0, x, ids, weights).result(10)
+    client.close()
+    server.stop()
+
+
+def test_draining_refuses_new_members_and_serves_old_ones(qwen3_checkpoint: Path, tmp_path: Path) -> None:
+    from kt_expert_proto.v1 import service_pb2 as pb
+
+    with ServerProcess(qwen3_checkpoint, tmp_path / "log") as server, kt.connect(server.address) as client:
+        run = client.open_run(lora=LORA, wire_dtype="fp32")
+        assert server.get("/readyz") == (200, "ready\n")
+        client._stub.Drain(pb.DrainRequest())
+        assert server.get("/readyz") == (503, "draining\n")
+        assert server.get("/livez")[0] == 200
+        with pytest.raises(kt.ServerUnavailable, match="draining"):
+            client.open_run(lora=LORA)
+        train_step(run, 0)
+        assert run.step(AdamW(1e-2)) == 1
+
+
+def break_index(directory: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(directory / "model.safetensors")
+    names = dict.fromkeys(tensors, "model-00001-of-00002.safetensors")
+    save_file(tensors, directory / "model-00001-of-00002.safetensors")
+    names["gone"] = "model-00002-of-00002.safetensors"
+    index = {"metadata": {}, "weight_map": names}
+    import json
+
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def truncate(directory: Path) -> None:
+    os.truncate(directory / "model.safetensors", 20_000)
+
+
+def not_moe(directory: Path) -> None:
+    config = directory / "config.json"
+    config.write_text(config.read_text().replace("qwen3_moe", "llama"))
+
+
+def without_experts(directory: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(directory / "model.safetensors")
+    kept = {name: value for name, value in tensors.items() if ".experts." not in name}
+    save_file(kept, directory / "model.safetensors")
+
+
+def one_expert_missing(directory: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(directory / "model.safetensors")
+    del tensors["model.layers.1.mlp.experts.3.up_proj.weight"]
+    save_file(tensors, directory / "model.safetensors")
+
+
+def garbage(directory: Path) -> None:
+    (directory / "model.safetensors").write_bytes(b"\xff" * 64)
+
+
+BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
+    "missing shard": (break_index, "1 of 2 shards are missing, the first is model-00002-of-00002.safetensors"),
+    "truncated": (truncate, "lies outside the file; the file is truncated or damaged"),
+    "not a MoE": (not_moe, "model_type 'llama' is not a supported mixture-of-experts architecture; supported: deepseek_v2"),
+    "no experts": (without_experts, "has no expert tensors"),
+    "one tensor missing": (one_expert_missing, "experts.3.up_proj.weight is missing from the checkpoint"),
+    "garbage": (garbage, "is not a safetensors file"),
+    "no config": (lambda directory: (directory / "config.json").unlink(), "cannot read"),
+    "no weights": (lambda directory: (directory / "model.safetensors").unlink(), "has neither"),
+}
+
+
+@pytest.mark.parametrize("what", BROKEN)
+def test_a_broken_model_directory_is_named(what: str, tmp_path: Path) -> None:
+    change, text = BROKEN[what]
+    change(save_checkpoint("qwen3_moe", tmp_path / "model"))
+    result = run_server("--model", str(tmp_path / "model"), "--listen", "127.0.0.1:0", "--metrics-listen", "127.0.0.1:0")
+    assert result.returncode == 10, result.stderr
+    assert text in result.stderr
+    assert "Traceback" not in result.stderr
+    assert result.stdout == ""
+
+
+def test_start_up_errors_have_their_own_status(server: ServerProcess, qwen3_checkpoint: Path, tmp_path: Path) -> None:
+    model = ["--model", str(qwen3_checkpoint)]
+    free = ["--listen", "127.0.0.1:0", "--metrics-listen", "127.0.0.1:0"]
+    cases = [
+        (["--model", str(tmp_path / "none"), *free], 10, "does not exist"),
+        ([*model, "--listen", server.address, "--metrics-listen", "127.0.0.1:0"], 11, "is the port in use?"),
+        ([*model, "--listen", "127.0.0.1:0", "--metrics-listen", server.metrics_address], 11, "cannot listen for metrics"),
+        ([*model, "--listen", "nowhere", "--metrics-listen", "127.0.0.1:0"], 2, "is not host:port"),
+        ([*model, *free, "--threads", "0"], 2, "expected at least 1"),
+        ([*model, *free, "--memory-limit", "0.1"], 10, "the model needs 300.1 MiB"),
+    ]
+    for arguments, status, text in cases:
+        result = run_server(*arguments)
+        assert result.returncode == status, result.stderr
+        assert text in result.stderr
+        assert "Traceback" not in result.stderr
+    forced = run_server(*model, *free, environment={"KT_EXPERT_ISA": "pentium"})
+    assert forced.returncode != 0
+    assert "instruction set 'pentium' is not known" in forced.stderr
+    assert "Traceback" not in forced.stderr
+
+
+def test_a_full_disk_fails_the_save_and_nothing_else(qwen3_checkpoint: Path, tmp_path: Path) -> None:
+    """The limit on file sizes stands in for a full disk: the kernel answers EFBIG where a disk answers ENOSPC."""
+    command = f'ulimit -f 64 && exec {sys.executable} -m kt_expert_server "$@"'  # 64 blocks of 1 KiB
+    arguments = ["--model", str(qwen3_checkpoint), "--listen", "127.0.0.1:0", "--metrics-listen", "127.0.0.1:0"]
+    state = tmp_path / "state"
+    process = subprocess.Popen(
+        ["bash", "-c", command, "server", *arguments, "--state-dir", str(state)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    assert process.stdout is not None
+    address = process.stdout.readline().split()[1].removeprefix("grpc=")
+    with kt.connect(address) as client:
+        wide = [LayerLora(layer, False, 64, 64, 64, 1.0, 1.0, 1.0) for layer in range(LAYERS)]
+        run = client.open_run(lora=wide, wire_dtype="fp32")
+        train_step(run, 0)
+        with pytest.raises(kt.OutOfCapacity, match="does not fit on the disk"):
+            run.save_checkpoint("large")
+        assert not any((state / "checkpoints").iterdir())
+        assert run.step(AdamW(1e-2)) == 1
+        small = client.open_run(lora=[LayerLora(0, rank_down=1, scale_down=1.0)], wire_dtype="fp32")
+        assert small.save_checkpoint("small")
+    process.terminate()
+    assert process.wait(60) == 0
+    process.stdout.close()

@@ -1,0 +1,201 @@
+"""What the engine promises beyond one gradient: the same bits, exact optimizer steps, whole backwards, known sizes."""
+
+from __future__ import annotations
+
+import kt_expert_native as native
+import numpy as np
+import pytest
+import torch
+from golden import native as on_engine
+from golden.reference import Case, Lora, Shape, golden, make_case, relative_error
+
+LORA = Lora(True, 4, 4, 6, 2.0, 2.0, 1.0)
+SHAPE = Shape(6, 70, 44, 61, 3)
+ISAS = [name for name, runs_here in native.list_isas() if runs_here]
+
+
+def same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:
+    return torch.equal(left, right)
+
+
+def rows(case: Case, selected: slice) -> Case:
+    """The same weights and adapter with some of the tokens."""
+    shape = Shape(**{**{f: getattr(case.shape, f) for f in Shape.__dataclass_fields__}, "tokens": len(case.x[selected])})
+    return Case(
+        shape,
+        case.lora,
+        case.weights,
+        case.biases,
+        case.adapter,
+        case.x[selected],
+        case.ids[selected],
+        case.routing_weights[selected],
+        case.dy[selected],
+    )
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_thread_count_does_not_change_a_bit(isa: str) -> None:
+    case = make_case(SHAPE, LORA, seed=3)
+    one, five = on_engine.run(native.Engine(1, isa), case, "fp32"), on_engine.run(native.Engine(5, isa), case, "fp32")
+    assert same_bits(one.y, five.y)
+    assert same_bits(one.dx, five.dx)
+    assert same_bits(one.d_weights, five.d_weights)
+    assert all(same_bits(one.adapter[name], five.adapter[name]) for name in one.adapter)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_batch_composition_does_not_change_a_bit(isa: str) -> None:
+    case = make_case(SHAPE, LORA, seed=4)
+    engine = native.Engine(2, isa)
+    together = on_engine.run(engine, case, "fp32")
+    for selected in (slice(0, 1), slice(7, 20), slice(20, 61)):
+        alone = on_engine.run(engine, rows(case, selected), "fp32")
+        assert same_bits(together.y[selected], alone.y)
+        assert same_bits(together.dx[selected], alone.dx)
+        assert same_bits(together.d_weights[selected], alone.d_weights)
+
+
+def test_tickets_serve_in_any_order() -> None:
+    case = make_case(SHAPE, LORA, seed=5)
+    engine, weights, adapter = native.Engine(2), on_engine.load_weights(case), on_engine.load_adapter(case)
+    parts = [rows(case, slice(0, 20)), rows(case, slice(20, 33)), rows(case, slice(33, 61))]
+    tickets = []
+    for part in parts:
+        y = on_engine.empty_tokens(part, "fp32")
+        ids, route_weights = part.ids.to(torch.int32).numpy(), part.routing_weights.float().numpy()
+        tickets.append(engine.forward(weights, adapter, on_engine.tokens(part.x, "fp32"), ids, route_weights, y, True))
+    for position in (1, 2, 0):
+        part, ticket = parts[position], tickets[position]
+        assert ticket is not None
+        gradients = native.LoraTensors(on_engine.layer_spec(part), on_engine.lora_spec(part))
+        dx = on_engine.empty_tokens(part, "fp32")
+        d_weights = np.empty((part.shape.tokens, part.shape.top_k), np.float32)
+        engine.backward(weights, adapter, gradients, ticket, on_engine.tokens(part.dy, "fp32"), dx, d_weights)
+        assert relative_error(on_engine.as_float64(dx), golden(part).dx) < 5e-6
+
+
+def test_identical_micro_batches_do_not_drift() -> None:
+    case = make_case(Shape(4, 32, 24, 16, 2), LORA, seed=6)
+    engine, weights, adapter = native.Engine(2), on_engine.load_weights(case), on_engine.load_adapter(case)
+    gradients = native.LoraTensors(on_engine.layer_spec(case), on_engine.lora_spec(case))
+    ids, route_weights = case.ids.to(torch.int32).numpy(), case.routing_weights.float().numpy()
+    y, dx = on_engine.empty_tokens(case, "bf16"), on_engine.empty_tokens(case, "bf16")
+    d_weights = np.empty((16, 2), np.float32)
+    micro_batches = 256
+    x, dy = on_engine.tokens(case.x, "bf16"), on_engine.tokens(case.dy, "bf16")
+    ticket = engine.forward(weights, adapter, x, ids, route_weights, y, True)
+    assert ticket is not None
+    engine.backward(weights, adapter, gradients, ticket, dy, dx, d_weights)
+    once = {name: gradients.tensor(name).copy() for name in gradients.names()}
+    for _ in range(micro_batches - 1):
+        engine.backward(weights, adapter, gradients, ticket, dy, dx, d_weights)
+    for name, first in once.items():
+        expected = torch.from_numpy(first).double() * micro_batches
+        assert relative_error(torch.from_numpy(gradients.tensor(name)), expected) < 1e-3
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_adamw_equals_torch_over_100_steps(isa: str) -> None:
+    layer, lora = native.LayerSpec(3, 20, 14), native.LoraSpec(rank_down=4, scale_down=1.0)
+    engine = native.Engine(2, isa)
+    parameters, exp_avg, exp_avg_sq = (native.LoraTensors(layer, lora) for _ in range(3))
+    ranks = [native.LoraTensors(layer, lora) for _ in range(2)]
+    generator = torch.Generator().manual_seed(0)
+    ours = parameters.tensor("a_down")
+    ours[...] = torch.randn(ours.shape, generator=generator).numpy()
+    theirs = torch.nn.Parameter(torch.from_numpy(ours.copy()))
+    optimizer = torch.optim.AdamW([theirs], lr=3e-3, betas=(0.9, 0.98), eps=1e-8, weight_decay=0.1)
+    for step in range(1, 101):
+        gradients = torch.randn(2, *ours.shape, generator=generator)
+        for rank, tensors in enumerate(ranks):
+            tensors.tensor("a_down")[...] = gradients[rank].numpy()
+        params = native.AdamWParams(
+            learning_rate=3e-3, beta1=0.9, beta2=0.98, eps=1e-8, weight_decay=0.1, grad_scale=0.25, step=step
+        )
+        engine.adamw(params, ranks, parameters, exp_avg, exp_avg_sq)
+        theirs.grad = gradients.sum(0) * 0.25
+        optimizer.step()
+    assert relative_error(torch.from_numpy(ours), theirs.detach()) < 1e-6
+
+
+def test_gradient_norm_is_of_the_average() -> None:
+    layer, lora = native.LayerSpec(2, 9, 7), native.LoraSpec(rank_gate=3, scale_gate=1.0)
+    ranks = [native.LoraTensors(layer, lora) for _ in range(3)]
+    generator = np.random.default_rng(0)
+    total = 0.0
+    for name in ranks[0].names():
+        values = generator.standard_normal((3, *ranks[0].tensor(name).shape)).astype(np.float32)
+        for rank, tensors in enumerate(ranks):
+            tensors.tensor(name)[...] = values[rank]
+        total += float((values.astype(np.float64).mean(0) ** 2).sum())
+    assert native.Engine(2).gradient_square_sum(1 / 3, ranks) == pytest.approx(total, rel=1e-6)
+
+
+def test_a_cancelled_backward_leaves_the_gradients_alone() -> None:
+    case = make_case(SHAPE, LORA, seed=7)
+    engine, weights, adapter = native.Engine(2), on_engine.load_weights(case), on_engine.load_adapter(case)
+    gradients = native.LoraTensors(on_engine.layer_spec(case), on_engine.lora_spec(case))
+    y, dx = on_engine.empty_tokens(case, "fp32"), on_engine.empty_tokens(case, "fp32")
+    ids, route_weights = case.ids.to(torch.int32).numpy(), case.routing_weights.float().numpy()
+    ticket = engine.forward(weights, adapter, on_engine.tokens(case.x, "fp32"), ids, route_weights, y, True)
+    assert ticket is not None
+    d_weights = np.empty(ids.shape, np.float32)
+    dy = on_engine.tokens(case.dy, "fp32")
+    token = native.CancelToken()
+    token.cancel()
+    with pytest.raises(native.Cancelled):
+        engine.backward(weights, adapter, gradients, ticket, dy, dx, d_weights, token)
+    with pytest.raises(native.DeadlineExceeded):
+        engine.backward(weights, adapter, gradients, ticket, dy, dx, d_weights, native.CancelToken(0.0))
+    assert not any(gradients.tensor(name).any() for name in gradients.names())
+    engine.backward(weights, adapter, gradients, ticket, dy, dx, d_weights)
+    expected = golden(case).adapter
+    assert relative_error(torch.from_numpy(gradients.tensor("b_up")), expected["b_up"]) < 5e-6
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 61])
+def test_ticket_takes_the_bytes_announced(tokens: int) -> None:
+    case = make_case(Shape(6, 70, 44, tokens, 3), LORA)
+    y = on_engine.empty_tokens(case, "bf16")
+    ids, route_weights = case.ids.to(torch.int32).numpy(), case.routing_weights.float().numpy()
+    ticket = native.Engine(1).forward(
+        on_engine.load_weights(case), on_engine.load_adapter(case), on_engine.tokens(case.x, "bf16"), ids,
+        route_weights, y, True,
+    )  # fmt: skip
+    announced = native.Engine.ticket_bytes(on_engine.layer_spec(case), on_engine.lora_spec(case), tokens, 3, "bf16")
+    assert ticket is not None
+    assert ticket.nbytes == announced
+
+
+BAD_CALLS = {
+    "hidden": (lambda a: a | {"x": np.zeros((4, 9), np.float32)}, r"x has shape \(4, 9\), expected \(4, 8\)"),
+    "dtype": (lambda a: a | {"x": np.zeros((4, 8), np.float64)}, "dtype float64, expected uint16"),
+    "order": (lambda a: a | {"x": np.zeros((8, 4), np.float32).T}, "C-contiguous"),
+    "id": (lambda a: a | {"expert_ids": np.full((4, 2), 7, np.int32)}, r"expert id 7 at token 0, slot 0 is outside \[0, 3\)"),
+    "negative": (lambda a: a | {"expert_ids": np.full((4, 2), -1, np.int32)}, "expert id -1"),
+    "nan": (lambda a: a | {"routing_weights": np.full((4, 2), np.nan, np.float32)}, "routing weight at token 0, slot 0 is"),
+    "inf": (lambda a: a | {"routing_weights": np.full((4, 2), np.inf, np.float32)}, "expected a finite number"),
+    "k": (lambda a: a | {"routing_weights": np.zeros((4, 3), np.float32)}, "expected one"),
+}
+
+
+@pytest.mark.parametrize("what", BAD_CALLS)
+def test_bad_arguments_are_named(what: str) -> None:
+    change, message = BAD_CALLS[what]
+    good = {
+        "x": np.zeros((4, 8), np.float32),
+        "expert_ids": np.zeros((4, 2), np.int32),
+        "routing_weights": np.zeros((4, 2), np.float32),
+        "y": np.zeros((4, 8), np.float32),
+    }
+    weights = native.LayerWeights(native.LayerSpec(3, 8, 5))
+    with pytest.raises(native.InvalidArgument, match=message):
+        native.Engine(1).forward(weights, None, save_for_backward=False, **change(good))
+
+
+def test_an_unknown_or_missing_instruction_set_is_an_error() -> None:
+    with pytest.raises(native.InvalidArgument, match="choose one of"):
+        native.Engine(1, "avx9000")
+    with pytest.raises(native.InvalidArgument, match="thread count 0"):
+        native.Engine(0)
