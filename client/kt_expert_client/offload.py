@@ -88,7 +88,7 @@ class OffloadedLayer:
 class ModelOffload:
     """Owns the connection of one model. The run is opened when the first call or the adapter needs it."""
 
-    def __init__(self, client: Client, specs: Iterable[LocalLayerSpec], wire_dtype: str) -> None:
+    def __init__(self, client: Client, model_types: Iterable[str], specs: Iterable[LocalLayerSpec], wire_dtype: str) -> None:
         self.client = client
         self.wire_dtype = wire_dtype
         self.lora: tuple[LayerLora, ...] = ()
@@ -99,6 +99,12 @@ class ModelOffload:
         self._run: Run | None = None
         self._lock = threading.Lock()
         self.layers: dict[int, OffloadedLayer] = {}
+        kinds = list(model_types)
+        if client.model_type not in kinds:
+            raise WrongPhase(
+                f"this model is a {kinds[0]}, the server at {client.address} has loaded a {client.model_type}; start the "
+                "server on the same checkpoint"
+            )
         for spec in specs:
             _compare(spec, client)
             self.layers[spec.layer] = OffloadedLayer(self, spec.layer)

@@ -71,7 +71,7 @@ class Offloader:
             return None
         dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
         specs = [local_spec(name, module) for name, module in remote]
-        offload = ModelOffload(self.client(address), specs, "bf16" if dtype == torch.bfloat16 else "fp32")
+        offload = ModelOffload(self.client(address), _model_types(model), specs, "bf16" if dtype == torch.bfloat16 else "fp32")
         for spec, (_, module) in zip(specs, remote, strict=True):
             module.kt_layer = offload.layers[spec.layer]
             module.kt_offload = offload
@@ -164,6 +164,12 @@ def attach(model: nn.Module, address: str | None = None) -> ModelOffload:
     if offload is None:
         raise UnsupportedModel(f"{type(model).__name__} has no experts module with transformers' standard signature")
     return offload
+
+
+def _model_types(model: nn.Module) -> list[str]:
+    """model_type of the model and of the language model inside it, where it has one."""
+    config: Any = model.config
+    return [config.model_type, config.get_text_config().model_type]
 
 
 def _warn_if_moe(model: PreTrainedModel) -> None:
