@@ -24,8 +24,14 @@ class Membership:
     ephemeral: bool
 
 
+ALONE = Membership(None, 0, 1, ephemeral=True)
+
+
 def current_membership() -> Membership:
-    """From KT_EXPERT_RUN, torch.distributed, or the launcher's RANK and WORLD_SIZE, in that order of trust."""
+    """From KT_EXPERT_RUN, torch.distributed, or the launcher's RANK and WORLD_SIZE, in that order of trust.
+
+    Under torch.distributed this is a collective: every rank calls it, and equally often.
+    """
     named = os.environ.get(RUN_VARIABLE) or None
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     if distributed:

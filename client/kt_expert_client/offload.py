@@ -14,7 +14,7 @@ from torch import nn
 from kt_expert_client.adapter import AdamW, AdapterTensors, LayerLora
 from kt_expert_client.connection import Client
 from kt_expert_client.errors import UnsupportedModel, WrongPhase
-from kt_expert_client.membership import current_membership
+from kt_expert_client.membership import ALONE, current_membership
 from kt_expert_client.run import Run
 
 # Fills anchor.grad where there is no norm to report. Not 0: zero_grad(set_to_none=False) must be told apart.
@@ -97,6 +97,7 @@ class ModelOffload:
         self._filled = 0.0
         self._in_window_of_pass = False
         self._run: Run | None = None
+        self.member = ALONE  # until the run is opened
         self._lock = threading.Lock()
         self.layers: dict[int, OffloadedLayer] = {}
         kinds = list(model_types)
@@ -118,7 +119,7 @@ class ModelOffload:
     def run(self) -> Run:
         with self._lock:
             if self._run is None:
-                member = current_membership()
+                self.member = member = current_membership()
                 self._run = self.client.open_run(
                     member.name,
                     lora=self.lora,
@@ -128,10 +129,6 @@ class ModelOffload:
                     ephemeral=member.ephemeral,
                 )
             return self._run
-
-    @property
-    def is_rank_zero(self) -> bool:
-        return current_membership().rank == 0
 
     def set_adapter(self, lora: Iterable[LayerLora], tensors: AdapterTensors, device: torch.device) -> Anchor:
         """Opens a run with this adapter; rank 0 uploads its values, the others wait for them."""
@@ -148,9 +145,9 @@ class ModelOffload:
     def upload(self, tensors: AdapterTensors, step: int | None = None) -> None:
         """Replaces adapter tensors (or, with `step`, moments too) of the run, once for all members."""
         run = self.run
-        if self.is_rank_zero:
+        if self.member.rank == 0:
             run.put_adapter(tensors, step=step)
-        if current_membership().world_size > 1:
+        if self.member.world_size > 1:
             run.grad_norm()  # a barrier: nobody computes before the values are there
         if step is not None:
             run.note_steps(step)

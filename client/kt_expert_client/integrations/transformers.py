@@ -29,6 +29,7 @@ from kt_expert_client.offload import ModelOffload, OptimizerHook
 _log = logging.getLogger(__name__)
 SERVER_VARIABLE = "KT_EXPERT_SERVER"
 OFFLOAD_ATTRIBUTE = "kt_expert_offload"
+_EXPERT_KEYS = r"\.experts\."
 _CONFIG_SIGNS_OF_MOE = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 
@@ -100,7 +101,7 @@ class Offloader:
 
     def _wrapped(self, original: Callable[..., Any]) -> Callable[..., Any]:
         def load(cls: type[PreTrainedModel], *args: Any, **kwargs: Any) -> Any:
-            with patched_experts():
+            with patched_experts(), expert_keys_expected(cls):
                 result = original(cls, *args, **kwargs)
             model = result[0] if isinstance(result, tuple) else result
             with self._lock:
@@ -125,6 +126,21 @@ def patched_experts() -> Iterator[None]:
         yield
     finally:
         unregister_patch_mapping(list(mapping))
+
+
+@contextlib.contextmanager
+def expert_keys_expected(cls: type[PreTrainedModel]) -> Iterator[None]:
+    """Inside, loading does not report the checkpoint's expert tensors as a surprise: leaving them out is the purpose."""
+    own = "_keys_to_ignore_on_load_unexpected" in vars(cls)
+    before = cls._keys_to_ignore_on_load_unexpected
+    cls._keys_to_ignore_on_load_unexpected = [*(before or []), _EXPERT_KEYS]
+    try:
+        yield
+    finally:
+        if own:
+            cls._keys_to_ignore_on_load_unexpected = before
+        else:
+            del cls._keys_to_ignore_on_load_unexpected
 
 
 @contextlib.contextmanager

@@ -1,0 +1,33 @@
+"""One rank of a two-rank training: a user's script under torchrun. Arguments: checkpoint, server address, output folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+from transformers import TrainingArguments
+
+from support.training import adapted, history, trainer
+
+
+def main() -> None:
+    checkpoint, address, output = Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
+    # As users' scripts do: the arguments are made first, and with them the process group.
+    TrainingArguments(output_dir=str(output), use_cpu=True, report_to=[])
+    model = adapted(checkpoint, address)
+    made = trainer(model, output, per_device_train_batch_size=2)
+    made.train()
+    made.save_model(str(output / "adapter"))
+    if os.environ["RANK"] == "0":
+        (output / "history.json").write_text(json.dumps(history(made)), encoding="utf-8")
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
