@@ -85,8 +85,8 @@ void pack(const float* const* rows, int count, float scale, int depth, float* pa
   }
 }
 
-// The unroll pragmas are not a hint: without them gcc 12 keeps the accumulators in memory and stores all twelve at every
-// step, at half the speed.
+// The unroll pragmas are not a hint: without them gcc 12 keeps the accumulators in memory and stores all twelve at
+// every step, at half the speed.
 template <int kTileRows>
 void tile(int depth, const float* a_panel, const float* b_panel, float* c, std::int64_t c_stride) {
   __m256 left[kTileRows], right[kTileRows];
@@ -98,8 +98,8 @@ void tile(int depth, const float* a_panel, const float* b_panel, float* c, std::
   for (int k = 0; k < depth; ++k) {
     const __m256 b0 = _mm256_loadu_ps(b_panel + k * kColumns);
     const __m256 b1 = _mm256_loadu_ps(b_panel + k * kColumns + kVector);
-  #pragma GCC unroll 6
-  for (int m = 0; m < kTileRows; ++m) {
+#pragma GCC unroll 6
+    for (int m = 0; m < kTileRows; ++m) {
       const __m256 a = _mm256_broadcast_ss(a_panel + k * kRows + m);
       left[m] = _mm256_fmadd_ps(a, b0, left[m]);
       right[m] = _mm256_fmadd_ps(a, b1, right[m]);
