@@ -1,0 +1,84 @@
+"""kt-expert doctor: what this machine offers the server, and what stands in its way."""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import kt_expert_native as native
+
+from kt_expert_server.config import available_cores, available_memory
+from kt_expert_server.errors import ServerError
+from kt_expert_server.model.index import plan_model
+from kt_expert_server.model.memory_plan import format_bytes, plan_memory
+
+_PACKAGES = ("grpcio", "protobuf", "numpy", "uvloop", "prometheus-client", "torch", "transformers", "peft")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Prints one fact a line, problems last. Returns 1 where there is a problem."""
+    problems: list[str] = []
+    _print_host(problems)
+    for name in _PACKAGES:
+        print(f"{name:22}{_version(name)}")
+    if options.model is not None:
+        _print_model(options.model, problems)
+    for problem in problems:
+        print(f"PROBLEM: {problem}")
+    print("ok" if not problems else f"{len(problems)} problem(s)")
+    return 1 if problems else 0
+
+
+def _print_host(problems: list[str]) -> None:
+    engine = native.Engine(1)
+    print(f"{'kt-expert':22}{version('kt-expert')}, Python {platform.python_version()}, {platform.platform()}")
+    print(f"{'processor':22}{_processor()}")
+    for name, runs_here in native.list_isas():
+        print(f"{'  ' + name:22}{'available' if runs_here else 'not offered by this CPU or kernel'}")
+    print(f"{'kernel in use':22}{engine.kernel} ({engine.isa}); KT_EXPERT_ISA forces another")
+    print(f"{'cores':22}{available_cores()} for this process")
+    print(f"{'memory':22}{format_bytes(available_memory())} for this process")
+    print(f"{'huge pages':22}{_huge_pages()}")
+    if engine.isa == "scalar":
+        problems.append("only the scalar reference runs here: forward and backward will be very slow; use a CPU with AVX2")
+    if sys.byteorder != "little":
+        problems.append("this machine is big-endian; weights and frames are little-endian")
+
+
+def _print_model(directory: Path, problems: list[str]) -> None:
+    try:
+        plan = plan_model(directory)
+        memory = plan_memory(plan, available_memory())
+        print(f"{'model':22}{plan.model_type}, {len(plan.layers)} MoE layers, {format_bytes(plan.weight_bytes)} of experts")
+        memory.check()
+    except ServerError as error:
+        problems.append(str(error))
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.machine()
+
+
+def _huge_pages() -> str:
+    path = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    try:
+        text = path.read_text(encoding="ascii")
+    except OSError:
+        return "unknown"
+    return text[text.index("[") + 1 : text.index("]")] if "[" in text else text.strip()
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "not installed"

@@ -1,0 +1,57 @@
+"""kt-expert: what an operator runs beside the daemon."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from kt_expert_server.cli import bench, doctor
+from kt_expert_server.config import available_memory
+from kt_expert_server.errors import ServerError
+from kt_expert_server.model.index import plan_model
+from kt_expert_server.model.memory_plan import plan_memory
+
+_GIB = 1024**3
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the process's exit status."""
+    options = _parser().parse_args(argv)
+    try:
+        status: int = options.run(options)
+    except ServerError as error:
+        print(f"kt-expert: {error}", file=sys.stderr)
+        return error.exit_status
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="kt-expert", description="Tools for kt-expert-server.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    doctor_parser = commands.add_parser("doctor", help="what this machine can do and what would be in the way")
+    doctor_parser.add_argument("--model", type=Path, metavar="DIR", help="also check a checkpoint")
+    doctor_parser.set_defaults(run=doctor.run)
+    plan_parser = commands.add_parser("plan", help="memory a checkpoint needs, without loading it")
+    plan_parser.add_argument("--model", type=Path, metavar="DIR", required=True)
+    plan_parser.add_argument("--memory-limit", type=float, metavar="GIB")
+    plan_parser.set_defaults(run=_plan)
+    bench_parser = commands.add_parser("bench", help="measure the engine on this machine")
+    bench.add_arguments(bench_parser)
+    bench_parser.set_defaults(run=bench.run)
+    return parser
+
+
+def _plan(options: argparse.Namespace) -> int:
+    plan = plan_model(options.model)
+    limit = available_memory() if options.memory_limit is None else int(options.memory_limit * _GIB)
+    memory = plan_memory(plan, limit)
+    print(f"{plan.model_type}, {len(plan.layers)} MoE layers, digest {plan.digest[:16]}")
+    print("\n".join(memory.lines(threads=1)))
+    memory.check()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,95 @@
+"""The runtime's small parts: barrier, budget, names, step agreement, addresses."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+
+import pytest
+from kt_expert_server.config import Address
+from kt_expert_server.errors import DeadlinePassed, InvalidRequest, OutOfCapacity, WrongPhase
+from kt_expert_server.runtime.barrier import Barrier
+from kt_expert_server.runtime.compute import agreed_params
+from kt_expert_server.runtime.memory import Kind, MemoryBudget
+from kt_expert_server.runtime.names import check_name
+from kt_expert_server.runtime.run import StepParams
+
+
+async def total(arrivals: Mapping[int, int]) -> int:
+    return sum(arrivals.values())
+
+
+def test_a_round_completes_when_all_have_arrived() -> None:
+    async def scenario() -> None:
+        barrier: Barrier[int, int] = Barrier("sum", 3)
+        first = await asyncio.gather(*(barrier.arrive(rank, 1, rank + 1, 5, total) for rank in range(3)))
+        assert first == [6, 6, 6]
+        assert await barrier.arrive(1, 1, 99, 5, total) == 6  # the stored result, not a new round
+        with pytest.raises(WrongPhase, match="sum 3 was asked for, the next is 2"):
+            await barrier.arrive(0, 3, 1, 5, total)
+
+    asyncio.run(scenario())
+
+
+def test_a_rank_that_gave_up_does_not_count() -> None:
+    async def scenario() -> None:
+        barrier: Barrier[int, int] = Barrier("sum", 2)
+        with pytest.raises(DeadlinePassed, match=r"for ranks \[1\] of 2"):
+            await barrier.arrive(0, 1, 5, 0.01, total)
+        late = asyncio.ensure_future(barrier.arrive(1, 1, 7, 5, total))
+        await asyncio.sleep(0)
+        assert await barrier.arrive(0, 1, 6, 5, total) == 13
+        assert await late == 13
+
+    asyncio.run(scenario())
+
+
+def test_a_failed_action_reaches_every_rank_and_can_be_tried_again() -> None:
+    async def fail(_: Mapping[int, int]) -> int:
+        raise InvalidRequest("no")
+
+    async def scenario() -> None:
+        barrier: Barrier[int, int] = Barrier("sum", 2)
+        results = await asyncio.gather(*(barrier.arrive(rank, 1, 1, 5, fail) for rank in range(2)), return_exceptions=True)
+        assert all(isinstance(result, InvalidRequest) for result in results)
+        assert await asyncio.gather(*(barrier.arrive(rank, 1, 1, 5, total) for rank in range(2))) == [2, 2]
+
+    asyncio.run(scenario())
+
+
+def test_the_budget_refuses_with_its_numbers() -> None:
+    budget = MemoryBudget(1000)
+    budget.reserve(Kind.WEIGHTS, 600, "weights")
+    with pytest.raises(OutOfCapacity, match="a ticket needs 500 B and 400 B of the limit of 1000 B are free"):
+        budget.reserve(Kind.TICKETS, 500, "a ticket")
+    with budget.held(Kind.SCRATCH, 400, "scratch"):
+        assert budget.total == 1000
+    assert budget.total == budget.reserved(Kind.WEIGHTS) == 600
+
+
+@pytest.mark.parametrize("name", ["a", "run-1", "A.b_c-d", "0" * 128])
+def test_good_names(name: str) -> None:
+    assert check_name("run", name) == name
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "../a", "a/b", "-a", "a b", "a\n", "ä", "0" * 129])
+def test_bad_names(name: str) -> None:
+    with pytest.raises(InvalidRequest, match="is not allowed"):
+        check_name("run", name)
+
+
+def test_members_must_agree_on_a_step() -> None:
+    ours = StepParams(1e-3, 0.9, 0.999, 1e-8, 0.01, 0.5)
+    close = StepParams(1e-3, 0.9, 0.999, 1e-8, 0.01, 0.50001)
+    assert agreed_params({0: ours, 1: close}) == ours
+    for other in (StepParams(2e-3, 0.9, 0.999, 1e-8, 0.01, 0.5), StepParams(1e-3, 0.9, 0.999, 1e-8, 0.01, 0.6)):
+        with pytest.raises(InvalidRequest, match="rank 1 asked for another step than rank 0"):
+            agreed_params({0: ours, 1: other})
+
+
+def test_addresses() -> None:
+    assert str(Address.parse("127.0.0.1:0")) == "127.0.0.1:0"
+    assert Address.parse("[::1]:80") == Address("[::1]", 80)
+    for text in ("", "host", ":80", "host:99999", "ho st:1", "host:-1"):
+        with pytest.raises(InvalidRequest, match="is not host:port"):
+            Address.parse(text)
