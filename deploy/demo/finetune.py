@@ -54,7 +54,7 @@ def main() -> None:
             learning_rate=5e-3,
             warmup_steps=3,
             lr_scheduler_type="linear",
-            max_grad_norm=1.0,
+            max_grad_norm=0.25,
             logging_steps=1,
             save_strategy="no",
             report_to=[],

@@ -9,6 +9,8 @@ import os
 import subprocess
 import sys
 import time
+import urllib.request
+import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ from transformers.utils import logging
 HERE = Path(__file__).resolve().parent
 READY_TIMEOUT_S = 120.0
 STOP_TIMEOUT_S = 60.0
+WEIGHTS_SERIES = 'kt_expert_memory_bytes{kind="weights"}'
 MAX_LOSS_DIFF = 2e-3
 MAX_REL_GRAD_NORM_DIFF = 1e-2
 MAX_LOGIT_DIFF = 2e-2
@@ -78,11 +81,18 @@ class ServerProcess:
         if not ready or ready[0] != "ready":
             raise SystemExit(f"the server did not start; see {log}")
         self.address = ready[1].removeprefix("grpc=")
+        self._metrics = ready[2].removeprefix("metrics=")
 
     def rss_bytes(self) -> int:
         status = Path(f"/proc/{self._process.pid}/status").read_text(encoding="ascii")
         line = next(line for line in status.splitlines() if line.startswith("VmRSS:"))
         return int(line.split()[1]) * 1024
+
+    def weight_bytes(self) -> int:
+        """Expert weights resident on the server, from its own metrics."""
+        with urllib.request.urlopen(f"http://{self._metrics}/metrics", timeout=10) as response:
+            lines = response.read().decode().splitlines()
+        return int(float(next(line for line in lines if line.startswith(WEIGHTS_SERIES)).rsplit(" ", 1)[1]))
 
     def stop(self) -> None:
         self._process.terminate()
@@ -104,7 +114,8 @@ def base_checkpoint(out: Path, steps: int) -> Path:
 
 
 def run_script(name: str, arguments: list[str], extra_environment: dict[str, str]) -> float:
-    environment = {key: value for key, value in os.environ.items() if key != "KT_EXPERT_SERVER"} | extra_environment
+    environment = {key: value for key, value in os.environ.items() if key != "KT_EXPERT_SERVER"}
+    environment |= {"PYTHONWARNINGS": "ignore::FutureWarning"} | extra_environment  # PEFT's and transformers' own affairs
     begun = time.monotonic()
     subprocess.run([sys.executable, str(HERE / name), *arguments], check=True, env=environment)
     return time.monotonic() - begun
@@ -147,6 +158,7 @@ def main() -> int:
     parser.add_argument("--base-steps", type=int, default=300, help="steps that train the base model, once")
     parser.add_argument("--steps", type=int, default=32, help="optimizer steps of each fine-tuning")
     options = parser.parse_args()
+    warnings.simplefilter("ignore", FutureWarning)
     logging.disable_progress_bar()
     options.out.mkdir(parents=True, exist_ok=True)
 
@@ -159,7 +171,7 @@ def main() -> int:
     try:
         environment = {"KT_EXPERT_SERVER": server.address}
         remote, remote_seconds = finetune(base, options.out / "through-server", options.steps, environment)
-        rss = server.rss_bytes()
+        rss, weights = server.rss_bytes(), server.weight_bytes()
     finally:
         server.stop()
     print_history(local["history"], remote["history"])
@@ -173,7 +185,7 @@ def main() -> int:
         loss_last=remote["history"][-1]["loss"],
         client_expert_parameters=remote["expert_parameters"],
         server_rss_bytes=rss,
-        weight_bytes=(base / "model.safetensors").stat().st_size,
+        weight_bytes=weights,
         seconds_in_process=local_seconds,
         seconds_through_server=remote_seconds,
     )
