@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from importlib.metadata import version
 from typing import Any
 
@@ -23,16 +23,17 @@ from kt_expert_server.api.control import ControlService
 from kt_expert_server.api.status import CallGuard
 from kt_expert_server.api.stream import SessionStreams
 from kt_expert_server.config import Address, ServerConfig
-from kt_expert_server.errors import InvalidRequest, ListenError, ServerError, ServerUnavailable
+from kt_expert_server.errors import InvalidRequest, ListenError, ServerUnavailable
 from kt_expert_server.model.index import ModelPlan
 from kt_expert_server.model.loader import BaseModel, load_model
+from kt_expert_server.model.memory_plan import RUNTIME_BYTES
 from kt_expert_server.observe.http import ObserveServer
 from kt_expert_server.observe.metrics import Metrics
 from kt_expert_server.runtime.checkpoints import Checkpoints
 from kt_expert_server.runtime.compute import Compute
 from kt_expert_server.runtime.engine_queue import EngineQueue
 from kt_expert_server.runtime.memory import Kind, MemoryBudget
-from kt_expert_server.runtime.registry import Registry
+from kt_expert_server.runtime.registry import Registry, State
 from kt_expert_server.store.checkpoint import CheckpointStore
 
 _log = logging.getLogger(__name__)
@@ -46,8 +47,14 @@ _GRPC_OPTIONS = (
     ("grpc.so_reuseport", 0),  # on by default, and then two servers silently share a port
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
     ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.keepalive_time_ms", 30_000),  # a trainer's host that lost its power must lose its stream, and then its lease
+    ("grpc.keepalive_timeout_ms", 20_000),
     ("grpc.max_concurrent_streams", 256),
 )
+
+
+class _StoppedWhileLoadingError(Exception):
+    pass
 
 
 class Server:
@@ -57,6 +64,7 @@ class Server:
         self._config = config
         self._plan = plan
         self._budget = MemoryBudget(config.memory_limit_bytes)
+        self._budget.record(Kind.RUNTIME, RUNTIME_BYTES)
         self._registry = Registry(self._budget, config.limits)
         try:
             engine = native.Engine(config.threads, config.isa)
@@ -74,18 +82,20 @@ class Server:
         self._health: Any = health.aio.HealthServicer()  # type: ignore[attr-defined]  # present; the stubs lack it
         self._loaded_bytes = 0
         self._stop = asyncio.Event()
+        self._tasks: set[asyncio.Task[None]] = set()
 
     async def run(self, on_loaded_bytes: Callable[[int], None], on_ready: Callable[[Address, Address], None]) -> None:
         """Serves until SIGTERM or SIGINT, then drains. Raises ListenError or ModelError before it is ready."""
         self._install_signals()
+        self._registry.on_drain(lambda: self._background(self._set_health(serving=False)))
         metrics_address = await self._observe.start(self._config.metrics_listen)
         grpc_server, grpc_address = await self._start_grpc()
         leases = asyncio.ensure_future(self._expire_leases())
         try:
             model = await self._load(on_loaded_bytes)
-            if not self._stop.is_set():
+            if model is not None:
                 self._registry.become_ready(model)
-                await self._set_health(serving=True)
+                await self._set_health(serving=self._registry.state is State.READY)
                 on_ready(grpc_address, metrics_address)
                 await self._stop.wait()
             await self._drain(grpc_server)
@@ -134,21 +144,30 @@ class Server:
             lambda: self._loaded_bytes / max(1, self._plan.weight_bytes),
         )
 
+    def _background(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
     async def _set_health(self, *, serving: bool) -> None:
         status = health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
         for name in ("", SERVICE_NAME):
             await self._health.set(name, status)
 
-    async def _load(self, on_loaded_bytes: Callable[[int], None]) -> BaseModel:
+    async def _load(self, on_loaded_bytes: Callable[[int], None]) -> BaseModel | None:
+        """None where the server was told to stop meanwhile."""
         self._budget.reserve(Kind.WEIGHTS, self._plan.weight_bytes, "the model")
 
         def progress(size_bytes: int) -> None:
             if self._stop.is_set():
-                raise ServerError("stopped while the model was loading")
+                raise _StoppedWhileLoadingError
             self._loaded_bytes += size_bytes
             on_loaded_bytes(size_bytes)
 
-        return await asyncio.get_running_loop().run_in_executor(None, load_model, self._plan, progress)
+        try:
+            return await asyncio.get_running_loop().run_in_executor(None, load_model, self._plan, progress)
+        except _StoppedWhileLoadingError:
+            return None
 
     async def _expire_leases(self) -> None:
         while True:
@@ -158,7 +177,7 @@ class Server:
 
     async def _drain(self, grpc_server: grpc.aio.Server) -> None:
         """Stops accepting, finishes what was accepted, lets the outcomes leave."""
-        self._registry.drain()
+        self._registry.stop()
         await self._health.enter_graceful_shutdown()
         _log.info("draining: %d members are joined", len(self._registry.members))
         deadline = time.monotonic() + self._config.shutdown_timeout_s

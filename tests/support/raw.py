@@ -37,6 +37,7 @@ class RawMember:
             address, options=(("grpc.max_send_message_length", -1), ("grpc.use_local_subchannel_pool", 1))
         )
         self.stub = service_pb2_grpc.ExpertStub(self.channel)
+        self.run, self.rank = run, rank
         lora = [pb.LayerLora(layer=0, rank_down=4, scale_down=1.0)]
         config = pb.RunConfig(world_size=world_size, wire_dtype=pb.WIRE_DTYPE_FP32, lora=lora)
         self.stub.OpenRun(pb.OpenRunRequest(run=run, config=config, ephemeral=True), timeout=TIMEOUT_S)
@@ -51,6 +52,14 @@ class RawMember:
         metadata = ((MEMBER_METADATA_KEY, self.joined.member), (EPOCH_METADATA_KEY, str(epoch or self.joined.epoch)))
         self.call: Any = exchange(iter(self._outgoing.get, None), metadata=metadata, timeout=TIMEOUT_S)
         self._incoming = self._frames()
+
+    def rejoin(self, *, resume: bool) -> None:
+        """Joins the same rank again, as the member it was or afresh, and opens a new stream."""
+        token = self.joined.member if resume else ""
+        request = pb.JoinRunRequest(run=self.run, rank=self.rank, resume_member=token)
+        self.joined = self.stub.JoinRun(request, timeout=TIMEOUT_S)
+        self.next_id = int(self.joined.last_request_id) + 1
+        self.attach()
 
     def __enter__(self) -> RawMember:
         return self

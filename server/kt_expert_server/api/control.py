@@ -20,7 +20,7 @@ from kt_expert_server.runtime.checkpoints import Checkpoints
 from kt_expert_server.runtime.compute import Compute
 from kt_expert_server.runtime.engine_queue import EngineQueue
 from kt_expert_server.runtime.memory import Kind
-from kt_expert_server.runtime.registry import Registry
+from kt_expert_server.runtime.registry import Registry, initialise
 from kt_expert_server.runtime.run import Member
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -77,13 +77,16 @@ class ControlService(service_pb2_grpc.ExpertServicer):
     async def OpenRun(self, request: pb.OpenRunRequest, context: Context) -> pb.OpenRunResponse:  # noqa: N802
         async def body() -> pb.OpenRunResponse:
             run, created = self._registry.open_run(request.run, convert.run_config(request.config), request.ephemeral)
+            if created:
+                async with self._queue.turn():
+                    await self._queue.run(lambda: initialise(run))
             return pb.OpenRunResponse(created=created, step=run.step)
 
         return await self._answer("OpenRun", context, body)
 
     async def JoinRun(self, request: pb.JoinRunRequest, context: Context) -> pb.JoinRunResponse:  # noqa: N802
         async def body() -> pb.JoinRunResponse:
-            member = self._registry.join(request.run, request.rank)
+            member = self._registry.join(request.run, request.rank, request.resume_member)
             limits = self._registry.limits
             return pb.JoinRunResponse(
                 member=member.token,
@@ -187,7 +190,6 @@ class ControlService(service_pb2_grpc.ExpertServicer):
             if writer is None or run is None:
                 raise InvalidRequest("PutAdapter got no tensors")
             writer.finish()
-            run.adapter_version += 1
             if moments_step is not None:
                 set_step(run, moments_step)
             return pb.PutAdapterResponse(tensors=writer.tensors)
@@ -221,7 +223,13 @@ class ControlService(service_pb2_grpc.ExpertServicer):
             loop.call_soon_threadsafe(reports.put_nowait, (done, total))
 
         task = asyncio.ensure_future(operation(run, request.name, report))
-        task.add_done_callback(lambda _: reports.put_nowait(None))
+
+        def ended(done: asyncio.Future[str]) -> None:
+            if not done.cancelled():
+                done.exception()  # looked at here too: the operation goes on where its caller is gone
+            reports.put_nowait(None)
+
+        task.add_done_callback(ended)
         done = total = 0
         while (report_now := await reports.get()) is not None:
             done, total = report_now

@@ -26,6 +26,7 @@ _PARTS = {
 }
 PARTS = {name: value for value, name in _PARTS.items()}
 _MAX_LORA_SCALE = 1e6
+_MAX_RANK = 1 << 16  # the engine's own bound is lower; this keeps the number an int32
 
 
 def run_config(config: pb.RunConfig) -> RunConfig:
@@ -38,6 +39,8 @@ def run_config(config: pb.RunConfig) -> RunConfig:
         if not all(math.isfinite(scale) and abs(scale) <= _MAX_LORA_SCALE for scale in scales):
             raise InvalidRequest(f"layer {entry.layer}: LoRA scales are {scales}, expected finite numbers")
         ranks = (entry.rank_gate, entry.rank_up, entry.rank_down)
+        if max(ranks) > _MAX_RANK:
+            raise InvalidRequest(f"layer {entry.layer}: LoRA ranks are {ranks}, at most {_MAX_RANK} are taken")
         lora.append(LayerLora(entry.layer, entry.tied, *ranks, *scales))
     return RunConfig(config.world_size, _DTYPES[config.wire_dtype], tuple(lora), config.seed)
 

@@ -70,23 +70,29 @@ class _Exchange:
 
     def __init__(self, member: Member, registry: Registry, compute: Compute, metrics: Metrics) -> None:
         # Bounded by the member's credits: only outcomes that are not acknowledged wait here.
-        self._outgoing: asyncio.Queue[list[bytes] | ServerError] = asyncio.Queue()
-        self._session = Session(member, registry, compute, metrics, self._outgoing.put_nowait, self._outgoing.put_nowait)
+        self._outgoing: asyncio.Queue[list[bytes]] = asyncio.Queue()
+        self._closed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._session = Session(member, registry, compute, metrics, self._outgoing.put_nowait, self._close)
+
+    def _close(self, error: ServerError) -> None:
+        if not self._closed.done():
+            self._closed.set_exception(error)
 
     async def run(self, messages: AsyncIterator[bytes], context: Context) -> None:
         self._session.attach()
         reader = asyncio.ensure_future(self._read(messages))
         writer = asyncio.ensure_future(self._write(context))
+        ends = (self._closed, reader, writer)
         try:
-            await asyncio.wait((reader, writer), return_when=asyncio.FIRST_COMPLETED)
-            for task in (reader, writer):
-                if task.done():
-                    await task
+            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+            for end in ends:
+                if end.done():
+                    await end
         finally:
             self._session.detach()
-            for task in (reader, writer):
-                task.cancel()
-            await asyncio.gather(reader, writer, return_exceptions=True)
+            for end in ends:
+                end.cancel()
+            await asyncio.gather(*ends, return_exceptions=True)
 
     async def _read(self, messages: AsyncIterator[bytes]) -> None:
         async for message in messages:
@@ -97,8 +103,5 @@ class _Exchange:
 
     async def _write(self, context: Context) -> None:
         while True:
-            item = await self._outgoing.get()
-            if isinstance(item, ServerError):
-                raise item
-            for message in coalesce(item):
+            for message in coalesce(await self._outgoing.get()):
                 await context.write(message)

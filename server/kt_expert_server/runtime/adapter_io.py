@@ -55,7 +55,7 @@ class AdapterWriter:
     def write(self, tensor: TensorId, shape: tuple[int, ...], offset: int, data: bytes) -> None:
         if tensor != self._current:
             self.finish()
-            self._current, self._target, self._buffer = tensor, self._locate(tensor), bytearray()
+            self._current, self._target, self._buffer = tensor, self.locate(tensor), bytearray()
             if shape != self._target.shape:
                 raise InvalidRequest(f"{tensor} has shape {shape}, expected {self._target.shape}")
         assert self._target is not None  # noqa: S101  # set together with _current
@@ -67,9 +67,9 @@ class AdapterWriter:
         self._buffer += data
         if len(self._buffer) == self._target.nbytes:
             values = np.frombuffer(bytes(self._buffer), np.float32).reshape(self._target.shape)
-            if not np.isfinite(values).all():
-                raise InvalidRequest(f"{tensor} holds values that are not finite")
+            require_finite(tensor, values)
             self._target[...] = values
+            self._run.adapter_version += 1  # from here on, tickets of the old values are stale
             self._buffer = bytearray()
             self._current = None
             self.tensors += 1
@@ -79,12 +79,14 @@ class AdapterWriter:
         if self._current is not None and self._target is not None:
             raise InvalidRequest(f"{self._current} ended after {len(self._buffer)} of {self._target.nbytes} bytes")
 
-    def _locate(self, tensor: TensorId) -> NDArray[np.float32]:
+    def locate(self, tensor: TensorId) -> NDArray[np.float32]:
+        """The live memory of a tensor. Raises NotFound, or WrongPhase for moments while a step is under way."""
         adapter = self._run.adapters.get(tensor.layer)
         if adapter is None:
             raise NotFound(f"run {self._run.name!r} has no LoRA on layer {tensor.layer}")
         tensors: native.LoraTensors = adapter.parameters
         if tensor.part != "parameter":
+            require_no_step(self._run)
             moments = ensure_moments(adapter, self._model.layers[tensor.layer].spec)
             tensors = moments[0] if tensor.part == "exp_avg" else moments[1]
         if tensor.tensor not in tensors.names():
@@ -92,8 +94,17 @@ class AdapterWriter:
         return tensors.tensor(tensor.tensor)
 
 
+def require_finite(tensor: TensorId, values: NDArray[np.float32]) -> None:
+    if not np.isfinite(values).all():
+        raise InvalidRequest(f"{tensor} holds values that are not finite")
+
+
+def require_no_step(run: Run) -> None:
+    """Raises WrongPhase while a member waits at the step barrier."""
+    if not run.step_barrier.is_idle:
+        raise WrongPhase(f"a step of run {run.name!r} is under way; moments and step count cannot change now")
+
+
 def set_step(run: Run, step: int) -> None:
     """Continues counting optimizer steps from `step`. Raises WrongPhase while a barrier is open."""
-    if step < 0:
-        raise WrongPhase(f"step {step} is below 0")
     run.step_barrier.restart(step)

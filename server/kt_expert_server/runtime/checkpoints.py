@@ -5,9 +5,13 @@ from __future__ import annotations
 import time
 from typing import Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
 from kt_expert_server.errors import InvalidRequest, WrongPhase
-from kt_expert_server.runtime.adapter_io import AdapterWriter, set_step
+from kt_expert_server.runtime.adapter_io import AdapterWriter, TensorId, require_finite, require_no_step, set_step
 from kt_expert_server.runtime.engine_queue import EngineQueue
+from kt_expert_server.runtime.memory import Kind
 from kt_expert_server.runtime.observer import Observer
 from kt_expert_server.runtime.registry import Registry
 from kt_expert_server.runtime.run import Run
@@ -52,22 +56,45 @@ class Checkpoints:
         begun = time.monotonic()
 
         def work() -> None:
-            # Read everything first: a damaged file must leave the run as it was.
+            # Everything is read and checked before the first write: a damaged snapshot must leave the run as it was.
             tensors = list(store.tensors(name, manifest))
+            for tensor, values in tensors:
+                check(run, tensor, values)
+            drop_moments(run)
             writer, done = AdapterWriter(run, model), 0
             for tensor, values in tensors:
-                writer.write(tensor, values.shape, 0, values.tobytes())
+                writer.locate(tensor)[...] = values
                 done += values.nbytes
                 report(done, manifest.size_bytes)
-            writer.finish()
 
         async with self._queue.turn():
-            await self._queue.run(work)
-        run.adapter_version += 1
-        set_step(run, manifest.step)
+            require_no_step(run)
+            with self._registry.budget.held(Kind.REQUESTS, manifest.size_bytes, f"checkpoint {name!r}"):
+                await self._queue.run(work)
+            run.adapter_version += 1
+            set_step(run, manifest.step)
+            for member in run.members.values():
+                member.close_window()
         self._observer.checkpoint("load", time.monotonic() - begun)
         return manifest.model_digest
 
     def list(self) -> list[tuple[str, Manifest]]:
         store = self._require_store()
         return [(name, store.read_manifest(name)) for name in store.names()]
+
+
+def check(run: Run, tensor: TensorId, values: NDArray[np.float32]) -> None:
+    """Raises InvalidRequest for a tensor the run does not have, of another shape, or with values that are not finite."""
+    adapter = run.adapters.get(tensor.layer)
+    if adapter is None or tensor.tensor not in adapter.parameters.names():
+        raise InvalidRequest(f"the checkpoint holds {tensor}, which run {run.name!r} does not have")
+    expected = adapter.parameters.tensor(tensor.tensor).shape
+    if values.shape != expected or values.dtype != np.float32:
+        raise InvalidRequest(f"{tensor} has shape {values.shape} and dtype {values.dtype}, expected {expected} and float32")
+    require_finite(tensor, values)
+
+
+def drop_moments(run: Run) -> None:
+    """A layer the snapshot has no moments of had taken no step then."""
+    for adapter in run.adapters.values():
+        adapter.exp_avg = adapter.exp_avg_sq = None

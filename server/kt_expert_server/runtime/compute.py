@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -66,6 +65,7 @@ class Compute:
         saved = self._queue.engine.ticket_bytes(layer.spec, lora, tokens, top_k, dtype) if request.save_for_backward else 0
         queued = time.monotonic()
         async with self._queue.turn():
+            require_joined(member)
             with budget.held(Kind.SCRATCH, scratch, f"a forward of {tokens} tokens"):
                 budget.reserve(Kind.TICKETS, saved, f"the ticket of {tokens} tokens")
                 try:
@@ -73,7 +73,9 @@ class Compute:
                 except BaseException:
                     budget.release(Kind.TICKETS, saved)
                     raise
-        if ticket is not None:
+        if ticket is not None and member.has_left:
+            budget.release(Kind.TICKETS, saved)
+        elif ticket is not None:
             actual = ticket.nbytes
             budget.release(Kind.TICKETS, saved - actual)
             member.tickets[request.request_id] = SavedTicket(
@@ -114,20 +116,25 @@ class Compute:
         self, member: Member, request: BackwardRequest, token: native.CancelToken
     ) -> tuple[Tokens, NDArray[np.float32]]:
         """Returns dx [T, H] and d_routing_weights [T, k]; consumes the ticket and adds to the member's gradients."""
-        saved = self._ticket(member, request)
-        layer = self._registry.loaded_model().layers[saved.layer]
-        adapter = member.run.adapters.get(saved.layer) if saved.with_adapter else None
-        tokens, top_k = request.dy.shape[0], layer.plan.top_k
-        lora = adapter.spec if adapter is not None else native.LoraSpec()
-        scratch = self._queue.engine.scratch_bytes(layer.spec, lora, tokens, top_k)
         queued = time.monotonic()
         async with self._queue.turn():
+            # Looked up inside the turn: between arrival and turn the ticket may have been used and the adapter replaced.
+            require_joined(member)
+            saved = self._ticket(member, request)
+            layer = self._registry.loaded_model().layers[saved.layer]
+            adapter = member.run.adapters.get(saved.layer) if saved.with_adapter else None
+            lora = adapter.spec if adapter is not None else native.LoraSpec()
+            tokens = request.dy.shape[0]
+            scratch = self._queue.engine.scratch_bytes(layer.spec, lora, tokens, layer.plan.top_k)
             with self._registry.budget.held(Kind.SCRATCH, scratch, f"a backward of {tokens} tokens"):
-                if request.begin_window:
-                    member.close_window()
                 result = await self._run_backward(member, layer, adapter, saved, request, token, queued)
-        if request.ticket in member.tickets:
-            self._registry.drop_ticket(member, request.ticket, f"consumed by backward request {request.request_id}")
+            if request.begin_window:
+                member.close_window()
+            if adapter is not None:
+                member.window.add(saved.layer)
+            if request.ticket in member.tickets:
+                how = f"consumed by backward request {request.request_id}"
+                self._registry.drop_ticket(member, request.ticket, how)
         return result
 
     async def _run_backward(
@@ -147,7 +154,8 @@ class Compute:
             begun = time.monotonic()
             gradients = None
             if adapter is not None:
-                gradients = window_gradients(member, saved.layer, layer.spec, adapter.spec)
+                fresh = request.begin_window or saved.layer not in member.window
+                gradients = window_gradients(member, saved.layer, layer.spec, adapter.spec, fresh=fresh)
             self._queue.engine.backward(
                 layer.weights,
                 adapter.parameters if adapter is not None else None,
@@ -205,23 +213,16 @@ class Compute:
     async def grad_norm(self, run: Run) -> float:
         """L2 norm over all layers of the gradients averaged over the world size."""
 
-        def work() -> float:
-            total = 0.0
-            for layer in run.adapters:
-                gradients = rank_gradients(run, layer)
-                if gradients:
-                    total += self._queue.engine.gradient_square_sum(1.0 / run.config.world_size, gradients)
-            return float(total**0.5)
-
         async with self._queue.turn():
-            return await self._queue.run(work)
+            gradients = [entry[2] for entry in all_gradients(run)]
+            scale, engine = 1.0 / run.config.world_size, self._queue.engine
+            return await self._queue.run(lambda: sum(engine.gradient_square_sum(scale, each) for each in gradients) ** 0.5)
 
     async def step(self, run: Run, said: Mapping[int, StepParams]) -> int:
         """Averages, clips and applies AdamW once, then closes every member's window. Returns the new step count."""
         params = agreed_params(said)
-        index = run.step + 1
-
-        def work() -> None:
+        async with self._queue.turn():
+            index, layers = run.step + 1, all_gradients(run)
             native_params = native.AdamWParams(
                 learning_rate=params.learning_rate,
                 beta1=params.beta1,
@@ -231,46 +232,65 @@ class Compute:
                 grad_scale=params.grad_scale / run.config.world_size,
                 step=index,
             )
-            for layer, adapter in run.adapters.items():
-                gradients = rank_gradients(run, layer)
-                if gradients:  # a layer that saw no backward keeps its parameters and moments, as torch does
-                    exp_avg, exp_avg_sq = ensure_moments(adapter, self._registry.loaded_model().layers[layer].spec)
+            model = self._registry.loaded_model()
+
+            def work() -> None:
+                # All memory first: from the first update on nothing may fail. A layer that saw no backward is not here;
+                # it keeps its parameters and moments, as torch does for a parameter without a gradient.
+                moments = [ensure_moments(adapter, model.layers[layer].spec) for layer, adapter, _ in layers]
+                for (_, adapter, gradients), (exp_avg, exp_avg_sq) in zip(layers, moments, strict=True):
                     self._queue.engine.adamw(native_params, gradients, adapter.parameters, exp_avg, exp_avg_sq)
 
-        begun = time.monotonic()
-        async with self._queue.turn():
+            begun = time.monotonic()
             await self._queue.run(work)
-        self._observer.step(time.monotonic() - begun)
-        run.adapter_version += 1
-        for member in run.members.values():
-            member.close_window()
+            self._observer.step(time.monotonic() - begun)
+            run.adapter_version += 1
+            for member in run.members.values():
+                member.close_window()
         return index
 
     async def wait_for_request(self, member: Member, request_id: int, timeout_s: float) -> None:
-        """Waits until the request and all before it have their outcome."""
-        if request_id > member.last_request_id:
-            raise WrongPhase(f"the call waits for request {request_id}, the last one that arrived is {member.last_request_id}")
-        async with member.finished:
-            try:
-                await _wait(member, request_id, timeout_s)
-            except TimeoutError:
-                raise DeadlinePassed(f"request {request_id} had no outcome within {timeout_s:g} s") from None
+        """Waits until the request and all before it have their outcome. It may still be on its way when this is called."""
 
+        def has_outcome() -> bool:
+            require_joined(member)
+            unfinished = [*member.running, *member.dropped]
+            return member.last_request_id >= request_id and all(other > request_id for other in unfinished)
 
-async def _wait(member: Member, request_id: int, timeout_s: float) -> None:
-    await asyncio.wait_for(member.finished.wait_for(lambda: all(running > request_id for running in member.running)), timeout_s)
+        try:
+            await member.changed.wait_for(has_outcome, timeout_s)
+        except TimeoutError:
+            raise DeadlinePassed(
+                f"request {request_id} had no outcome within {timeout_s:g} s; the last one that arrived is "
+                f"{member.last_request_id}"
+            ) from None
 
 
 def window_gradients(
-    member: Member, layer: int, layer_spec: native.LayerSpec, lora_spec: native.LoraSpec
+    member: Member, layer: int, layer_spec: native.LayerSpec, lora_spec: native.LoraSpec, *, fresh: bool
 ) -> native.LoraTensors:
-    """The member's accumulators of one layer, zeroed where this is the window's first backward through it."""
+    """The member's accumulators of one layer, zeroed where `fresh`: the window's first backward through it."""
     if layer not in member.gradients:
         member.gradients[layer] = native.LoraTensors(layer_spec, lora_spec)
-    elif layer not in member.window:
+    elif fresh:
         member.gradients[layer].zero()
-    member.window.add(layer)
     return member.gradients[layer]
+
+
+def require_joined(member: Member) -> None:
+    """Raises WrongPhase for a member that left while its request waited."""
+    if member.has_left:
+        raise WrongPhase(f"rank {member.rank} has left run {member.run.name!r}; join it again")
+
+
+def all_gradients(run: Run) -> list[tuple[int, LayerAdapter, list[native.LoraTensors]]]:
+    """Layers that saw a backward in this window, each with its gradients in rank order. Raises WrongPhase for a rank that
+    left: the average would lack its part."""
+    if len(run.members) != run.config.world_size:
+        missing = sorted(set(range(run.config.world_size)) - set(run.members))
+        raise WrongPhase(f"ranks {missing} have left run {run.name!r}; all {run.config.world_size} are needed")
+    found = [(layer, adapter, rank_gradients(run, layer)) for layer, adapter in run.adapters.items()]
+    return [entry for entry in found if entry[2]]
 
 
 def rank_gradients(run: Run, layer: int) -> list[native.LoraTensors]:

@@ -40,9 +40,16 @@ class EngineQueue:
             self._waiting -= 1
 
     async def run(self, work: Callable[[], Result]) -> Result:
-        """Runs `work`, inside a turn, and turns the engine's errors into the server's."""
+        """Runs `work`, inside a turn, and turns the engine's errors into the server's.
+
+        A caller that is cancelled still waits for `work` to end: the turn must not pass on while it runs.
+        """
+        future = asyncio.get_running_loop().run_in_executor(self._executor, work)
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._executor, work)
+            return await asyncio.shield(future)
+        except asyncio.CancelledError:
+            await asyncio.wait([future])
+            raise
         except native.InvalidArgument as error:
             raise InvalidRequest(str(error)) from error
         except native.Cancelled as error:
@@ -55,4 +62,5 @@ class EngineQueue:
             raise InternalError(str(error)) from error
 
     def close(self) -> None:
-        self._executor.shutdown(wait=True)
+        """Does not wait: what still runs has had its token cancelled and ends by itself."""
+        self._executor.shutdown(wait=False, cancel_futures=True)

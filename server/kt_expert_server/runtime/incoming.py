@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from dataclasses import dataclass, field
 from typing import Any
@@ -37,6 +38,12 @@ class IncomingRequest:
     open: RequestOpen
     parts: dict[Tensor, _Part]
     opened: float = field(default_factory=time.monotonic)
+    deadline_s: float = 0.0  # from `opened`
+    timer: asyncio.TimerHandle | None = None  # ends the request where it is not complete in time
+
+    def cancel_timer(self) -> None:
+        if self.timer is not None:
+            self.timer.cancel()
 
     @property
     def size_bytes(self) -> int:

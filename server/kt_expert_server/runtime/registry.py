@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import secrets
 import time
+from collections.abc import Callable
 from enum import StrEnum
 
 import kt_expert_native as native
@@ -27,6 +27,7 @@ from kt_expert_server.runtime.run import LayerAdapter, LayerLora, Member, Run, R
 
 _MAX_WORLD_SIZE = 1024
 _MOMENTS = 2
+_TOKEN_BYTES = 16
 
 
 class State(StrEnum):
@@ -44,11 +45,14 @@ class Registry:
         self.runs: dict[str, Run] = {}
         self.budget = budget
         self.limits = limits
+        self.is_stopping = False
         self._members: dict[str, Member] = {}
+        self._drain_listeners: list[Callable[[], None]] = []
 
     def become_ready(self, model: BaseModel) -> None:
         self.model = model
-        self.state = State.READY
+        if self.state is State.LOADING:
+            self.state = State.READY
 
     def loaded_model(self) -> BaseModel:
         if self.model is None:
@@ -56,14 +60,25 @@ class Registry:
         return self.model
 
     def drain(self) -> None:
+        """No new runs and members; those that are there go on."""
         self.state = State.DRAINING
+        for listener in self._drain_listeners:
+            listener()
+
+    def on_drain(self, listener: Callable[[], None]) -> None:
+        self._drain_listeners.append(listener)
+
+    def stop(self) -> None:
+        """Drains, and takes no new requests either."""
+        self.drain()
+        self.is_stopping = True
 
     def _require_accepting(self) -> None:
         if self.state is State.DRAINING:
             raise ServerUnavailable("the server is draining and takes no new runs or members; connect to another one")
 
     def open_run(self, name: str, config: RunConfig, ephemeral: bool) -> tuple[Run, bool]:
-        """Returns the run and whether it was created."""
+        """Returns the run and whether it was created. A new run's adapter is zero until initialise() ran on the engine."""
         model = self.loaded_model()
         check_name("run", name)
         existing = self.runs.get(name)
@@ -89,7 +104,6 @@ class Registry:
         for lora in config.lora:
             spec = lora.native()
             run.adapters[lora.layer] = LayerAdapter(spec, native.LoraTensors(model.layers[lora.layer].spec, spec))
-        initialise(run)
         self.runs[name] = run
         return run, True
 
@@ -137,34 +151,51 @@ class Registry:
             raise NotFound("this member is not joined, or its lease ran out; join the run again")
         return self._members[token]
 
-    def join(self, name: str, rank: int) -> Member:
-        """A second join of a rank fences the first and keeps its tickets, gradients and outcomes."""
+    def join(self, name: str, rank: int, resume: str = "") -> Member:
+        """A second join of a rank fences the first.
+
+        With `resume`, the token of the membership it continues, tickets, gradients and outcomes are kept under a new epoch
+        and token; without, the rank starts afresh.
+        """
         run = self.run_named(name)
         if not 0 <= rank < run.config.world_size:
             raise InvalidRequest(f"rank {rank} is outside [0, {run.config.world_size}) of run {name!r}")
-        member = run.members.get(rank)
-        if member is not None:
-            member.epoch += 1
-            if member.sink is not None:
-                member.sink.close(
-                    WrongPhase(f"rank {rank} of run {name!r} was joined again: epoch {member.epoch} replaces this one")
-                )
-                member.sink = None
-            member.last_seen = time.monotonic()
-            return member
+        existing = run.members.get(rank)
+        epoch = existing.epoch + 1 if existing is not None else 1
+        if existing is not None:
+            fence = WrongPhase(f"rank {rank} of run {name!r} was joined again: epoch {epoch} replaces this one")
+            if existing.sink is not None:
+                existing.sink.close(fence)
+            if resume and resume == existing.token:
+                return self._resume(existing, epoch)
+            self._remove(existing)
         self._require_accepting()
         if len(self._members) >= self.limits.max_members:
             raise OutOfCapacity(f"{len(self._members)} members are joined, the limit is {self.limits.max_members}")
-        member = Member(secrets.token_urlsafe(16), run, rank)
+        member = Member(secrets.token_urlsafe(_TOKEN_BYTES), run, rank, epoch)
         run.members[rank] = member
+        self._members[member.token] = member
+        return member
+
+    def _resume(self, member: Member, epoch: int) -> Member:
+        """The same member under a new token, so that calls of its fenced predecessor find nothing."""
+        del self._members[member.token]
+        member.token, member.epoch, member.sink = secrets.token_urlsafe(_TOKEN_BYTES), epoch, None
+        member.last_seen = time.monotonic()
         self._members[member.token] = member
         return member
 
     def leave(self, member: Member) -> None:
         """Frees what the member holds; the run goes on, unless it was ephemeral and this was its last member."""
-        run = member.run
         if member.sink is not None:
             member.sink.close(WrongPhase("the member left the run"))
+        self._remove(member)
+        if member.run.ephemeral and not member.run.members:
+            self.close(member.run)
+
+    def _remove(self, member: Member) -> None:
+        run = member.run
+        member.has_left, member.sink = True, None
         for token in member.cancels.values():
             token.cancel()
         for ticket_id in list(member.tickets):
@@ -174,11 +205,16 @@ class Registry:
         member.outcomes.clear()
         run.members.pop(member.rank, None)
         self._members.pop(member.token, None)
-        if run.ephemeral and not run.members:
-            self.close(run)
+        run.step_barrier.withdraw(member.rank)
+        run.norm_barrier.withdraw(member.rank)
+        member.changed.notify()
 
     def close(self, run: Run) -> None:
-        self.runs.pop(run.name, None)
+        if self.runs.get(run.name) is run:
+            del self.runs[run.name]
+        gone = NotFound(f"run {run.name!r} was closed")
+        run.step_barrier.abort(gone)
+        run.norm_barrier.abort(gone)
         for member in list(run.members.values()):
             self.leave(member)
         for kind, size in run.reserved_bytes.items():
@@ -212,17 +248,16 @@ class Registry:
         return list(self._members.values())
 
     async def wait_idle(self, timeout_s: float) -> bool:
-        """Waits until no accepted request lacks an outcome. False where that took too long."""
+        """Waits until no accepted request lacks an outcome. False where that took too long; what runs is then cancelled."""
         deadline = time.monotonic() + timeout_s
-        for member in self.members:
-            async with member.finished:
-                try:
-                    await asyncio.wait_for(
-                        member.finished.wait_for(lambda member=member: not member.running),  # type: ignore[misc]
-                        max(0.0, deadline - time.monotonic()),
-                    )
-                except TimeoutError:
-                    return False
+        while busy := next((member for member in self.members if member.running), None):
+            try:
+                await busy.changed.wait_for(lambda member=busy: not member.running, deadline - time.monotonic())  # type: ignore[misc]
+            except TimeoutError:
+                for member in self.members:
+                    for token in member.cancels.values():
+                        token.cancel()
+                return False
         return True
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections import OrderedDict
 from dataclasses import dataclass, field
@@ -12,6 +11,7 @@ import kt_expert_native as native
 
 from kt_expert_server.errors import ServerError
 from kt_expert_server.runtime.barrier import Barrier
+from kt_expert_server.runtime.signal import Signal
 
 REMEMBERED_TICKETS = 4096  # consumed ticket ids kept per member, to tell a second use from an unknown one
 
@@ -111,12 +111,18 @@ class Member:
     running: dict[int, int] = field(default_factory=dict)  # request id -> its credit bytes
     dropped: set[int] = field(default_factory=set)  # ids whose stream ended before the request was complete
     cancels: dict[int, native.CancelToken] = field(default_factory=dict)
-    finished: asyncio.Condition = field(default_factory=asyncio.Condition)
+    changed: Signal = field(default_factory=Signal)  # a request opened, ended or was dropped, or the member left
+    has_left: bool = False
 
     def forget_ticket(self, ticket_id: int, how: str) -> None:
         self.consumed[ticket_id] = how
         while len(self.consumed) > REMEMBERED_TICKETS:
             self.consumed.popitem(last=False)
+
+    def finish(self, request_id: int) -> None:
+        """The request runs no more, whatever became of it."""
+        self.running.pop(request_id, None)
+        self.changed.notify()
 
     def close_window(self) -> None:
         """Gradients accumulated so far no longer count; their memory is reused."""

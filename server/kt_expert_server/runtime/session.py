@@ -27,7 +27,15 @@ from kt_expert_proto.frame import (
 from kt_expert_proto.v1.session_pb2 import ErrorDetail, RequestOpen
 from numpy.typing import NDArray
 
-from kt_expert_server.errors import InternalError, InvalidRequest, OutOfCapacity, ServerError, WrongPhase
+from kt_expert_server.errors import (
+    DeadlinePassed,
+    InternalError,
+    InvalidRequest,
+    OutOfCapacity,
+    ServerError,
+    ServerUnavailable,
+    WrongPhase,
+)
 from kt_expert_server.runtime.compute import Compute, ForwardRequest
 from kt_expert_server.runtime.incoming import IncomingRequest, allocate, declared_bytes, declared_parts
 from kt_expert_server.runtime.memory import Kind
@@ -50,6 +58,7 @@ STATUS_NUMBERS = {
 }
 _MAX_ERROR_TEXT = 4096
 _MS_PER_S = 1000
+_MAX_UNACKNOWLEDGED = 4  # outcomes of refused requests hold no credits; this many times the credits is a broken client
 
 
 class Session:
@@ -87,17 +96,25 @@ class Session:
 
     def detach(self) -> None:
         """The stream is gone: half-received requests are dropped, accepted ones go on."""
-        for incoming in self._incoming.values():
-            self._give_back(incoming.header.request_id, incoming.size_bytes)
-        self._incoming.clear()
+        self._drop_incoming()
         if self._member.sink is self:
             self._member.sink = None
-        self._member.last_seen = time.monotonic()
+            self._member.last_seen = time.monotonic()
+
+    def _drop_incoming(self) -> None:
+        for incoming in self._incoming.values():
+            self._give_back(incoming)
+            self._member.dropped.add(incoming.header.request_id)  # it never took effect, so it may be sent again
+        self._incoming.clear()
 
     def send(self, frames: list[bytes]) -> None:
         self._send(frames)
 
     def close(self, error: ServerError) -> None:
+        """Acts at once: nothing this stream still delivers counts any more."""
+        self._drop_incoming()
+        if self._member.sink is self:
+            self._member.sink = None
         self._close(error)
 
     def receive(self, message: bytes) -> None:
@@ -108,6 +125,8 @@ class Session:
     def _frame(self, header: Header, payload: memoryview) -> None:
         if header.epoch != self._epoch:
             raise FrameError(f"frame of epoch {header.epoch} on a stream of epoch {self._epoch}")
+        if self._member.sink is not self:
+            raise FrameError("this stream was replaced by a newer one")
         self._member.last_seen = time.monotonic()
         match header.type:
             case FrameType.OPEN:
@@ -135,18 +154,23 @@ class Session:
             raise FrameError(f"request id {request_id} came after {self._member.last_request_id}; ids of a member increase")
         self._member.dropped.discard(request_id)
         self._member.last_request_id = max(request_id, self._member.last_request_id)
+        if len(self._member.outcomes) >= _MAX_UNACKNOWLEDGED * self._registry.limits.credit_requests:
+            raise FrameError(f"{len(self._member.outcomes)} outcomes are not acknowledged; acknowledge them as they come")
         try:
             opened = RequestOpen.FromString(bytes(payload))
         except DecodeError as error:
             raise FrameError(f"OPEN of request {request_id} does not hold a RequestOpen: {error}") from None
         try:
             self._accept(header, opened)
+            self._member.changed.notify()
         except ServerError as error:
             self._refused.add(request_id)
             self._fail(header, error)
 
     def _accept(self, header: Header, opened: RequestOpen) -> None:
         member, limits = self._member, self._registry.limits
+        if self._registry.is_stopping:
+            raise ServerUnavailable("the server is stopping and takes no new requests; connect to another one")
         parts = declared_parts(header, opened, self._registry.loaded_model(), limits, member.run.config.wire_dtype)
         size = declared_bytes(parts)
         if size > limits.max_request_bytes:
@@ -160,7 +184,19 @@ class Session:
         member.credit_requests_used += 1
         member.credit_bytes_used += size
         member.running[header.request_id] = size
-        self._incoming[header.request_id] = allocate(header, opened, parts)
+        incoming = allocate(header, opened, parts)
+        incoming.deadline_s = header.deadline_ms / _MS_PER_S or limits.default_deadline_s
+        loop = asyncio.get_running_loop()
+        incoming.timer = loop.call_later(incoming.deadline_s, self._expire, header.request_id)
+        self._incoming[header.request_id] = incoming
+
+    def _expire(self, request_id: int) -> None:
+        """The deadline passed before the request was complete."""
+        incoming = self._incoming.pop(request_id, None)
+        if incoming is not None:
+            self._give_back(incoming)
+            self._refused.add(request_id)
+            self._fail(incoming.header, DeadlinePassed("the request's deadline passed before all of its frames came"))
 
     def _is_repeat(self, request_id: int) -> bool:
         """A request sent again after a reconnect: its stored outcome is sent again, or will come when it is ready."""
@@ -192,10 +228,11 @@ class Session:
             raise FrameError(f"END for request {header.request_id}, which is not open")
         request = incoming.finish()
         del self._incoming[header.request_id]
+        incoming.cancel_timer()
         direction = "forward" if isinstance(request, ForwardRequest) else "backward"
-        self._observer.stage(direction, "receive", time.monotonic() - incoming.opened)
-        limit_s = incoming.header.deadline_ms / _MS_PER_S or self._registry.limits.default_deadline_s
-        token = native.CancelToken(max(0.0, limit_s - (time.monotonic() - incoming.opened)))
+        taken_s = time.monotonic() - incoming.opened
+        self._observer.stage(direction, "receive", taken_s)
+        token = native.CancelToken(max(0.0, incoming.deadline_s - taken_s))
         self._member.cancels[header.request_id] = token
         task = asyncio.get_running_loop().create_task(self._run(incoming, token))
         self._tasks.add(task)
@@ -219,20 +256,17 @@ class Session:
             fault = secrets.token_hex(4)
             _log.exception("fault %s in request %d", fault, header.request_id)
             frames = [self._error_frame(header, InternalError(f"internal fault {fault}; see the server's log"))]
-        await self._settle(header.request_id, incoming.size_bytes, frames)
+        self._settle(header.request_id, incoming.size_bytes, frames)
 
-    async def _settle(self, request_id: int, request_bytes: int, frames: list[bytes]) -> None:
+    def _settle(self, request_id: int, request_bytes: int, frames: list[bytes]) -> None:
         member = self._member
         member.cancels.pop(request_id, None)
         self._registry.budget.release(Kind.REQUESTS, request_bytes)
-        if member.run.members.get(member.rank) is not member:
-            return  # the member left while its request ran
-        self._keep(request_id, frames, request_bytes)
-        if member.sink is not None:
-            member.sink.send(frames)
-        async with member.finished:
-            member.running.pop(request_id, None)
-            member.finished.notify_all()
+        if not member.has_left:
+            self._keep(request_id, frames, request_bytes)
+            if member.sink is not None:
+                member.sink.send(frames)
+        member.finish(request_id)
 
     def _result_frames(self, header: Header, tensors: Mapping[Tensor, NDArray[Any]]) -> list[bytes]:
         begun = time.monotonic()
@@ -272,14 +306,14 @@ class Session:
         self._registry.budget.record(Kind.OUTCOMES, size)
         self._member.outcomes[request_id] = Outcome(frames, size, credit_bytes)
 
-    def _give_back(self, request_id: int, size_bytes: int) -> None:
+    def _give_back(self, incoming: IncomingRequest) -> None:
         """A request that never became complete: its credits and memory return at once."""
-        member = self._member
-        if member.running.pop(request_id, None) is not None:
-            member.credit_requests_used -= 1
-            member.credit_bytes_used -= size_bytes
-            self._registry.budget.release(Kind.REQUESTS, size_bytes)
-            member.dropped.add(request_id)  # it never took effect, so the member may send it again
+        incoming.cancel_timer()
+        member, size = self._member, incoming.size_bytes
+        member.credit_requests_used -= 1
+        member.credit_bytes_used -= size
+        self._registry.budget.release(Kind.REQUESTS, size)
+        member.finish(incoming.header.request_id)
 
     def _cancel(self, request_id: int) -> None:
         token = self._member.cancels.get(request_id)
@@ -289,6 +323,8 @@ class Session:
     def _acknowledge(self, request_id: int) -> None:
         member = self._member
         outcome = member.outcomes.pop(request_id, None)
+        if outcome is None and request_id <= member.last_request_id:
+            return  # acknowledged before, as after a reconnect
         if outcome is None:
             raise FrameError(f"ACK for request {request_id}, which has no outcome to acknowledge")
         self._registry.budget.release(Kind.OUTCOMES, outcome.size_bytes)

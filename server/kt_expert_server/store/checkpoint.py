@@ -27,7 +27,7 @@ from kt_expert_server.runtime.run import LayerLora, Run, RunConfig
 
 FORMAT_VERSION = 1
 _MANIFEST = "manifest.json"
-_PARTIAL_SUFFIX = ".partial"
+_PARTIAL_PREFIX = ".partial-"  # no name begins with a dot, so none is mistaken for a partial one
 Progress = Callable[[int, int], None]
 
 
@@ -76,13 +76,14 @@ class CheckpointStore:
         target = self._root / check_name("checkpoint", name)
         if target.exists():
             raise AlreadyExists(f"checkpoint {name!r} exists and checkpoints never change; choose another name")
-        partial = self._root / (name + _PARTIAL_SUFFIX)
+        partial = self._root / (_PARTIAL_PREFIX + name)
         shutil.rmtree(partial, ignore_errors=True)
         try:
             partial.mkdir()
             manifest = _write_layers(run, partial, model_digest, progress)
             raw = manifest.to_json()
             _write_durably(partial / _MANIFEST, raw)
+            _sync_directory(partial)
             partial.rename(target)
             _sync_directory(self._root)
         except OSError as error:
@@ -122,7 +123,8 @@ class CheckpointStore:
     def names(self) -> list[str]:
         if not self._root.is_dir():
             return []
-        return sorted(path.name for path in self._root.iterdir() if (path / _MANIFEST).is_file())
+        complete = [path.name for path in self._root.iterdir() if (path / _MANIFEST).is_file()]
+        return sorted(name for name in complete if not name.startswith(_PARTIAL_PREFIX))
 
 
 def _write_layers(run: Run, directory: Path, model_digest: str, progress: Progress) -> Manifest:

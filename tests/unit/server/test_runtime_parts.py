@@ -57,6 +57,57 @@ def test_a_failed_action_reaches_every_rank_and_can_be_tried_again() -> None:
     asyncio.run(scenario())
 
 
+def test_a_cancelled_caller_neither_stops_nor_repeats_the_action() -> None:
+    runs = []
+
+    async def slow(arrivals: Mapping[int, int]) -> int:
+        runs.append(1)
+        await asyncio.sleep(0.05)
+        return sum(arrivals.values())
+
+    async def scenario() -> None:
+        barrier: Barrier[int, int] = Barrier("sum", 1)
+        caller = asyncio.ensure_future(barrier.arrive(0, 1, 5, 5, slow))
+        await asyncio.sleep(0.01)
+        caller.cancel()
+        with pytest.raises(DeadlinePassed, match="all ranks have arrived and it is still running"):
+            await barrier.arrive(0, 1, 99, 0.01, slow)
+        assert await barrier.arrive(0, 1, 99, 5, slow) == 5
+        assert await barrier.arrive(0, 1, 99, 5, slow) == 5
+        assert runs == [1]
+
+    asyncio.run(scenario())
+
+
+def test_a_cancelled_rank_no_longer_counts_as_arrived() -> None:
+    async def scenario() -> None:
+        barrier: Barrier[int, int] = Barrier("sum", 2)
+        gone = asyncio.ensure_future(barrier.arrive(0, 1, 5, 5, total))
+        await asyncio.sleep(0)
+        gone.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await gone
+        with pytest.raises(DeadlinePassed, match=r"for ranks \[0\] of 2"):
+            await barrier.arrive(1, 1, 7, 0.01, total)
+        assert barrier.is_idle
+
+    asyncio.run(scenario())
+
+
+def test_ranks_that_wait_hear_when_the_run_is_closed() -> None:
+    async def scenario() -> None:
+        barrier: Barrier[int, int] = Barrier("sum", 2)
+        waiting = asyncio.ensure_future(barrier.arrive(0, 1, 5, 5, total))
+        await asyncio.sleep(0)
+        barrier.abort(WrongPhase("closed"))
+        with pytest.raises(WrongPhase, match="closed"):
+            await waiting
+        barrier.restart(4)
+        assert barrier.completed == 4
+
+    asyncio.run(scenario())
+
+
 def test_the_budget_refuses_with_its_numbers() -> None:
     budget = MemoryBudget(1000)
     budget.reserve(Kind.WEIGHTS, 600, "weights")
