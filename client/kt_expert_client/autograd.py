@@ -6,6 +6,7 @@ import weakref
 from typing import Any, Protocol
 
 import torch
+from torch.autograd.function import once_differentiable
 
 
 class RemoteLayer(Protocol):
@@ -60,6 +61,7 @@ class ExpertsFunction(torch.autograd.Function):
         return output
 
     @staticmethod
+    @once_differentiable  # a second derivative would silently be zero
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (handle,) = ctx.saved_tensors
         grad_hidden, grad_weights = ctx.layer.backward(int(handle.item()), grad_outputs[0])

@@ -48,7 +48,8 @@ class Client:
         self.layers: dict[int, pb.LayerSpec] = {spec.layer: spec for spec in hello.layers}
         self._channel = channel
         self._stub = service_pb2_grpc.ExpertStub(channel)
-        self._runs: list[Run] = []
+        self._runs: set[Run] = set()
+        self._names: dict[str, int] = {}
         self._pid = os.getpid()
 
     def __enter__(self) -> Client:
@@ -98,9 +99,15 @@ class Client:
             joined,
             wire_dtype,
             {layer: spec.top_k for layer, spec in self.layers.items()},
+            self._runs.discard,
         )
-        self._runs.append(run)
+        self._runs.add(run)
         return run
+
+    def unique_run_name(self, name: str) -> str:
+        """`name` for the first run of this process that asks for it, name-2, name-3, ... for further ones."""
+        self._names[name] = self._names.get(name, 0) + 1
+        return name if self._names[name] == 1 else f"{name}-{self._names[name]}"
 
     def status(self) -> pb.GetStatusResponse:
         status: pb.GetStatusResponse = self._call("status", self._stub.GetStatus, pb.GetStatusRequest())
@@ -110,7 +117,7 @@ class Client:
         """Leaves all runs and closes the channel. Does nothing in a forked child: the connection is its parent's."""
         if os.getpid() != self._pid:
             return
-        for run in self._runs:
+        for run in list(self._runs):
             run.leave()
         self._runs.clear()
         self._channel.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -17,8 +18,9 @@ from kt_expert_client.errors import UnsupportedModel, WrongPhase
 from kt_expert_client.membership import ALONE, current_membership
 from kt_expert_client.run import Run
 
-# Fills anchor.grad where there is no norm to report. Not 0: zero_grad(set_to_none=False) must be told apart.
-TINY_NORM = 1e-30
+# Fills anchor.grad where there is no norm to report. Not 0: zero_grad(set_to_none=False) must be told apart, in fp16 too.
+TINY_NORM = 1e-7
+_NO_PASS = -1
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +51,11 @@ class Anchor(nn.Module):
 
 class OffloadedLayer:
     """Implements RemoteLayer for one layer of an offloaded model."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> OffloadedLayer:
+        """A copied model talks to the same server through the same run."""
+        memo[id(self)] = self
+        return self
 
     def __init__(self, offload: ModelOffload, layer: int) -> None:
         self._offload = offload
@@ -93,12 +100,11 @@ class ModelOffload:
         self.wire_dtype = wire_dtype
         self.lora: tuple[LayerLora, ...] = ()
         self.anchor: Anchor | None = None
-        self._norm = 0.0
         self._filled = 0.0
-        self._in_window_of_pass = False
+        self._pass = _NO_PASS  # the autograd pass whose first remote backward has been seen
         self._run: Run | None = None
         self.member = ALONE  # until the run is opened
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # finalizers of tickets may run on a thread that holds it
         self.layers: dict[int, OffloadedLayer] = {}
         kinds = list(model_types)
         if client.model_type not in kinds:
@@ -119,15 +125,18 @@ class ModelOffload:
     def run(self) -> Run:
         with self._lock:
             if self._run is None:
-                self.member = member = current_membership()
+                # Without an adapter ranks have nothing in common: each computes in a run of its own.
+                self.member = member = current_membership() if self.lora else ALONE
+                name = member.name if member.name is None else self.client.unique_run_name(member.name)
                 self._run = self.client.open_run(
-                    member.name,
+                    name,
                     lora=self.lora,
                     rank=member.rank,
                     world_size=member.world_size,
                     wire_dtype=self.wire_dtype,
                     ephemeral=member.ephemeral,
                 )
+                weakref.finalize(self, _leave_in_background, self._run).atexit = False
             return self._run
 
     def set_adapter(self, lora: Iterable[LayerLora], tensors: AdapterTensors, device: torch.device) -> Anchor:
@@ -139,18 +148,30 @@ class ModelOffload:
             previous.leave()
         self.upload(tensors)
         self.anchor = Anchor(device)
-        self.anchor.weight.register_post_accumulate_grad_hook(self._after_backward)
+        # The tensor holds its hooks where the garbage collector does not look, so this one must not hold the model.
+        after_backward = weakref.WeakMethod(self._after_backward)
+
+        def hook(parameter: torch.Tensor) -> None:
+            method = after_backward()
+            if method is not None:
+                method(parameter)
+
+        self.anchor.weight.register_post_accumulate_grad_hook(hook)
         return self.anchor
 
     def upload(self, tensors: AdapterTensors, step: int | None = None) -> None:
         """Replaces adapter tensors (or, with `step`, moments too) of the run, once for all members."""
         run = self.run
-        if self.member.rank == 0:
+        if self.member.rank == 0 and tensors:
             run.put_adapter(tensors, step=step)
         if self.member.world_size > 1:
             run.grad_norm()  # a barrier: nobody computes before the values are there
-        if step is not None:
-            run.note_steps(step)
+        run.refresh_steps()
+
+    def forget_moments(self) -> None:
+        """The optimizer is a new one: AdamW's moments on the server start at zero, as its own do."""
+        moments = self.download(moments=True) if self.member.rank == 0 else {}
+        self.upload({key: torch.zeros_like(value) for key, value in moments.items()}, step=0)
 
     def download(self, *, moments: bool = False) -> AdapterTensors:
         """The adapter's tensors, or its moments alone."""
@@ -164,19 +185,19 @@ class ModelOffload:
 
     def begins_window(self) -> bool:
         """True for the first backward after the gradients were cleared: anchor.grad is None or zero."""
-        if self.anchor is None or self._in_window_of_pass:
+        current = torch._C._current_graph_task_id()
+        if self.anchor is None or current == self._pass:
             return False
-        self._in_window_of_pass = True
+        self._pass = current
         grad = self.anchor.weight.grad
         return grad is None or (self._filled != 0.0 and float(grad.item()) == 0.0)
 
     def _after_backward(self, parameter: torch.Tensor) -> None:
         """Runs once all experts of a backward are done: the anchor's gradient becomes the norm it stands for."""
-        self._in_window_of_pass = False
-        self._norm = self.run.grad_norm() if _synchronises_now() else 0.0
-        self._filled = max(self._norm, TINY_NORM)
+        norm = self.run.grad_norm() if _synchronises_now() else 0.0
         assert parameter.grad is not None  # noqa: S101  # the hook runs after accumulation
-        parameter.grad.fill_(self._filled)
+        parameter.grad.fill_(max(norm, TINY_NORM))
+        self._filled = float(parameter.grad.item())  # as the anchor's own dtype holds it
 
     def step(self, optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> None:
         """The server's update, with the hyper-parameters of the group that holds the anchor."""
@@ -192,13 +213,43 @@ class ModelOffload:
             raise UnsupportedModel("Adam with L2 weight decay is not available on the server; use AdamW or decay 0")
         if group.get("maximize"):
             raise UnsupportedModel("maximize is not available on the server; negate the loss")
-        scale = float(self.anchor.weight.grad.item()) / self._filled
+        if _found_inf(optimizer):
+            return  # the gradient scaler has this step skipped
+        if self.run.steps_taken and not _steps_of(optimizer, self.anchor.weight):
+            self.forget_moments()
+        scale = float(self.anchor.weight.grad.item()) / self._filled / _grad_scale(optimizer)
         beta1, beta2 = group["betas"]
         adamw = AdamW(float(group["lr"]), float(beta1), float(beta2), float(group["eps"]), decay)
         self.run.step(adamw, grad_scale=scale)
 
     def close(self) -> None:
-        self.client.close()
+        """Leaves the run. The model cannot train afterwards; other models are not touched."""
+        with self._lock:
+            run, self._run = self._run, None
+        if run is not None:
+            run.leave()
+
+
+def _leave_in_background(run: Run) -> None:
+    """The model is gone. Its run is left on a thread of its own: finalizers must not wait."""
+    threading.Thread(target=run.leave, name="kt-expert-leave", daemon=True).start()
+
+
+def _found_inf(optimizer: torch.optim.Optimizer) -> bool:
+    """torch.amp.GradScaler's word to fused optimizers that this step is to be skipped."""
+    found = getattr(optimizer, "found_inf", None)
+    return found is not None and float(found) != 0.0
+
+
+def _grad_scale(optimizer: torch.optim.Optimizer) -> float:
+    """The factor gradients still carry: GradScaler leaves dividing by it to fused optimizers."""
+    scale = getattr(optimizer, "grad_scale", None)
+    return 1.0 if scale is None else float(scale)
+
+
+def _steps_of(optimizer: torch.optim.Optimizer, parameter: torch.Tensor) -> int:
+    """Steps this optimizer has taken with a parameter, before the one under way."""
+    return int(optimizer.state.get(parameter, {}).get("step", 0))
 
 
 def _synchronises_now() -> bool:
@@ -239,21 +290,26 @@ class OptimizerHook:
     """One process-wide hook: when an optimizer that holds an anchor steps, the server steps too."""
 
     def __init__(self) -> None:
-        self._offloads: list[ModelOffload] = []
+        self._offloads: weakref.WeakSet[ModelOffload] = weakref.WeakSet()
         self._remove: Callable[[], None] | None = None
 
     def watch(self, offload: ModelOffload) -> None:
-        self._offloads.append(offload)
+        self._offloads.add(offload)
         if self._remove is None:
             from torch.optim.optimizer import register_optimizer_step_pre_hook
 
             self._remove = register_optimizer_step_pre_hook(self._before_step).remove
 
-    def _before_step(self, optimizer: torch.optim.Optimizer, args: object, kwargs: object) -> None:
-        del args, kwargs
-        for offload in self._offloads:
+    def _before_step(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        closure = any(callable(argument) for argument in (*args[1:], *kwargs.values()))
+        for offload in list(self._offloads):
             if offload.anchor is None:
                 continue
             for group in optimizer.param_groups:
                 if any(parameter is offload.anchor.weight for parameter in group["params"]):
+                    if closure:
+                        raise UnsupportedModel(
+                            "optimizer.step(closure) computes gradients after the server has to know them; call backward, "
+                            "then step without a closure"
+                        )
                     offload.step(optimizer, group)

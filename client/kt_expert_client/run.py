@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import grpc
@@ -17,7 +16,7 @@ from kt_expert_proto.v1.session_pb2 import RequestOpen
 from kt_expert_client.adapter import PART_NAMES, PARTS, AdamW, AdapterTensors, TensorKey
 from kt_expert_client.errors import InvalidRequest, from_rpc
 from kt_expert_client.session import Pending, Session
-from kt_expert_client.staging import WIRE_TORCH_DTYPES, HostTensor, Staging, byte_view
+from kt_expert_client.staging import WIRE_TORCH_DTYPES, Delivery, HostTensor, Staging, byte_view
 
 DEFAULT_REQUEST_TIMEOUT_S = 600.0
 DEFAULT_BARRIER_TIMEOUT_S = 1800.0  # ranks may differ by a whole gradient accumulation
@@ -27,41 +26,32 @@ _ANSWER_SLACK_S = 10.0  # the server's own deadline has the better message, so i
 _WIRE_FRAME_DTYPES = {"bf16": Dtype.BF16, "fp32": Dtype.FP32}
 
 
-@dataclass(frozen=True, slots=True)
 class ForwardHandle:
     """A forward in flight. `ticket` names its saved state for the backward."""
 
-    pending: Pending
-    ticket: int
-    _output: torch.Tensor
-    _staging: Staging
-    _device: torch.device
-    _dtype: torch.dtype
+    def __init__(self, pending: Pending, output: Delivery) -> None:
+        self.pending = pending
+        self.ticket = pending.request_id
+        self._output = output
 
     def result(self, timeout_s: float | None = None) -> torch.Tensor:
         """The output [T, H] on the device and in the dtype of the hidden states. Raises the request's error."""
         self.pending.wait(timeout_s)
-        return _deliver(self._staging, self._output, self._device, self._dtype)
+        return self._output.tensor()
 
 
-@dataclass(frozen=True, slots=True)
 class BackwardHandle:
     """A backward in flight."""
 
-    pending: Pending
-    _grad_hidden: torch.Tensor
-    _grad_weights: torch.Tensor
-    _staging: Staging
-    _device: torch.device
-    _dtype: torch.dtype
+    def __init__(self, pending: Pending, grad_hidden: Delivery, grad_weights: Delivery) -> None:
+        self.pending = pending
+        self._grad_hidden = grad_hidden
+        self._grad_weights = grad_weights
 
     def result(self, timeout_s: float | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """Gradients of hidden states [T, H] and of routing weights fp32 [T, k]. Raises the request's error."""
         self.pending.wait(timeout_s)
-        return (
-            _deliver(self._staging, self._grad_hidden, self._device, self._dtype),
-            _deliver(self._staging, self._grad_weights, self._device, torch.float32),
-        )
+        return self._grad_hidden.tensor(), self._grad_weights.tensor()
 
 
 class Run:
@@ -75,6 +65,7 @@ class Run:
         joined: pb.JoinRunResponse,
         wire_dtype: str,
         top_k: dict[int, int],
+        on_leave: Callable[[Run], None],
     ) -> None:
         self.name = name
         self.wire_dtype = wire_dtype
@@ -84,6 +75,7 @@ class Run:
         self._step = int(joined.step)
         self._norm_sequence = int(joined.norm_sequence)
         self._top_k = top_k
+        self._on_leave = on_leave
         self._staging = Staging()
         self._closed = False
 
@@ -120,7 +112,7 @@ class Run:
         output = self._staging.host_buffer((tokens, hidden), wire, pinned=hidden_states.is_cuda)
         opened = RequestOpen(top_k=expert_ids.shape[1], save_for_backward=save_for_backward, use_adapter=use_adapter)
         pending = self._session.submit(header, opened, sent, {Tensor.OUTPUT: output}, timeout_s, lambda: self._recycle(sent))
-        return ForwardHandle(pending, pending.request_id, output, self._staging, hidden_states.device, hidden_states.dtype)
+        return ForwardHandle(pending, Delivery(self._staging, output, hidden_states.device, hidden_states.dtype))
 
     def submit_backward(
         self,
@@ -153,7 +145,12 @@ class Run:
             timeout_s,
             lambda: self._recycle(sent),
         )
-        return BackwardHandle(pending, grad_hidden, grad_weights, self._staging, grad_output.device, grad_output.dtype)
+        device = grad_output.device
+        return BackwardHandle(
+            pending,
+            Delivery(self._staging, grad_hidden, device, grad_output.dtype),
+            Delivery(self._staging, grad_weights, device, torch.float32),
+        )
 
     def release(self, ticket: int) -> None:
         """Frees a ticket that no backward will consume. Never waits and never fails."""
@@ -222,9 +219,10 @@ class Run:
         if any(key.part != "parameter" for key in tensors):
             self._step = step or 0
 
-    def note_steps(self, step: int) -> None:
-        """Another member has set the run's step count."""
-        self._step = step
+    def refresh_steps(self) -> None:
+        """Learns the run's step count from the server: another member may have set it."""
+        status = self._call("get_status", self._stub.GetStatus, pb.GetStatusRequest(), _CALL_TIMEOUT_S)
+        self._step = next((int(run.step) for run in status.runs if run.run == self.name), self._step)
 
     def save_checkpoint(self, name: str) -> str:
         """Snapshot of adapter, moments and step on the server's disk. Returns its digest."""
@@ -233,8 +231,7 @@ class Run:
     def load_checkpoint(self, name: str) -> str:
         """Replaces adapter, moments and step of the run by a snapshot's. Returns the base model's digest."""
         digest = self._checkpoint("load_checkpoint", self._stub.LoadCheckpoint, name)
-        status = self._call("get_status", self._stub.GetStatus, pb.GetStatusRequest(), _CALL_TIMEOUT_S)
-        self._step = next(int(run.step) for run in status.runs if run.run == self.name)
+        self.refresh_steps()
         return digest
 
     def leave(self) -> None:
@@ -242,6 +239,7 @@ class Run:
         if self._closed:
             return
         self._closed = True
+        self._on_leave(self)
         with contextlib.suppress(grpc.RpcError):  # the server is gone, or the lease ran out: the rank is free either way
             self._stub.LeaveRun(pb.MemberRequest(member=self._member), timeout=_LEAVE_TIMEOUT_S)
         self._session.close()
@@ -290,13 +288,6 @@ class Run:
 
 def _of(dtype: Dtype) -> Header:
     return Header(FrameType.DATA, dtype=dtype)
-
-
-def _deliver(staging: Staging, host: torch.Tensor, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-    delivered = staging.to_device(host, device, dtype)
-    if device.type == "cuda":
-        staging.give_back(host)
-    return delivered
 
 
 def _check_forward(hidden_states: torch.Tensor, expert_ids: torch.Tensor, routing_weights: torch.Tensor) -> tuple[int, int]:

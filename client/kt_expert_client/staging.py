@@ -84,12 +84,13 @@ class Staging:
         size = 1
         for extent in shape:
             size *= extent
-        with self._lock:
+        # A buffer outlives the call that made it, so it must not be an inference tensor.
+        with self._lock, torch.inference_mode(mode=False):
             free = self._free.setdefault(dtype, [])
             for index, buffer in enumerate(free):
                 if buffer.numel() >= size:
                     return free.pop(index)[:size].view(shape)
-        return torch.empty(size, dtype=dtype, pin_memory=True).view(shape)
+            return torch.empty(size, dtype=dtype, pin_memory=True).view(shape)
 
     def give_back(self, tensor: torch.Tensor) -> None:
         """Returns a pinned buffer to the pool."""
@@ -105,3 +106,24 @@ class Staging:
             if device not in self._streams:
                 self._streams[device] = torch.cuda.Stream(device)
             return self._streams[device]
+
+
+class Delivery:
+    """One received tensor on its way to its device: moved once, however often it is asked for."""
+
+    def __init__(self, staging: Staging, host: torch.Tensor, device: torch.device, dtype: torch.dtype) -> None:
+        self._staging = staging
+        self._host: torch.Tensor | None = host
+        self._device = device
+        self._dtype = dtype
+        self._delivered: torch.Tensor | None = None
+
+    def tensor(self) -> torch.Tensor:
+        """The tensor on its device. The first call gives its pinned buffer back."""
+        if self._delivered is None:
+            assert self._host is not None  # noqa: S101  # present until delivered
+            self._delivered = self._staging.to_device(self._host, self._device, self._dtype)
+            if self._device.type == "cuda":
+                self._staging.give_back(self._host)
+            self._host = None
+        return self._delivered

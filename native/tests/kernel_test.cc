@@ -220,6 +220,19 @@ TEST_CASE("activations and their derivatives") {
   }
 }
 
+TEST_CASE("NaN passes through the clamps") {
+  const float nan = std::numeric_limits<float>::quiet_NaN();
+  const ActivationSpec spec{Activation::kGptOss, 1.702f, 7.0f};
+  for (const KernelTable* kernels : tables()) {
+    CAPTURE(std::string(kernels->name));
+    const float gate[] = {nan, 1.0f}, up[] = {1.0f, nan};
+    float h[2];
+    kernels->activate(spec, gate, up, h, 2);
+    CHECK(std::isnan(h[0]));
+    CHECK(std::isnan(h[1]));
+  }
+}
+
 TEST_CASE("conversions round to nearest even and keep NaN") {
   const float special[] = {0.0f,
                            -0.0f,

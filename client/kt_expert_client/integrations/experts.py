@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 import sys
 from collections.abc import Iterator
@@ -50,6 +51,14 @@ class RemoteExperts(nn.Module):
         for name in self.kt_shapes:
             self._parameters.pop(name, None)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> RemoteExperts:
+        """A copy talks to the same server through the same run."""
+        copied = type(self).__new__(type(self))
+        memo[id(self)] = copied
+        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return copied
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # a call to another machine is nothing to compile
     def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """(hidden_states [T, H], expert ids [T, k], routing weights [T, k]) -> [T, H], by position or by stock names."""
         hidden_states, expert_ids, routing_weights = (*args, *kwargs.values())[:3]
@@ -93,6 +102,15 @@ def loaded_experts_classes() -> Iterator[tuple[str, type[nn.Module]]]:
             for name, candidate in list(vars(module).items()):
                 if is_experts_class(candidate) and candidate.__module__ == module_name:
                     yield name, candidate
+
+
+def restore_stock_classes() -> None:
+    """Puts the library's own classes back: its replacement leaves ours in place where building a model fails."""
+    for module_name, module in list(sys.modules.items()):
+        if module_name.startswith("transformers.models.") and ".modeling_" in module_name:
+            for name, candidate in list(vars(module).items()):
+                if isinstance(candidate, type) and issubclass(candidate, RemoteExperts):
+                    setattr(module, name, candidate.__mro__[2])
 
 
 _REMOTE_CLASSES: dict[type[nn.Module], type[RemoteExperts]] = {}

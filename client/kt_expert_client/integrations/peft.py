@@ -57,6 +57,9 @@ class AdapterSwitch(nn.Module, BaseTunerLayer):  # type: ignore[misc]  # PEFT ha
     def set_requires_grad(self, adapter_names: Any, requires_grad: bool = True) -> None:
         """The anchor carries requires_grad for the whole adapter."""
 
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        """There is nothing here to move."""
+
     def delete_adapter(self, adapter_name: str) -> None:
         raise UnsupportedModel(f"adapter {adapter_name!r} lives on the server and ends with its run")
 
@@ -117,12 +120,17 @@ class RemoteAdapter:
         anchor = self._offload.set_adapter(lora, tensors, device)
         setattr(self._model, ANCHOR_MODULE, anchor)
         anchor.weight.requires_grad_(not self._model.peft_config[self._name].inference_mode)
-        # The anchor's gradient is the same on every rank already.
-        ignored = list(getattr(self._model, "_ddp_params_and_buffers_to_ignore", []))
-        self._model._ddp_params_and_buffers_to_ignore = [*ignored, f"{ANCHOR_MODULE}.weight"]
+        self._spare_ddp_the_anchor()
         for layer in self._layers:
             if layer.wrappers:
                 setattr(layer.module, _SWITCH_MODULE, AdapterSwitch(self._name))
+
+    def _spare_ddp_the_anchor(self) -> None:
+        """Its gradient is the same on every rank already. DDP wants at least one parameter, so it keeps the only one."""
+        others = any(p.requires_grad for name, p in self._model.named_parameters() if not name.startswith(ANCHOR_MODULE))
+        if others:
+            ignored = list(getattr(self._model, "_ddp_params_and_buffers_to_ignore", []))
+            self._model._ddp_params_and_buffers_to_ignore = [*ignored, f"{ANCHOR_MODULE}.weight"]
 
     def _take_tensors(self) -> AdapterTensors:
         tensors = self._collect()
@@ -146,7 +154,7 @@ class RemoteAdapter:
             for part, side in (("A", wrapper.lora_A), ("B", wrapper.lora_B)):
                 weight = side[self._name].weight
                 value = _to_peft(layer, wrapper.parameter_name, part, tensors) if tensors else None
-                weight.data = torch.zeros(weight.shape) if value is None else value
+                _replace_weight(side[self._name], torch.zeros(weight.shape) if value is None else value)
 
     def _dtype(self, layer: _AdaptedLayer) -> torch.dtype:
         fallback: torch.dtype = layer.module.kt_dtype
@@ -167,7 +175,12 @@ def install(hook: OptimizerHook) -> None:
         dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
         for module in modules:
             module.kt_add_placeholders(dtype)
-        original(self, model, peft_config, adapter_name, **kwargs)
+        try:
+            original(self, model, peft_config, adapter_name, **kwargs)
+        except BaseException:
+            for module in modules:
+                module.kt_drop_placeholders()
+            raise
         offload: ModelOffload = modules[0].kt_offload
         adapter = RemoteAdapter(self, offload, adapter_name)
         hook.watch(offload)
@@ -220,9 +233,9 @@ def _loading(model: PeftModel, adapter: RemoteAdapter, offload: ModelOffload, na
             )
         with adapter.materialised(upload=True):
             result = load(model_id, adapter_name, *args, **kwargs)
+        # All ranks come here, and rank 0's file decides: the others' disks may lack it.
         moments = moments_file.read(Path(str(model_id)))
-        if moments is not None:
-            offload.upload(moments.tensors, step=moments.step)
+        offload.upload(moments.tensors if moments else {}, step=moments.step if moments else None)
         return result
 
     return load_adapter
@@ -298,5 +311,9 @@ def _shrink(layer: _AdaptedLayer, adapter: str) -> None:
     """The wrappers keep their tensors' shapes and give up the memory."""
     for wrapper in layer.wrappers:
         for side in (wrapper.lora_A, wrapper.lora_B):
-            weight = side[adapter].weight
-            weight.data = torch.zeros(1).expand(weight.shape)
+            _replace_weight(side[adapter], torch.zeros(1).expand(side[adapter].weight.shape))
+
+
+def _replace_weight(linear: nn.Module, value: torch.Tensor) -> None:
+    """A new parameter, not new data: the old one may be on the meta device."""
+    linear.weight = nn.Parameter(value, requires_grad=False)

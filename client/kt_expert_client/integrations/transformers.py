@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -23,10 +22,10 @@ from kt_expert_client.integrations.experts import (
     loaded_experts_classes,
     local_spec,
     remote_class,
+    restore_stock_classes,
 )
 from kt_expert_client.offload import ModelOffload, OptimizerHook
 
-_log = logging.getLogger(__name__)
 SERVER_VARIABLE = "KT_EXPERT_SERVER"
 OFFLOAD_ATTRIBUTE = "kt_expert_offload"
 _EXPERT_KEYS = r"\.experts\."
@@ -107,7 +106,7 @@ class Offloader:
             with self._lock:
                 address = self._addresses[-1]
             if self.bind(model, address) is None:
-                _warn_if_moe(model)
+                _refuse_moe(model)
             return result
 
         return load
@@ -126,6 +125,7 @@ def patched_experts() -> Iterator[None]:
         yield
     finally:
         unregister_patch_mapping(list(mapping))
+        restore_stock_classes()
 
 
 @contextlib.contextmanager
@@ -188,10 +188,12 @@ def _model_types(model: nn.Module) -> list[str]:
     return [config.model_type, config.get_text_config().model_type]
 
 
-def _warn_if_moe(model: PreTrainedModel) -> None:
+def _refuse_moe(model: PreTrainedModel) -> None:
+    """A mixture of experts whose experts stayed here is not what was asked for. Raises UnsupportedModel."""
     config = model.config.get_text_config()
     if any(getattr(config, sign, None) for sign in _CONFIG_SIGNS_OF_MOE):
-        _log.warning(
-            "%s looks like a mixture of experts, but none of its modules can be offloaded: its experts stay in this process",
-            type(model).__name__,
+        quantised = getattr(model.config, "quantization_config", None) is not None
+        advice = "; load it dequantised" if quantised else ""
+        raise UnsupportedModel(
+            f"{type(model).__name__} looks like a mixture of experts, but none of its modules can be offloaded{advice}"
         )

@@ -10,7 +10,7 @@ from typing import Any
 import grpc
 from kt_expert_proto.frame import EPOCH_METADATA_KEY, MEMBER_METADATA_KEY, SESSION_METHOD, coalesce
 
-from kt_expert_client.errors import KtExpertError, ServerUnavailable, from_rpc
+from kt_expert_client.errors import KtExpertError, ServerFault, ServerUnavailable, from_rpc
 from kt_expert_client.transport.base import FrameReceiver
 
 _JOIN_TIMEOUT_S = 5.0
@@ -60,6 +60,9 @@ class GrpcStreamTransport:
                 receiver.on_frame(message)
         except grpc.RpcError as error:
             end = from_rpc(error, "the session with the server ended")
+        except Exception as error:  # every waiter must hear of it, whatever it is
+            end = ServerFault(f"an answer of the server could not be taken: {error!r}")
+            self._call.cancel()
         if self._send_failure is not None:
             end = self._send_failure
         if self._closed.is_set():

@@ -32,6 +32,7 @@ class ThreadPool {
   static constexpr int kMaxThreads = 1024;
 
  private:
+  void stop();
   void worker_loop(int worker);
   void drain(int worker);
   bool wait_for_work(std::uint64_t seen_generation);

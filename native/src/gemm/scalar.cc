@@ -45,6 +45,9 @@ void multiply(int depth, const float* a_panel, const float* b_panel, float* c, s
   }
 }
 
+// Unlike std::fmin, lets NaN through.
+double at_most(double value, double limit) { return value > limit ? limit : value; }
+
 double sigmoid(double value) { return 1.0 / (1.0 + std::exp(-value)); }
 
 void activate(const ActivationSpec& spec, const float* gate, const float* up, float* h, std::int64_t count) {
@@ -52,8 +55,8 @@ void activate(const ActivationSpec& spec, const float* gate, const float* up, fl
     double g = gate[i];
     double u = up[i];
     if (spec.kind == Activation::kGptOss) {
-      g = std::fmin(g, spec.limit);
-      u = std::fmax(std::fmin(u, spec.limit), -spec.limit) + 1.0;
+      g = at_most(g, spec.limit);
+      u = -at_most(-at_most(u, spec.limit), spec.limit) + 1.0;
     }
     h[i] = static_cast<float>(g * sigmoid(spec.alpha * g) * u);
   }
@@ -68,8 +71,8 @@ void activate_backward(const ActivationSpec& spec, const float* gate, const floa
     const bool gate_passes = !clamped || g <= spec.limit;
     const bool up_passes = !clamped || (u >= -spec.limit && u <= spec.limit);
     if (clamped) {
-      g = std::fmin(g, spec.limit);
-      u = std::fmax(std::fmin(u, spec.limit), -spec.limit) + 1.0;
+      g = at_most(g, spec.limit);
+      u = -at_most(-at_most(u, spec.limit), spec.limit) + 1.0;
     }
     const double s = sigmoid(spec.alpha * g);
     const double d = d_h[i];

@@ -173,8 +173,9 @@ GateUp clamp(const ActivationSpec& spec, __m256 gate, __m256 up) {
   if (spec.kind == Activation::kSilu) return {gate, up, all, all};
   const __m256 limit = _mm256_set1_ps(spec.limit), floor = _mm256_set1_ps(-spec.limit);
   const __m256 inside = _mm256_and_ps(_mm256_cmp_ps(up, limit, _CMP_LE_OQ), _mm256_cmp_ps(up, floor, _CMP_GE_OQ));
-  const __m256 clamped = _mm256_max_ps(_mm256_min_ps(up, limit), floor);
-  return {_mm256_min_ps(gate, limit), _mm256_add_ps(clamped, _mm256_set1_ps(1.0f)),
+  // The value is the second operand: min and max return it where one is NaN, so NaN passes through as in torch.
+  const __m256 clamped = _mm256_max_ps(floor, _mm256_min_ps(limit, up));
+  return {_mm256_min_ps(limit, gate), _mm256_add_ps(clamped, _mm256_set1_ps(1.0f)),
           _mm256_cmp_ps(gate, limit, _CMP_LE_OQ), inside};
 }
 
