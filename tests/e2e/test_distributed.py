@@ -13,19 +13,22 @@ import torch
 from peft import PeftModel
 from support.models import load_stock, random_tokens
 from support.server import ServerProcess
-from support.training import adapted, history, logits, trainer
+from support.training import adapted, history, logits, lora_config, trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*(gradient|activation)_checkpointing.*:FutureWarning")
 WORKER = Path(__file__).resolve().parent.parent / "support" / "ddp_worker.py"
 
 
+@pytest.mark.parametrize("targets", ["q_proj,v_proj", ""], ids=["attention and experts", "experts alone"])
 def test_two_ddp_ranks_equal_one_trainer_with_twice_the_batch(
-    server: ServerProcess, qwen3_checkpoint: Path, tmp_path: Path
+    server: ServerProcess, qwen3_checkpoint: Path, tmp_path: Path, targets: str
 ) -> None:
-    single = trainer(adapted(qwen3_checkpoint, server.address), tmp_path / "single", per_device_train_batch_size=4)
+    config = lora_config(target_modules=[name for name in targets.split(",") if name])
+    model = adapted(qwen3_checkpoint, server.address, config)
+    single = trainer(model, tmp_path / "single", per_device_train_batch_size=4)
     single.train()
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    arguments = [str(WORKER), str(qwen3_checkpoint), server.address, str(tmp_path / "double")]
+    arguments = [str(WORKER), str(qwen3_checkpoint), server.address, str(tmp_path / "double"), targets]
     (tmp_path / "double").mkdir()
     result = subprocess.run(
         [*command, *arguments],

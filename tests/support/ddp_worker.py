@@ -1,4 +1,7 @@
-"""One rank of a two-rank training: a user's script under torchrun. Arguments: checkpoint, server address, output folder."""
+"""One rank of a two-rank training: a user's script under torchrun.
+
+Arguments: checkpoint, server address, output folder, and the LoRA targets outside the experts, separated by commas.
+"""
 
 from __future__ import annotations
 
@@ -12,14 +15,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from transformers import TrainingArguments
 
-from support.training import adapted, history, trainer
+from support.training import adapted, history, lora_config, trainer
 
 
 def main() -> None:
     checkpoint, address, output = Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
     # As users' scripts do: the arguments are made first, and with them the process group.
     TrainingArguments(output_dir=str(output), use_cpu=True, report_to=[])
-    model = adapted(checkpoint, address)
+    targets = [name for name in sys.argv[4].split(",") if name]
+    model = adapted(checkpoint, address, lora_config(target_modules=targets))
     made = trainer(model, output, per_device_train_batch_size=2)
     made.train()
     made.save_model(str(output / "adapter"))
