@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import gc
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,7 @@ from peft import PeftModel
 from support.models import load_stock, random_tokens
 from support.server import ServerProcess
 from support.training import adapted, history, logits, trainer
+from support.waiting import wait_until
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*(gradient|activation)_checkpointing.*:FutureWarning")
 
@@ -31,13 +30,6 @@ def backward(model: Any, seed: int) -> None:
 
 def optimizer_of(model: torch.nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-
-
-def wait_until(condition: Callable[[], bool], timeout_s: float = 30.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, "the condition never came true"
-        time.sleep(0.05)
 
 
 class Abort(Exception):
