@@ -73,14 +73,14 @@ class Compute:
                 except BaseException:
                     budget.release(Kind.TICKETS, saved)
                     raise
-        if ticket is not None and member.has_left:
-            budget.release(Kind.TICKETS, saved)
-        elif ticket is not None:
-            actual = ticket.nbytes
-            budget.release(Kind.TICKETS, saved - actual)
-            member.tickets[request.request_id] = SavedTicket(
-                ticket, request.layer, adapter is not None, member.run.adapter_version, actual
-            )
+            if ticket is not None and member.has_left:
+                budget.release(Kind.TICKETS, saved)
+            elif ticket is not None:
+                actual = ticket.nbytes
+                budget.release(Kind.TICKETS, saved - actual)
+                member.tickets[request.request_id] = SavedTicket(
+                    ticket, request.layer, adapter is not None, member.run.adapter_version, actual
+                )
         return y
 
     async def _run_forward(
