@@ -125,6 +125,8 @@ def test_start_up_errors_have_their_own_status(server: ServerProcess, qwen3_chec
         ([*model, "--listen", "127.0.0.1:0", "--metrics-listen", server.metrics_address], 11, "cannot listen for metrics"),
         ([*model, "--listen", "nowhere", "--metrics-listen", "127.0.0.1:0"], 2, "is not host:port"),
         ([*model, *free, "--threads", "0"], 2, "expected at least 1"),
+        ([*model, *free, "--threads", "9999"], 2, "thread count 9999 is outside [1, 1024]"),
+        ([*model, *free, "--memory-limit", "nan"], 2, "--memory-limit is nan, expected a number of at least 0"),
         ([*model, *free, "--memory-limit", "0.1"], 10, "the model needs 300.1 MiB"),
     ]
     for arguments, status, text in cases:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -22,7 +23,7 @@ from kt_expert_server.config import (
     available_cores,
     available_memory,
 )
-from kt_expert_server.errors import ServerError
+from kt_expert_server.errors import InvalidRequest, ServerError
 from kt_expert_server.model.index import ModelPlan, plan_model
 from kt_expert_server.model.memory_plan import plan_memory
 from kt_expert_server.server import Server
@@ -68,6 +69,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _config(options: argparse.Namespace) -> ServerConfig:
+    for name, value in (("--memory-limit", options.memory_limit), ("--shutdown-timeout", options.shutdown_timeout)):
+        if value is not None and not (math.isfinite(value) and value >= 0):
+            raise InvalidRequest(f"{name} is {value}, expected a number of at least 0")
     limit = available_memory() if options.memory_limit is None else int(options.memory_limit * _GIB)
     return ServerConfig(
         model_dir=options.model,
