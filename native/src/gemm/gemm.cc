@@ -33,24 +33,22 @@ void pack_panel(const KernelTable& kernels, const LeftOperand& a, int row0, int 
   kernels.pack(sources, rows, a.scale, depth, target);
 }
 
-void expand_f32(const RightOperand& b, int nr, int column0, int columns, int k0, int depth, float* panel) {
+// Rows of B, gathered where given, as they lie: LoRA matrices of the backward and activations of the LoRA gradients.
+void copy_rows(const RightOperand& b, int nr, int column0, int columns, int k0, int depth, float* panel) {
   for (int k = 0; k < depth; ++k) {
     const std::int64_t row = b.rows == nullptr ? k0 + k : b.rows[k0 + k];
-    for (int n = 0; n < nr; ++n) {
-      float value = 0.0f;
-      if (n < columns) {
-        value = b.layout == RightLayout::kNK ? b.f32[static_cast<std::int64_t>(column0 + n) * b.stride + k0 + k]
-                                             : b.f32[row * b.stride + column0 + n];
-      }
-      panel[k * nr + n] = value;
-    }
+    float* target = panel + static_cast<std::int64_t>(k) * nr;
+    std::copy_n(b.f32 + row * b.stride + column0, columns, target);
+    std::fill(target + columns, target + nr, 0.0f);
   }
 }
 
 void expand_panel(const KernelTable& kernels, const RightOperand& b, int column0, int columns, int k0, int depth,
                   float* panel) {
-  if (b.bf16 == nullptr) {
-    expand_f32(b, kernels.nr, column0, columns, k0, depth, panel);
+  if (b.bf16 == nullptr && b.layout == RightLayout::kNK) {
+    kernels.expand_f32_nk(b.f32 + static_cast<std::int64_t>(column0) * b.stride + k0, b.stride, columns, depth, panel);
+  } else if (b.bf16 == nullptr) {
+    copy_rows(b, kernels.nr, column0, columns, k0, depth, panel);
   } else if (b.layout == RightLayout::kNK) {
     kernels.expand_bf16_nk(b.bf16 + static_cast<std::int64_t>(column0) * b.stride + k0, b.stride, columns, depth,
                            panel);

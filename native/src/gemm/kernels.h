@@ -39,6 +39,7 @@ struct KernelTable {
   // nk: row n of the source holds the reduction (W of X W^T). kn: row k holds the columns (W of X W).
   void (*expand_bf16_nk)(const bf16_t* source, std::int64_t stride, int columns, int depth, float* panel);
   void (*expand_bf16_kn)(const bf16_t* source, std::int64_t stride, int columns, int depth, float* panel);
+  void (*expand_f32_nk)(const float* source, std::int64_t stride, int columns, int depth, float* panel);
 
   // panel[k * mr + m] = scale * rows[m][k] for m < count, zero for m in [count, mr). May write up to kPackSlack floats
   // past the panel; they are overwritten by the next panel or lie in the scratch's slack.

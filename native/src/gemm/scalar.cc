@@ -18,6 +18,12 @@ void expand_nk(const bf16_t* source, std::int64_t stride, int columns, int depth
   }
 }
 
+void expand_f32(const float* source, std::int64_t stride, int columns, int depth, float* panel) {
+  for (int k = 0; k < depth; ++k) {
+    for (int n = 0; n < kColumns; ++n) panel[k * kColumns + n] = n < columns ? source[n * stride + k] : 0.0f;
+  }
+}
+
 void expand_kn(const bf16_t* source, std::int64_t stride, int columns, int depth, float* panel) {
   for (int k = 0; k < depth; ++k) {
     for (int n = 0; n < kColumns; ++n) {
@@ -85,9 +91,10 @@ void activate_backward(const ActivationSpec& spec, const float* gate, const floa
 
 const KernelTable& scalar_kernels() {
   static constexpr KernelTable kTable{
-      Isa::kScalar,     "scalar_2x4", kRows,           kColumns, kMaxDepth,         expand_nk,
-      expand_kn,        pack,         multiply,        activate, activate_backward, loop_bf16_to_f32,
-      loop_f32_to_bf16, loop_scale,   loop_add_scaled, loop_dot, loop_sum_squares,  loop_adamw};
+      Isa::kScalar,     "scalar_2x4",     kRows,      kColumns,        kMaxDepth, expand_nk,
+      expand_kn,        expand_f32,       pack,       multiply,        activate,  activate_backward,
+      loop_bf16_to_f32, loop_f32_to_bf16, loop_scale, loop_add_scaled, loop_dot,  loop_sum_squares,
+      loop_adamw};
   return kTable;
 }
 

@@ -12,6 +12,7 @@ namespace {
 constexpr int kRows = 6;
 constexpr int kColumns = 16;
 constexpr int kVector = 8;      // floats in a YMM register
+constexpr int kLinesAhead = 4;  // how far ahead of its use a line is prefetched
 constexpr int kMaxDepth = 384;  // one B panel of 16 columns is then 24 KiB, inside a 32 KiB L1
 
 __m256 widen(__m128i bf16) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bf16), 16)); }
@@ -38,19 +39,36 @@ void transpose(__m256 (&r)[kVector]) {
   r[7] = _mm256_permute2f128_ps(u3, u7, 0x31);
 }
 
-void expand_nk(const bf16_t* source, std::int64_t stride, int columns, int depth, float* panel) {
+__m256 load_floats(const bf16_t* source) { return load_bf16(source); }
+__m256 load_floats(const float* source) { return _mm256_loadu_ps(source); }
+float to_float(bf16_t value) { return bf16_to_float(value); }
+float to_float(float value) { return value; }
+
+// Rows are usually a power of two apart, so their lines share one set of the cache: a line is used up before the next
+// eight rows push it out, and the lines after it are asked for early.
+template <typename T>
+void expand_nk(const T* source, std::int64_t stride, int columns, int depth, float* panel) {
+  constexpr int kLine = 64 / static_cast<int>(sizeof(T));  // elements in a cache line
   int k = 0;
-  for (; columns == kColumns && k + kVector <= depth; k += kVector) {
+  for (; columns == kColumns && k + kLine <= depth; k += kLine) {
     for (int half = 0; half < kColumns; half += kVector) {
-      __m256 block[kVector];
-      for (int n = 0; n < kVector; ++n) block[n] = load_bf16(source + (half + n) * stride + k);
-      transpose(block);
-      for (int j = 0; j < kVector; ++j) _mm256_storeu_ps(panel + (k + j) * kColumns + half, block[j]);
+      for (int n = 0; n < kVector; ++n) {
+        _mm_prefetch(reinterpret_cast<const char*>(source + (half + n) * stride + k + kLinesAhead * kLine),
+                     _MM_HINT_T0);
+      }
+      for (int step = k; step < k + kLine; step += kVector) {
+        __m256 block[kVector];
+#pragma GCC unroll 8
+        for (int n = 0; n < kVector; ++n) block[n] = load_floats(source + (half + n) * stride + step);
+        transpose(block);
+#pragma GCC unroll 8
+        for (int j = 0; j < kVector; ++j) _mm256_storeu_ps(panel + (step + j) * kColumns + half, block[j]);
+      }
     }
   }
   for (; k < depth; ++k) {
     for (int n = 0; n < kColumns; ++n) {
-      panel[k * kColumns + n] = n < columns ? bf16_to_float(source[n * stride + k]) : 0.0f;
+      panel[k * kColumns + n] = n < columns ? to_float(source[n * stride + k]) : 0.0f;
     }
   }
 }
@@ -73,11 +91,13 @@ void pack(const float* const* rows, int count, float scale, int depth, float* pa
   int k = 0;
   for (; k + kVector <= depth; k += kVector) {
     __m256 block[kVector];
+#pragma GCC unroll 8
     for (int m = 0; m < kVector; ++m) {
       block[m] = m < count ? _mm256_mul_ps(factor, _mm256_loadu_ps(rows[m] + k)) : _mm256_setzero_ps();
     }
     transpose(block);
     // Ascending stores: the two floats past row k are the first two of row k + 1, written next.
+#pragma GCC unroll 8
     for (int j = 0; j < kVector; ++j) _mm256_storeu_ps(panel + (k + j) * kRows, block[j]);
   }
   for (; k < depth; ++k) {
@@ -230,9 +250,10 @@ void activate_backward(const ActivationSpec& spec, const float* gate, const floa
 
 const KernelTable& avx2_kernels() {
   static constexpr KernelTable kTable{
-      Isa::kAvx2,       "avx2_6x16", kRows,           kColumns, kMaxDepth,         expand_nk,
-      expand_kn,        pack,        multiply,        activate, activate_backward, loop_bf16_to_f32,
-      loop_f32_to_bf16, loop_scale,  loop_add_scaled, loop_dot, loop_sum_squares,  loop_adamw};
+      Isa::kAvx2,       "avx2_6x16",      kRows,      kColumns,        kMaxDepth, expand_nk<bf16_t>,
+      expand_kn,        expand_nk<float>, pack,       multiply,        activate,  activate_backward,
+      loop_bf16_to_f32, loop_f32_to_bf16, loop_scale, loop_add_scaled, loop_dot,  loop_sum_squares,
+      loop_adamw};
   return kTable;
 }
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -137,6 +138,8 @@ class _LayerBench:
         self, x: NDArray[np.float32], ids: NDArray[np.int32], weights: NDArray[np.float32]
     ) -> Callable[[], object] | None:
         """transformers' eager loop over experts, in fp32, on one distinct expert's weights."""
+        # OpenMP's threads would spin on after each of torch's loops, into the time of what is measured next.
+        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
         try:
             import torch
         except ImportError:
