@@ -105,9 +105,9 @@ class Run:
         wire = WIRE_TORCH_DTYPES[self.wire_dtype]
         header = self._header(Op.FORWARD, layer, tokens, hidden)
         sent = {
-            Tensor.EXPERT_IDS: (_of(Dtype.INT32), self._staging.to_host(expert_ids, torch.int32)),
-            Tensor.ROUTING_WEIGHTS: (_of(Dtype.FP32), self._staging.to_host(routing_weights, torch.float32)),
-            Tensor.HIDDEN_STATES: (_of(header.dtype), self._staging.to_host(hidden_states, wire)),
+            Tensor.EXPERT_IDS: (Dtype.INT32, self._staging.to_host(expert_ids, torch.int32)),
+            Tensor.ROUTING_WEIGHTS: (Dtype.FP32, self._staging.to_host(routing_weights, torch.float32)),
+            Tensor.HIDDEN_STATES: (header.dtype, self._staging.to_host(hidden_states, wire)),
         }
         output = self._staging.host_buffer((tokens, hidden), wire, pinned=hidden_states.is_cuda)
         opened = RequestOpen(top_k=expert_ids.shape[1], save_for_backward=save_for_backward, use_adapter=use_adapter)
@@ -133,7 +133,7 @@ class Run:
         tokens, hidden = grad_output.shape
         wire = WIRE_TORCH_DTYPES[self.wire_dtype]
         header = self._header(Op.BACKWARD, layer, tokens, hidden)
-        sent = {Tensor.GRAD_OUTPUT: (_of(header.dtype), self._staging.to_host(grad_output, wire))}
+        sent = {Tensor.GRAD_OUTPUT: (header.dtype, self._staging.to_host(grad_output, wire))}
         pinned = grad_output.is_cuda
         grad_hidden = self._staging.host_buffer((tokens, hidden), wire, pinned=pinned)
         grad_weights = self._staging.host_buffer((tokens, self._top_k[layer]), torch.float32, pinned=pinned)
@@ -280,14 +280,10 @@ class Run:
             FrameType.OPEN, layer=layer, op=op, dtype=_WIRE_FRAME_DTYPES[self.wire_dtype], tokens=tokens, hidden=hidden
         )
 
-    def _recycle(self, sent: dict[Tensor, tuple[Header, HostTensor]]) -> None:
+    def _recycle(self, sent: dict[Tensor, tuple[Dtype, HostTensor]]) -> None:
         for _, host in sent.values():
             if host.ready is not None:
                 self._staging.give_back(host.tensor)
-
-
-def _of(dtype: Dtype) -> Header:
-    return Header(FrameType.DATA, dtype=dtype)
 
 
 def _check_forward(hidden_states: torch.Tensor, expert_ids: torch.Tensor, routing_weights: torch.Tensor) -> tuple[int, int]:

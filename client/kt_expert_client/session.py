@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 import torch
 from kt_expert_proto.frame import (
+    Dtype,
     FrameError,
     FrameType,
     Header,
@@ -88,7 +89,7 @@ class Session:
         self,
         header: Header,
         opened: RequestOpen,
-        tensors: dict[Tensor, tuple[Header, HostTensor]],
+        tensors: dict[Tensor, tuple[Dtype, HostTensor]],
         results: dict[Tensor, torch.Tensor],
         timeout_s: float,
         on_done: Callable[[], None],
@@ -157,7 +158,7 @@ class Session:
         request_id: int,
         header: Header,
         opened: RequestOpen,
-        tensors: dict[Tensor, tuple[Header, HostTensor]],
+        tensors: dict[Tensor, tuple[Dtype, HostTensor]],
         timeout_s: float,
     ) -> Iterator[bytes]:
         yield encode(
@@ -175,9 +176,9 @@ class Session:
             ),
             opened.SerializeToString(),
         )
-        for tensor, (about, host) in tensors.items():
+        for tensor, (dtype, host) in tensors.items():
             piece = Header(
-                FrameType.DATA, request_id, header.layer, header.op, tensor, about.dtype, header.tokens, header.hidden,
+                FrameType.DATA, request_id, header.layer, header.op, tensor, dtype, header.tokens, header.hidden,
                 epoch=self._epoch,
             )  # fmt: skip
             if host.tensor.numel():

@@ -98,19 +98,16 @@ class RemoteAdapter:
     def materialised(self, *, upload: bool) -> Iterator[None]:
         """Inside, the model looks to PEFT as if its expert LoRA were local. With `upload`, changes go to the server."""
         tensors = {} if upload else self._offload.download()
-        for layer in self._layers:
-            layer.module.kt_add_placeholders(self._dtype(layer))
-            self._give_tensors(layer, tensors)
-            layer.wrap()
         try:
+            for layer in self._layers:
+                layer.module.kt_add_placeholders(self._dtype(layer))
+                self._give_tensors(layer, tensors)
+                layer.wrap()
             yield
             if upload:
                 self._offload.upload(self._collect())
         finally:
-            for layer in self._layers:
-                layer.unwrap()
-                layer.module.kt_drop_placeholders()
-                _shrink(layer, self._name)
+            self._take_out()
 
     def _install(self, tensors: AdapterTensors) -> None:
         lora = [_layer_lora(layer, self._name) for layer in self._layers if layer.wrappers]
@@ -134,11 +131,15 @@ class RemoteAdapter:
 
     def _take_tensors(self) -> AdapterTensors:
         tensors = self._collect()
+        self._take_out()
+        return tensors
+
+    def _take_out(self) -> None:
+        """PEFT's wrappers leave the model, keep their shapes, and hold no memory."""
         for layer in self._layers:
             layer.unwrap()
             layer.module.kt_drop_placeholders()
             _shrink(layer, self._name)
-        return tensors
 
     def _collect(self) -> AdapterTensors:
         tensors: AdapterTensors = {}

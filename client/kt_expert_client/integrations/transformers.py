@@ -25,15 +25,15 @@ from kt_expert_client.integrations.experts import (
     restore_stock_classes,
 )
 from kt_expert_client.offload import ModelOffload, OptimizerHook
+from kt_expert_client.start import SERVER_VARIABLE
 
-SERVER_VARIABLE = "KT_EXPERT_SERVER"
 OFFLOAD_ATTRIBUTE = "kt_expert_offload"
 _EXPERT_KEYS = r"\.experts\."
 _CONFIG_SIGNS_OF_MOE = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 
 class Offloader:
-    """Loads models against one server. One per process and address; `installed` while its hooks are in place."""
+    """Loads models against servers, one connection an address. Its hooks are in place while there is an address to use."""
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
