@@ -53,7 +53,7 @@ system-packages:
 native-test: $(STAMP) system-packages
 	cmake -S native -B $(NATIVE_BUILD) -G Ninja -DKT_EXPERT_BUILD_MODULE=OFF -DKT_EXPERT_BUILD_TESTS=ON > /dev/null
 	cmake --build $(NATIVE_BUILD)
-	$(NATIVE_BUILD)/tests/kt_expert_native_tests
+	ctest --test-dir $(NATIVE_BUILD) --output-on-failure --no-tests=error
 
 python-test: $(STAMP) system-packages
 	$(BIN)/python -m pytest

@@ -25,6 +25,7 @@ from kt_expert_native._core import (
     Ticket,
     Unsupported,
     list_isas,
+    list_weight_formats,
 )
 
 __all__ = [
@@ -42,4 +43,5 @@ __all__ = [
     "Ticket",
     "Unsupported",
     "list_isas",
+    "list_weight_formats",
 ]

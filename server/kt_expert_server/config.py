@@ -7,11 +7,14 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+import kt_expert_native as native
+
 from kt_expert_server.errors import InvalidRequest
 
 DEFAULT_LISTEN = "127.0.0.1:7443"
 DEFAULT_METRICS_LISTEN = "127.0.0.1:9464"
-WEIGHT_FORMATS = ("bf16",)
+WEIGHT_FORMATS = tuple(native.list_weight_formats())
+DEFAULT_WEIGHT_FORMAT = "bf16"
 _ADDRESS = re.compile(r"^(?P<host>[^:\s]+|\[[0-9a-fA-F:]+\]):(?P<port>\d{1,5})$")
 _MAX_PORT = 65535
 

@@ -25,7 +25,7 @@ from kt_expert_server.api.stream import SessionStreams
 from kt_expert_server.config import Address, ServerConfig
 from kt_expert_server.errors import InvalidRequest, ListenError, ServerUnavailable
 from kt_expert_server.model.index import ModelPlan
-from kt_expert_server.model.loader import BaseModel, load_model
+from kt_expert_server.model.loader import BaseModel, load_model, resident_bytes
 from kt_expert_server.model.memory_plan import RUNTIME_BYTES
 from kt_expert_server.observe.http import ObserveServer
 from kt_expert_server.observe.metrics import Metrics
@@ -141,7 +141,7 @@ class Server:
             self._checkpoints,
             CallGuard(self._metrics),
             self._version,
-            lambda: self._loaded_bytes / max(1, self._plan.weight_bytes),
+            lambda: self._loaded_bytes / max(1, self._plan.bf16_bytes),
         )
 
     def _background(self, work: Coroutine[Any, Any, None]) -> None:
@@ -156,7 +156,8 @@ class Server:
 
     async def _load(self, on_loaded_bytes: Callable[[int], None]) -> BaseModel | None:
         """None where the server was told to stop meanwhile."""
-        self._budget.reserve(Kind.WEIGHTS, self._plan.weight_bytes, "the model")
+        weight_format = self._config.weight_format
+        self._budget.reserve(Kind.WEIGHTS, resident_bytes(self._plan, weight_format), "the model")
 
         def progress(size_bytes: int) -> None:
             if self._stop.is_set():
@@ -165,7 +166,7 @@ class Server:
             on_loaded_bytes(size_bytes)
 
         try:
-            return await asyncio.get_running_loop().run_in_executor(None, load_model, self._plan, progress)
+            return await asyncio.get_running_loop().run_in_executor(None, load_model, self._plan, weight_format, progress)
         except _StoppedWhileLoadingError:
             return None
 

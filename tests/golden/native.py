@@ -22,11 +22,11 @@ def lora_spec(case: Case) -> native.LoraSpec:
     return native.LoraSpec(**dataclasses.asdict(case.lora))
 
 
-def load_weights(case: Case) -> native.LayerWeights:
-    weights = native.LayerWeights(layer_spec(case))
+def load_weights(case: Case, weight_format: str = "bf16", nodes: int = 1) -> native.LayerWeights:
+    weights = native.LayerWeights(layer_spec(case), weight_format, nodes)
     for name, values in case.weights.items():
         for expert in range(case.shape.experts):
-            weights.matrix(name, expert)[:] = bf16_bits(values[expert])
+            weights.set_matrix(name, expert, bf16_bits(values[expert]))
     for name, values in case.biases.items():
         for expert in range(case.shape.experts):
             weights.bias(name, expert)[:] = values[expert].float().numpy()
@@ -54,14 +54,16 @@ def as_float64(values: np.ndarray) -> torch.Tensor:
     return from_bf16_bits(values) if values.dtype == np.uint16 else torch.from_numpy(values).double()
 
 
-def run(engine: native.Engine, case: Case, dtype: str = "bf16") -> Golden:
+def run(
+    engine: native.Engine, case: Case, dtype: str = "bf16", weight_format: str = "bf16", save: str = "activations"
+) -> Golden:
     """One forward and backward; what the reference's golden() returns, as computed by the engine."""
-    weights, adapter = load_weights(case), load_adapter(case)
+    weights, adapter = load_weights(case, weight_format, engine.nodes), load_adapter(case)
     gradients = native.LoraTensors(layer_spec(case), lora_spec(case)) if adapter is not None else None
     y, dx = empty_tokens(case, dtype), empty_tokens(case, dtype)
     d_weights = np.empty((case.shape.tokens, case.shape.top_k), np.float32)
     ids = case.ids.to(torch.int32).numpy()
-    ticket = engine.forward(weights, adapter, tokens(case.x, dtype), ids, case.routing_weights.float().numpy(), y, True)
+    ticket = engine.forward(weights, adapter, tokens(case.x, dtype), ids, case.routing_weights.float().numpy(), y, save)
     assert ticket is not None
     engine.backward(weights, adapter, gradients, ticket, tokens(case.dy, dtype), dx, d_weights)
     names = gradients.names() if gradients is not None else []

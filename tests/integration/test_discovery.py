@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import grpc
 import kt_expert_client as kt
+import kt_expert_native as native
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
@@ -51,5 +52,5 @@ def test_status_names_kernels_runs_and_memory(server: ServerProcess) -> None:
         assert ours.adapter_bytes == 8 * 2 * (32 + 24) * 4
         assert [(member.rank, member.epoch, member.connected) for member in ours.members] == [(0, 1, True)]
         reserved = {entry.kind: entry.bytes for entry in status.memory}
-        assert reserved["weights"] == 3 * 3 * 8 * 32 * 24 * 2
+        assert reserved["weights"] == 3 * native.LayerWeights.nbytes_of(native.LayerSpec(8, 32, 24))
         assert 0 < sum(reserved.values()) < status.memory_limit_bytes

@@ -19,7 +19,7 @@
 namespace kt_expert {
 
 struct KernelTable;
-struct GemmScratch;
+struct WorkerScratch;
 
 enum class FloatType { kBf16 = 0, kF32 = 1 };
 constexpr std::int64_t size_of(FloatType type) { return type == FloatType::kBf16 ? 2 : 4; }
@@ -34,17 +34,35 @@ struct TokensOut {
   FloatType type = FloatType::kBf16;
 };
 
+// What a forward keeps for its backward. kInputs costs a second gate-and-up product in the backward, whose bits are
+// those of the first, and saves two fp32 matrices of [routes, I].
+enum class SavePolicy { kNothing = 0, kActivations = 1, kInputs = 2 };
+
+// Matrices a backward reads, fp32, [routes, ...]. LoRA intermediates carry their scale, and their rows are as wide as
+// the rank rounded up to 16.
+struct HiddenStore {
+  float* gate = nullptr;      // [routes, I] before the activation
+  float* up = nullptr;        // [routes, I]
+  float* x_a_gate = nullptr;  // scale * x A_gate^T
+  float* x_a_up = nullptr;    // null where tied
+  float* h_a_down = nullptr;  // scale * h A_down^T
+};
+
 // The saved state of one forward, independent of every other: any number may live, consumed in any order.
 // x is kept in the type it came in, the pre-activations in fp32: rounding them to bf16 would alone cost 1.7e-3 and push
 // gradients past the numerics contract.
 class Ticket {
  public:
-  Ticket(const LayerSpec& layer, const LoraSpec& lora, Routing routing, FloatType type);
+  Ticket(const LayerSpec& layer, const LoraSpec& lora, Routing routing, FloatType type, SavePolicy policy);
 
   const LayerSpec& layer() const { return layer_; }
   const LoraSpec& lora() const { return lora_; }
   const Routing& routing() const { return routing_; }
   FloatType type() const { return type_; }
+  SavePolicy policy() const { return policy_; }
+  TokensIn x() const { return {x_.data(), type_}; }
+  // A ticket is written by the forward that makes it and only read afterwards.
+  HiddenStore store() const { return store_; }
   std::int64_t bytes() const;
 
  private:
@@ -53,12 +71,10 @@ class Ticket {
   LoraSpec lora_;
   Routing routing_;
   FloatType type_;
+  SavePolicy policy_;
   AlignedBuffer<std::uint8_t> x_;  // [tokens, H]
-  AlignedBuffer<float> gate_;      // [routes, I]
-  AlignedBuffer<float> up_;        // [routes, I]
-  AlignedBuffer<float> x_a_gate_;  // [routes, r] x A_gate^T
-  AlignedBuffer<float> x_a_up_;    // [routes, r], empty where tied
-  AlignedBuffer<float> h_a_down_;  // [routes, r] h A_down^T
+  AlignedBuffer<float> hidden_;    // what store_ points into
+  HiddenStore store_;
 };
 
 struct ForwardArgs {
@@ -67,7 +83,7 @@ struct ForwardArgs {
   TokensIn x;
   Routing routing;
   TokensOut y;
-  bool save = false;  // keep what a backward needs
+  SavePolicy save = SavePolicy::kNothing;
   const CancelToken* token = nullptr;
 };
 
@@ -94,15 +110,17 @@ struct AdamWParams {
 
 class Engine {
  public:
-  // `isa` empty: the best this machine has. Throws Unsupported for one it lacks.
-  Engine(int threads, const std::string& isa);
+  // `isa` empty: the best this machine has. Throws Unsupported for one it lacks. `nodes` memory nodes share the
+  // threads; 1 unless weights are split.
+  Engine(int threads, const std::string& isa, int nodes);
   ~Engine();
 
   int threads() const { return pool_.size(); }
+  int nodes() const { return pool_.nodes(); }
   const char* isa() const;
   const char* kernel() const;
 
-  // Returns the ticket if `save`, else null.
+  // Returns a ticket unless nothing is saved, else null.
   std::unique_ptr<Ticket> forward(const ForwardArgs& args);
   // Adds to `gradients` only after every step that can fail or be cancelled: a backward counts whole or not at all.
   void backward(const BackwardArgs& args);
@@ -113,21 +131,22 @@ class Engine {
   double gradient_square_sum(double scale, const std::vector<const LoraTensors*>& gradients);
 
   static std::int64_t ticket_bytes(const LayerSpec& layer, const LoraSpec& lora, std::int64_t tokens, int top_k,
-                                   FloatType type);
+                                   FloatType type, SavePolicy policy);
   // Peak scratch of one forward or backward beside tickets and outputs.
   std::int64_t scratch_bytes(const LayerSpec& layer, const LoraSpec& lora, std::int64_t tokens, int top_k) const;
 
  private:
+  class Pass;
+  class HiddenPass;
   class ForwardPass;
   class BackwardPass;
   class Arena;
 
-  GemmScratch scratch_of(int worker);
-  void release_scratch();
+  WorkerScratch worker_scratch(int worker);
 
   const KernelTable& kernels_;
   ThreadPool pool_;
-  AlignedBuffer<float> gemm_scratch_;
+  AlignedBuffer<std::uint8_t> worker_scratch_;
   std::unique_ptr<Arena> arena_;
   std::mutex mutex_;
 };

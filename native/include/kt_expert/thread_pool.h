@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <exception>
 #include <functional>
+#include <memory>
 #include <mutex>
 #include <thread>
 #include <vector>
@@ -16,27 +17,44 @@ namespace kt_expert {
 
 class ThreadPool {
  public:
-  // `threads` counts the calling thread too. Throws InvalidArgument outside [1, kMaxThreads].
-  explicit ThreadPool(int threads);
+  // `threads` counts the calling thread too. Workers are dealt to `nodes` groups of neighbours. Throws InvalidArgument
+  // for threads outside [1, kMaxThreads] or nodes outside [1, kMaxNodes].
+  explicit ThreadPool(int threads, int nodes = 1);
   ~ThreadPool();
   ThreadPool(const ThreadPool&) = delete;
   ThreadPool& operator=(const ThreadPool&) = delete;
 
   int size() const { return static_cast<int>(workers_.size()) + 1; }
+  int nodes() const { return nodes_; }
 
   // Runs body(task, worker) for every task in [0, tasks); worker is in [0, size()). Returns when all have ended.
   // Which worker runs which task is not fixed, so a task must own what it writes. The first exception of a task, or
   // the token's, is rethrown here and no further task is started.
   void run(std::int64_t tasks, const std::function<void(std::int64_t, int)>& body, const CancelToken* token = nullptr);
 
+  // The same with one list of tasks a node, body(node, task, worker): a worker takes its own node's tasks first and
+  // then helps the others.
+  void run_on_nodes(const std::vector<std::int64_t>& tasks, const std::function<void(int, std::int64_t, int)>& body,
+                    const CancelToken* token = nullptr);
+
   static constexpr int kMaxThreads = 1024;
+  static constexpr int kMaxNodes = 64;
 
  private:
   void stop();
   void worker_loop(int worker);
   void drain(int worker);
+  bool drain_node(int node, int worker);
   bool wait_for_work(std::uint64_t seen_generation);
 
+  // A counter alone on its cache line: nodes do not slow each other.
+  struct alignas(64) TaskCounter {
+    std::atomic<std::int64_t> next{0};
+    std::int64_t tasks = 0;
+  };
+
+  const int nodes_;
+  std::unique_ptr<TaskCounter[]> counters_;
   std::vector<std::thread> workers_;
   std::mutex run_mutex_;  // one loop at a time
   std::mutex mutex_;
@@ -44,11 +62,9 @@ class ThreadPool {
   std::condition_variable work_done_;
   std::atomic<std::uint64_t> generation_{0};
   std::atomic<bool> stopping_{false};
-  std::atomic<std::int64_t> next_task_{0};
   std::atomic<bool> abandon_{false};
-  std::int64_t tasks_ = 0;
   int active_workers_ = 0;
-  const std::function<void(std::int64_t, int)>* body_ = nullptr;
+  const std::function<void(int, std::int64_t, int)>* body_ = nullptr;
   const CancelToken* token_ = nullptr;
   std::exception_ptr failure_;
 };

@@ -18,6 +18,13 @@ FloatType float_type_from(const std::string& name) {
   throw InvalidArgument("token dtype '" + name + "' is not known; choose one of: bf16, fp32");
 }
 
+SavePolicy save_policy_from(const std::string& name) {
+  if (name == "nothing") return SavePolicy::kNothing;
+  if (name == "activations") return SavePolicy::kActivations;
+  if (name == "inputs") return SavePolicy::kInputs;
+  throw InvalidArgument("save policy '" + name + "' is not known; choose one of: nothing, activations, inputs");
+}
+
 std::string shape_text(const py::array& array) { return py::str(array.attr("shape")).cast<std::string>(); }
 
 // bf16 travels as uint16 bits, fp32 as float32; anything else is refused here, before a pointer is taken.
@@ -44,7 +51,7 @@ TokensOut tokens_out(py::array& array, const char* name, py::ssize_t tokens, py:
 
 std::unique_ptr<Ticket> forward(Engine& engine, const LayerWeights& weights, const LoraTensors* adapter,
                                 const py::array& x, const IdArray& expert_ids, const FloatArray& routing_weights,
-                                py::array y, bool save_for_backward, const CancelToken* token) {
+                                py::array y, const std::string& save, const CancelToken* token) {
   if (expert_ids.ndim() != 2 || routing_weights.ndim() != 2 || routing_weights.shape(0) != expert_ids.shape(0) ||
       routing_weights.shape(1) != expert_ids.shape(1)) {
     throw InvalidArgument("expert_ids has shape " + shape_text(expert_ids) + " and routing_weights " +
@@ -57,7 +64,7 @@ std::unique_ptr<Ticket> forward(Engine& engine, const LayerWeights& weights, con
   args.lora = adapter;
   args.x = tokens_in(x, "x", tokens, spec.hidden);
   args.y = tokens_out(y, "y", tokens, spec.hidden);
-  args.save = save_for_backward;
+  args.save = save_policy_from(save);
   args.token = token;
   const Span<const std::int32_t> ids{expert_ids.data(), static_cast<std::size_t>(expert_ids.size())};
   const Span<const float> route_weights{routing_weights.data(), static_cast<std::size_t>(routing_weights.size())};
@@ -106,13 +113,14 @@ void bind_engine(py::module_& module) {
       .def(py::init(&adamw_params), py::kw_only(), py::arg("learning_rate"), py::arg("beta1"), py::arg("beta2"),
            py::arg("eps"), py::arg("weight_decay"), py::arg("grad_scale"), py::arg("step"));
   py::class_<Engine>(module, "Engine")
-      .def(py::init<int, const std::string&>(), py::arg("threads"), py::arg("isa") = "")
+      .def(py::init<int, const std::string&, int>(), py::arg("threads"), py::arg("isa") = "", py::arg("nodes") = 1)
+      .def_property_readonly("nodes", &Engine::nodes)
       .def_property_readonly("threads", &Engine::threads)
       .def_property_readonly("isa", &Engine::isa)
       .def_property_readonly("kernel", &Engine::kernel)
       .def("forward", &forward, py::arg("weights"), py::arg("adapter").none(true), py::arg("x"),
            py::arg("expert_ids").noconvert(), py::arg("routing_weights").noconvert(), py::arg("y"),
-           py::arg("save_for_backward"), py::arg("token").none(true) = nullptr)
+           py::arg("save") = "nothing", py::arg("token").none(true) = nullptr)
       .def("backward", &backward, py::arg("weights"), py::arg("adapter").none(true), py::arg("gradients").none(true),
            py::arg("ticket"), py::arg("dy"), py::arg("dx"), py::arg("d_weights").noconvert(),
            py::arg("token").none(true) = nullptr)
@@ -124,10 +132,12 @@ void bind_engine(py::module_& module) {
            py::arg("top_k"))
       .def_static(
           "ticket_bytes",
-          [](const LayerSpec& layer, const LoraSpec& lora, std::int64_t tokens, int top_k, const std::string& dtype) {
-            return Engine::ticket_bytes(layer, lora, tokens, top_k, float_type_from(dtype));
+          [](const LayerSpec& layer, const LoraSpec& lora, std::int64_t tokens, int top_k, const std::string& dtype,
+             const std::string& save) {
+            return Engine::ticket_bytes(layer, lora, tokens, top_k, float_type_from(dtype), save_policy_from(save));
           },
-          py::arg("layer"), py::arg("lora"), py::arg("tokens"), py::arg("top_k"), py::arg("dtype"));
+          py::arg("layer"), py::arg("lora"), py::arg("tokens"), py::arg("top_k"), py::arg("dtype"),
+          py::arg("save") = "activations");
 }
 
 }  // namespace kt_expert

@@ -1,5 +1,7 @@
 #include <pybind11/numpy.h>
 
+#include <algorithm>
+
 #include "bind/bindings.h"
 #include "kt_expert/error.h"
 #include "kt_expert/layer.h"
@@ -10,11 +12,25 @@ namespace {
 namespace py = pybind11;
 using Bf16Array = py::array_t<bf16_t, py::array::c_style>;
 using FloatArray = py::array_t<float, py::array::c_style>;
+using ByteArray = py::array_t<std::uint8_t, py::array::c_style>;
+
+struct NamedActivation {
+  const char* name;
+  Activation kind;
+};
+constexpr NamedActivation kActivations[] = {{"silu", Activation::kSilu},
+                                            {"gpt_oss", Activation::kGptOss},
+                                            {"gelu_tanh", Activation::kGeluTanh},
+                                            {"relu2", Activation::kRelu2},
+                                            {"clamped_silu", Activation::kClampedSilu}};
 
 Activation activation_from(const std::string& name) {
-  if (name == "silu") return Activation::kSilu;
-  if (name == "gpt_oss") return Activation::kGptOss;
-  throw InvalidArgument("activation '" + name + "' is not known; choose one of: silu, gpt_oss");
+  std::string known;
+  for (const NamedActivation& activation : kActivations) {
+    if (name == activation.name) return activation.kind;
+    known += (known.empty() ? "" : ", ") + std::string(activation.name);
+  }
+  throw InvalidArgument("activation '" + name + "' is not known; choose one of: " + known);
 }
 
 Projection projection_from(const std::string& name) {
@@ -36,14 +52,14 @@ LayerSpec make_spec(int experts, int hidden, int intermediate, const std::string
   return spec;
 }
 
-// A view of one expert's matrix that keeps the weights alive.
-py::array_t<bf16_t> matrix_view(const py::object& self, const std::string& projection, int expert) {
-  LayerWeights& weights = self.cast<LayerWeights&>();
+py::array_t<float> dequantized(const LayerWeights& weights, const std::string& projection, int expert) {
   const Projection which = projection_from(projection);
   const LayerSpec& spec = weights.spec();
+  const std::vector<float> values = weights.dequantized(which, expert);
   const py::ssize_t rows = which == Projection::kDown ? spec.hidden : spec.intermediate;
-  const py::ssize_t columns = which == Projection::kDown ? spec.intermediate : spec.hidden;
-  return py::array_t<bf16_t>({rows, columns}, weights.matrix(which, expert).data(), self);
+  py::array_t<float> array({rows, static_cast<py::ssize_t>(values.size()) / rows});
+  std::copy(values.begin(), values.end(), array.mutable_data());
+  return array;
 }
 
 py::array_t<float> bias_view(const py::object& self, const std::string& projection, int expert) {
@@ -73,10 +89,38 @@ void bind_layer(py::module_& module) {
       .def_readonly("intermediate_size", &LayerSpec::intermediate)
       .def_readonly("has_bias", &LayerSpec::has_bias);
   py::class_<LayerWeights>(module, "LayerWeights")
-      .def(py::init<const LayerSpec&>(), py::arg("spec"))
+      .def(py::init([](const LayerSpec& spec, const std::string& format, int nodes) {
+             return LayerWeights(spec, weight_format_from_name(format), nodes);
+           }),
+           py::arg("spec"), py::arg("weight_format") = "bf16", py::arg("nodes") = 1)
       .def_property_readonly("spec", &LayerWeights::spec)
+      .def_property_readonly("weight_format",
+                             [](const LayerWeights& self) { return weight_format_name(self.format()); })
       .def_property_readonly("nbytes", &LayerWeights::bytes)
-      .def("matrix", &matrix_view, py::arg("projection"), py::arg("expert"))
+      .def_static(
+          "nbytes_of",
+          [](const LayerSpec& spec, const std::string& format, int nodes) {
+            return LayerWeights::bytes_of(spec, weight_format_from_name(format), nodes);
+          },
+          py::arg("spec"), py::arg("weight_format") = "bf16", py::arg("nodes") = 1)
+      .def("dequantized", &dequantized, py::arg("projection"), py::arg("expert"))
+      .def(
+          "set_matrix",
+          [](LayerWeights& self, const std::string& projection, int expert, const Bf16Array& source) {
+            const Span<const bf16_t> span = span_of(source);
+            py::gil_scoped_release release;
+            self.set_matrix(projection_from(projection), expert, span);
+          },
+          py::arg("projection"), py::arg("expert"), py::arg("source"))
+      .def(
+          "set_native",
+          [](LayerWeights& self, const std::string& projection, int expert, const ByteArray& codes,
+             const ByteArray& scales) {
+            const Span<const std::uint8_t> code_span = span_of(codes), scale_span = span_of(scales);
+            py::gil_scoped_release release;
+            self.set_native(projection_from(projection), expert, code_span, scale_span);
+          },
+          py::arg("projection"), py::arg("expert"), py::arg("codes"), py::arg("scales"))
       .def("bias", &bias_view, py::arg("projection"), py::arg("expert"))
       .def(
           "set_gate_up",

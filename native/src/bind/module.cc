@@ -14,6 +14,12 @@ std::vector<std::pair<std::string, bool>> list_isas() {
   return rungs;
 }
 
+std::vector<std::string> list_weight_formats() {
+  std::vector<std::string> names;
+  for (WeightFormat format : all_weight_formats()) names.emplace_back(weight_format_name(format));
+  return names;
+}
+
 }  // namespace
 
 void bind_errors(pybind11::module_& module) {
@@ -33,5 +39,6 @@ PYBIND11_MODULE(_core, module) {
   kt_expert::bind_layer(module);
   kt_expert::bind_lora(module);
   kt_expert::bind_engine(module);
+  module.def("list_weight_formats", &kt_expert::list_weight_formats, "Every form weights can be held in.");
   module.def("list_isas", &kt_expert::list_isas, "Every rung of the instruction-set ladder and whether it runs here.");
 }

@@ -14,11 +14,16 @@ constexpr std::chrono::microseconds kSpinLimit{50};
 
 }  // namespace
 
-ThreadPool::ThreadPool(int threads) {
+ThreadPool::ThreadPool(int threads, int nodes) : nodes_(nodes) {
   if (threads < 1 || threads > kMaxThreads) {
     throw InvalidArgument("thread count " + std::to_string(threads) + " is outside [1, " + std::to_string(kMaxThreads) +
                           "]; give the number of physical cores");
   }
+  if (nodes < 1 || nodes > kMaxNodes) {
+    throw InvalidArgument("the number of memory nodes is " + std::to_string(nodes) + ", expected a value in [1, " +
+                          std::to_string(kMaxNodes) + "]");
+  }
+  counters_ = std::make_unique<TaskCounter[]>(static_cast<std::size_t>(nodes));
   workers_.reserve(static_cast<std::size_t>(threads - 1));
   try {
     for (int worker = 1; worker < threads; ++worker) {
@@ -43,28 +48,38 @@ void ThreadPool::stop() {
 }
 
 void ThreadPool::run(std::int64_t tasks, const std::function<void(std::int64_t, int)>& body, const CancelToken* token) {
-  if (token != nullptr) token->check();
-  if (tasks <= 0) return;
-  std::lock_guard<std::mutex> one_loop(run_mutex_);
-  if (tasks == 1 || workers_.empty()) {
-    for (std::int64_t task = 0; task < tasks; ++task) {
-      if (token != nullptr) token->check();
-      body(task, 0);
-    }
-    return;
+  std::vector<std::int64_t> counts(static_cast<std::size_t>(nodes_), 0);
+  counts[0] = tasks;
+  run_on_nodes(counts, [&body](int, std::int64_t task, int worker) { body(task, worker); }, token);
+}
+
+void ThreadPool::run_on_nodes(const std::vector<std::int64_t>& tasks,
+                              const std::function<void(int, std::int64_t, int)>& body, const CancelToken* token) {
+  if (static_cast<int>(tasks.size()) != nodes_) {
+    throw InvalidArgument("tasks for " + std::to_string(tasks.size()) + " memory nodes on a pool of " +
+                          std::to_string(nodes_) + "; load the weights for this engine's nodes");
   }
+  if (token != nullptr) token->check();
+  std::int64_t total = 0;
+  for (const std::int64_t count : tasks) total += count;
+  if (total <= 0) return;
+  std::lock_guard<std::mutex> one_loop(run_mutex_);
   {
     std::lock_guard<std::mutex> lock(mutex_);
     body_ = &body;
     token_ = token;
-    tasks_ = tasks;
     failure_ = nullptr;
     abandon_.store(false);
-    next_task_.store(0);
-    active_workers_ = static_cast<int>(workers_.size());
-    generation_.fetch_add(1);
+    for (int node = 0; node < nodes_; ++node) {
+      counters_[static_cast<std::size_t>(node)].tasks = tasks[static_cast<std::size_t>(node)];
+      counters_[static_cast<std::size_t>(node)].next.store(0);
+    }
+    if (total > 1 && !workers_.empty()) {
+      active_workers_ = static_cast<int>(workers_.size());
+      generation_.fetch_add(1);
+    }
   }
-  work_ready_.notify_all();
+  if (total > 1) work_ready_.notify_all();
   drain(0);
   std::unique_lock<std::mutex> lock(mutex_);
   work_done_.wait(lock, [this] { return active_workers_ == 0; });
@@ -73,18 +88,28 @@ void ThreadPool::run(std::int64_t tasks, const std::function<void(std::int64_t, 
 }
 
 void ThreadPool::drain(int worker) {
+  const int own = static_cast<int>(static_cast<std::int64_t>(worker) * nodes_ / size());
+  for (int step = 0; step < nodes_; ++step) {
+    if (!drain_node((own + step) % nodes_, worker)) return;
+  }
+}
+
+// False once the loop is abandoned.
+bool ThreadPool::drain_node(int node, int worker) {
+  TaskCounter& counter = counters_[static_cast<std::size_t>(node)];
   while (!abandon_.load(std::memory_order_relaxed)) {
-    const std::int64_t task = next_task_.fetch_add(1);
-    if (task >= tasks_) return;
+    const std::int64_t task = counter.next.fetch_add(1);
+    if (task >= counter.tasks) return true;
     try {
       if (token_ != nullptr) token_->check();
-      (*body_)(task, worker);
+      (*body_)(node, task, worker);
     } catch (...) {
       std::lock_guard<std::mutex> lock(mutex_);
       if (!failure_) failure_ = std::current_exception();
       abandon_.store(true);
     }
   }
+  return false;
 }
 
 bool ThreadPool::wait_for_work(std::uint64_t seen_generation) {

@@ -1,117 +1,115 @@
-// The blocked product. For each slice of the reduction: expand a block of B once into panels (weights are read from
-// memory once), pack blocks of A, and run register tiles over both while the B panel stays in the L1 cache.
-#include <algorithm>
+// Few rows read the weights straight from their blocks. Many rows expand a group of panels once, for a slice of the
+// reduction, and run all row tiles over it while it stays in the second-level cache.
+#include "gemm/gemm.h"
 
-#include "gemm/kernels.h"
+#include <algorithm>
 
 namespace kt_expert {
 namespace {
 
-constexpr int kColumnBlock = 128;  // B block: 128 columns x 384 deep x 4 bytes = 192 KiB, half of a 512 KiB L2
-constexpr int kRowBlock = 48;      // A block: 48 rows x 384 deep x 4 bytes = 72 KiB, beside it in L2
-constexpr std::int64_t kAlignFloats = 16;
+// Depth of a slice. Many rows: a panel is then at most 128 KiB of fp32, so a group of three still fits a 512 KiB L2.
+// Few rows: panels are used only once or twice, and short ones stay in L1 between being written and being read. C holds
+// the same bits between slices as the registers would, so the choice does not show in a result.
+constexpr int kSliceDepth = 2048;
+constexpr int kShortSliceDepth = 128;
+constexpr int kFewRows = 16;
 
-int panels(int extent, int width) { return (extent + width - 1) / width; }
+int slice_depth(int rows) { return rows <= kFewRows ? kShortSliceDepth : kSliceDepth; }
 
-const float* row_pointer(const LeftOperand& a, int row) {
-  return a.base + static_cast<std::int64_t>(a.rows == nullptr ? row : a.rows[row]) * a.stride;
+constexpr int kPanelsPerBlock = kBlockDepth / kPanelColumns;
+
+std::int64_t panel_bytes(const KernelTable& kernels, int depth) {
+  return static_cast<std::int64_t>(depth) * kPanelColumns * operand_bytes(kernels.operand);
 }
 
-// One panel of A: target[k * mr + m], zero for m >= rows.
-void pack_panel(const KernelTable& kernels, const LeftOperand& a, int row0, int rows, int k0, int depth,
-                float* target) {
-  const int mr = kernels.mr;
-  if (a.transposed) {
-    for (int k = 0; k < depth; ++k) {
-      const float* source = row_pointer(a, k0 + k) + row0;
-      for (int m = 0; m < mr; ++m) target[k * mr + m] = m < rows ? a.scale * source[m] : 0.0f;
-    }
-    return;
-  }
-  const float* sources[kMaxRegisterRows];
-  for (int m = 0; m < rows; ++m) sources[m] = row_pointer(a, row0 + m) + k0;
-  kernels.pack(sources, rows, a.scale, depth, target);
+LeftRows advance(const KernelTable& kernels, const LeftRows& a, std::int64_t depth) {
+  LeftRows moved = a;
+  moved.base = static_cast<const char*>(a.base) + depth * operand_bytes(kernels.operand);
+  return moved;
 }
 
-// Rows of B, gathered where given, as they lie: LoRA matrices of the backward and activations of the LoRA gradients.
-void copy_rows(const RightOperand& b, int nr, int column0, int columns, int k0, int depth, float* panel) {
-  for (int k = 0; k < depth; ++k) {
-    const std::int64_t row = b.rows == nullptr ? k0 + k : b.rows[k0 + k];
-    float* target = panel + static_cast<std::int64_t>(k) * nr;
-    std::copy_n(b.f32 + row * b.stride + column0, columns, target);
-    std::fill(target + columns, target + nr, 0.0f);
-  }
-}
-
-void expand_panel(const KernelTable& kernels, const RightOperand& b, int column0, int columns, int k0, int depth,
-                  float* panel) {
-  if (b.bf16 == nullptr && b.layout == RightLayout::kNK) {
-    kernels.expand_f32_nk(b.f32 + static_cast<std::int64_t>(column0) * b.stride + k0, b.stride, columns, depth, panel);
-  } else if (b.bf16 == nullptr) {
-    copy_rows(b, kernels.nr, column0, columns, k0, depth, panel);
-  } else if (b.layout == RightLayout::kNK) {
-    kernels.expand_bf16_nk(b.bf16 + static_cast<std::int64_t>(column0) * b.stride + k0, b.stride, columns, depth,
-                           panel);
-  } else {
-    kernels.expand_bf16_kn(b.bf16 + static_cast<std::int64_t>(k0) * b.stride + column0, b.stride, columns, depth,
-                           panel);
-  }
-}
-
-struct Block {
-  int first;
-  int count;
-};
-
-void multiply_block(const KernelTable& kernels, Block rows, Block columns, int depth, const GemmScratch& scratch,
-                    float* c, std::int64_t c_stride) {
-  const std::int64_t a_step = static_cast<std::int64_t>(depth) * kernels.mr;
-  const std::int64_t b_step = static_cast<std::int64_t>(depth) * kernels.nr;
-  for (int jp = 0; jp < panels(columns.count, kernels.nr); ++jp) {
-    const int column = jp * kernels.nr;
-    for (int ip = 0; ip < panels(rows.count, kernels.mr); ++ip) {
-      const int row = ip * kernels.mr;
-      float* tile = c + static_cast<std::int64_t>(rows.first + row) * c_stride + columns.first + column;
-      kernels.multiply(depth, scratch.a_block + ip * a_step, scratch.b_block + jp * b_step, tile, c_stride,
-                       std::min(kernels.mr, rows.count - row), std::min(kernels.nr, columns.count - column));
+void multiply_backward_panels(const KernelTable& kernels, const LeftRows& a, int rows, const PackedMatrix& w,
+                              int first_depth, int depth_blocks, float* c, std::int64_t c_stride,
+                              const PanelScratch& scratch) {
+  const FormatKernels& format = kernels.formats[static_cast<int>(w.shape.format)];
+  const int row_blocks = w.shape.row_blocks();
+  char* panels = static_cast<char*>(scratch.panels);
+  const int slice_blocks = slice_depth(rows) / kBlockRows;
+  for (int first = 0; first < row_blocks; first += slice_blocks) {
+    const int slice = std::min(slice_blocks, row_blocks - first);
+    const std::int64_t bytes = panel_bytes(kernels, slice * kBlockRows);
+    for (int j = 0; j < depth_blocks; ++j) {
+      format.expand_backward(w, first_depth + j, first, slice, panels, panels + bytes);
+      for (int p = 0; p < kPanelsPerBlock; p += kernels.tile_panels) {
+        kernels.multiply(advance(kernels, a, static_cast<std::int64_t>(first) * kBlockRows), rows, slice * kBlockRows,
+                         panels + p * bytes, bytes, std::min(kernels.tile_panels, kPanelsPerBlock - p),
+                         c + static_cast<std::int64_t>(j) * kBlockDepth + p * kPanelColumns, c_stride);
+      }
     }
   }
 }
 
 }  // namespace
 
-std::int64_t gemm_scratch_floats(const KernelTable& kernels) {
-  const std::int64_t a_rows = static_cast<std::int64_t>(panels(kRowBlock, kernels.mr)) * kernels.mr;
-  const std::int64_t b_columns = static_cast<std::int64_t>(panels(kColumnBlock, kernels.nr)) * kernels.nr;
-  const std::int64_t floats = (a_rows + b_columns) * kernels.max_depth + kPackSlack;
-  return (floats + kAlignFloats - 1) / kAlignFloats * kAlignFloats;
+std::int64_t panel_scratch_bytes(const KernelTable& kernels) {
+  return std::max(kernels.tile_panels, kPanelsPerBlock) * panel_bytes(kernels, kSliceDepth);
 }
 
-GemmScratch gemm_scratch_at(const KernelTable& kernels, float* base) {
-  const std::int64_t b_columns = static_cast<std::int64_t>(panels(kColumnBlock, kernels.nr)) * kernels.nr;
-  return GemmScratch{base + b_columns * kernels.max_depth, base};
+void multiply_forward(const KernelTable& kernels, const LeftRows& a, int rows, const PackedMatrix& w, int first_row,
+                      int row_blocks, float* c, std::int64_t c_stride, const PanelScratch& scratch) {
+  const FormatKernels& format = kernels.formats[static_cast<int>(w.shape.format)];
+  const int depth_blocks = w.shape.depth_blocks();
+  if (rows <= format.direct_forward_rows) {
+    format.direct_forward(a, rows, w, {first_row, row_blocks, 0, depth_blocks}, c, c_stride);
+    return;
+  }
+  char* panels = static_cast<char*>(scratch.panels);
+  const int slice_blocks = slice_depth(rows) / kBlockDepth;
+  for (int first = 0; first < depth_blocks; first += slice_blocks) {
+    const int slice = std::min(slice_blocks, depth_blocks - first);
+    const std::int64_t bytes = panel_bytes(kernels, slice * kBlockDepth);
+    for (int j = 0; j < row_blocks; j += kernels.tile_panels) {
+      const int group = std::min(kernels.tile_panels, row_blocks - j);
+      for (int p = 0; p < group; ++p) format.expand_forward(w, first_row + j + p, first, slice, panels + p * bytes);
+      kernels.multiply(advance(kernels, a, static_cast<std::int64_t>(first) * kBlockDepth), rows, slice * kBlockDepth,
+                       panels, bytes, group, c + static_cast<std::int64_t>(j) * kBlockRows, c_stride);
+    }
+  }
 }
 
-void gemm_accumulate(const KernelTable& kernels, int rows, int columns, int depth, const LeftOperand& a,
-                     const RightOperand& b, float* c, std::int64_t c_stride, const GemmScratch& scratch) {
-  for (int n0 = 0; n0 < columns; n0 += kColumnBlock) {
-    const Block column_block{n0, std::min(kColumnBlock, columns - n0)};
-    for (int k0 = 0; k0 < depth; k0 += kernels.max_depth) {
-      const int slice = std::min(kernels.max_depth, depth - k0);
-      for (int jp = 0; jp < panels(column_block.count, kernels.nr); ++jp) {
-        const int column = jp * kernels.nr;
-        expand_panel(kernels, b, n0 + column, std::min(kernels.nr, column_block.count - column), k0, slice,
-                     scratch.b_block + static_cast<std::int64_t>(jp) * slice * kernels.nr);
-      }
-      for (int m0 = 0; m0 < rows; m0 += kRowBlock) {
-        const Block row_block{m0, std::min(kRowBlock, rows - m0)};
-        for (int ip = 0; ip < panels(row_block.count, kernels.mr); ++ip) {
-          const int row = ip * kernels.mr;
-          pack_panel(kernels, a, m0 + row, std::min(kernels.mr, row_block.count - row), k0, slice,
-                     scratch.a_block + static_cast<std::int64_t>(ip) * slice * kernels.mr);
+void multiply_backward(const KernelTable& kernels, const LeftRows& a, int rows, const PackedMatrix& w, int first_depth,
+                       int depth_blocks, float* c, std::int64_t c_stride, const PanelScratch& scratch) {
+  const FormatKernels& format = kernels.formats[static_cast<int>(w.shape.format)];
+  const int columns = depth_blocks * kBlockDepth;
+  if (format.to_word_order != nullptr) format.to_word_order(c, c_stride, rows, columns);
+  if (rows <= format.direct_backward_rows) {
+    format.direct_backward(a, rows, w, {0, w.shape.row_blocks(), first_depth, depth_blocks}, c, c_stride);
+  } else {
+    multiply_backward_panels(kernels, a, rows, w, first_depth, depth_blocks, c, c_stride, scratch);
+  }
+  if (format.to_column_order != nullptr) format.to_column_order(c, c_stride, rows, columns);
+}
+
+void multiply_f32(const KernelTable& kernels, const LeftRows& a, int rows, const F32Matrix& b, int columns, int depth,
+                  float* c, std::int64_t c_stride, const PanelScratch& scratch) {
+  char* panels = static_cast<char*>(scratch.panels);
+  for (int first = 0; first < depth; first += kSliceDepth) {
+    const int slice = std::min(kSliceDepth, depth - first);
+    const int padded = (slice + kernels.depth_step - 1) / kernels.depth_step * kernels.depth_step;
+    const std::int64_t bytes = panel_bytes(kernels, padded);
+    const int group_columns = kernels.tile_panels * kPanelColumns;
+    for (int n0 = 0; n0 < columns; n0 += group_columns) {
+      int group = 0;
+      for (int n = n0; n < std::min(columns, n0 + group_columns); n += kPanelColumns, ++group) {
+        const int width = std::min(kPanelColumns, columns - n);
+        void* panel = panels + group * bytes;
+        if (b.layout == RightLayout::kNK) {
+          kernels.expand_f32_nk(b.data + n * b.stride + first, b.stride, width, slice, panel);
+        } else {
+          kernels.expand_f32_kn(b.data + first * b.stride + n, b.stride, width, slice, panel);
         }
-        multiply_block(kernels, row_block, column_block, slice, scratch, c, c_stride);
       }
+      kernels.multiply(advance(kernels, a, first), rows, padded, panels, bytes, group, c + n0, c_stride);
     }
   }
 }

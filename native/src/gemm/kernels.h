@@ -1,8 +1,13 @@
-// The kernel registry: one table of functions per instruction set, and the matrix product built on it.
+// The kernel registry: one table of functions per instruction set.
 //
-// Every element of a product is one chain of fused multiply-adds in ascending order of the reduction index, whatever
-// the number of rows, the blocking or the thread. That is what makes a result independent of the tokens that share the
-// batch and of the thread count.
+// A product C += A B takes A as rows of operands (fp32, or bf16 on the rungs that multiply bf16) and B either from the
+// resident blocks of a weight matrix or from panels: [depth][16 columns] of operands, in the order the multiply wants.
+// Every element of C is one chain of fused multiply-adds in ascending order of the reduction index, whatever the number
+// of rows, the path or the thread. That is what makes a result independent of the tokens that share the batch and of
+// the thread count.
+//
+// C blocks are scratch: fp32, their width a multiple of kPanelColumns, their stride a multiple of 16, with room for
+// kRowSlack rows past the last; so no kernel has an edge in columns.
 #pragma once
 
 #include <cstdint>
@@ -10,44 +15,88 @@
 #include "kt_expert/bf16.h"
 #include "kt_expert/cpu_features.h"
 #include "kt_expert/layer.h"
+#include "kt_expert/packed_matrix.h"
 
 namespace kt_expert {
 
-struct AdamWStep {
-  double learning_rate;
-  double beta1;
-  double beta2;
-  double eps;
-  double weight_decay;
-  double grad_scale;        // clip scale and averaging, applied to the gradient first
-  double bias_correction1;  // 1 - beta1^step
-  double bias_correction2;  // 1 - beta2^step
+constexpr int kPanelColumns = 16;
+constexpr int kRowSlack = 32;    // rows a tile may read past A's last and write past C's last; what they hold is unused
+constexpr int kDepthAlign = 32;  // rows of A are zero up to a multiple of this
+constexpr int kAllRows = 1 << 30;
+
+enum class OperandType { kF32, kBf16 };
+constexpr int operand_bytes(OperandType type) { return type == OperandType::kF32 ? 4 : 2; }
+
+// Rows of A: element (m, k) is base[row(m) * stride + k], in operands of the rung; `rows`, where given, gathers.
+struct LeftRows {
+  const void* base = nullptr;
+  std::int64_t stride = 0;
+  const std::int32_t* rows = nullptr;
 };
 
-constexpr int kPackSlack = 16;        // floats a pack may write past its panel
-constexpr int kMaxRegisterRows = 32;  // no rung's register tile is taller
+// fp32 rows of a sum over rows: element (k, i) is base[row(k) * stride + i].
+struct OuterRows {
+  const float* base = nullptr;
+  std::int64_t stride = 0;
+  const std::int32_t* rows = nullptr;
+
+  const float* row(std::int64_t k) const { return base + (rows == nullptr ? k : rows[k]) * stride; }
+};
+
+// Blocks [first_row, first_row + row_blocks) x [first_depth, first_depth + depth_blocks) of a matrix.
+struct BlockRange {
+  int first_row = 0;
+  int row_blocks = 0;
+  int first_depth = 0;
+  int depth_blocks = 0;
+};
+
+// How one rung reads one weight format. `direct_*` take weights from their blocks and are used up to that many rows;
+// above, the blocks are expanded once into panels and every row tile reads those.
+//
+// The backward may work on columns of C in the order in which a format's words give them: `to_word_order` brings C into
+// it before and `to_column_order` back after; both are null where the orders are the same. Columns come in whole depth
+// blocks.
+struct FormatKernels {
+  int direct_forward_rows;
+  int direct_backward_rows;
+  // C[m, n - 16 first_row] += sum over the range's depths of A(m, k - 32 first_depth) W(n, k).
+  void (*direct_forward)(const LeftRows& a, int rows, const PackedMatrix& w, const BlockRange& range, float* c,
+                         std::int64_t c_stride);
+  // C[m, k - 32 first_depth] += sum over the range's rows of A(m, n - 16 first_row) W(n, k).
+  void (*direct_backward)(const LeftRows& a, int rows, const PackedMatrix& w, const BlockRange& range, float* c,
+                          std::int64_t c_stride);
+  // One row block, the range's depths: the panel of the forward.
+  void (*expand_forward)(const PackedMatrix& w, int row_block, int first_depth, int depth_blocks, void* panel);
+  // One depth block, the range's rows: the two panels of the backward, 16 columns each.
+  void (*expand_backward)(const PackedMatrix& w, int depth_block, int first_row, int row_blocks, void* panel0,
+                          void* panel1);
+  void (*to_word_order)(float* c, std::int64_t c_stride, int rows, int columns);
+  void (*to_column_order)(float* c, std::int64_t c_stride, int rows, int columns);
+};
 
 // Entry points of one rung of the ladder. Strides count elements. No pointer needs an alignment.
 struct KernelTable {
   Isa isa;
   const char* name;
-  int mr;         // rows of one register tile
-  int nr;         // columns of one register tile
-  int max_depth;  // reduction steps expanded into a panel at a time
+  OperandType operand;
+  int tile_rows;    // rows of one register tile
+  int tile_panels;  // panels `multiply` works on at a time
+  int depth_step;   // panels hold a multiple of this many depths
+  bool gathers;     // `multiply` and `direct_*` follow LeftRows::rows; otherwise rows must be contiguous
 
-  // panel[k * nr + n] = B(k, n) in fp32, zero for n in [columns, nr).
-  // nk: row n of the source holds the reduction (W of X W^T). kn: row k holds the columns (W of X W).
-  void (*expand_bf16_nk)(const bf16_t* source, std::int64_t stride, int columns, int depth, float* panel);
-  void (*expand_bf16_kn)(const bf16_t* source, std::int64_t stride, int columns, int depth, float* panel);
-  void (*expand_f32_nk)(const float* source, std::int64_t stride, int columns, int depth, float* panel);
+  FormatKernels formats[kWeightFormats];
 
-  // panel[k * mr + m] = scale * rows[m][k] for m < count, zero for m in [count, mr). May write up to kPackSlack floats
-  // past the panel; they are overwritten by the next panel or lie in the scratch's slack.
-  void (*pack)(const float* const* rows, int count, float scale, int depth, float* panel);
-
-  // c[m * c_stride + n] += sum over k of a_panel[k * mr + m] * b_panel[k * nr + n], for m < rows, n < columns.
-  void (*multiply)(int depth, const float* a_panel, const float* b_panel, float* c, std::int64_t c_stride, int rows,
-                   int columns);
+  // Panels of `columns` <= 16 rows (nk: a row holds the reduction) or columns (kn) of an fp32 matrix, zero elsewhere;
+  // depth is padded to depth_step.
+  void (*expand_f32_nk)(const float* source, std::int64_t stride, int columns, int depth, void* panel);
+  void (*expand_f32_kn)(const float* source, std::int64_t stride, int columns, int depth, void* panel);
+  // C[m, 16 p + n] += sum over k < depth of A(m, k) panel_p(k, n), for p < panels <= tile_panels.
+  void (*multiply)(const LeftRows& a, int rows, int depth, const void* panels, std::int64_t panel_stride,
+                   int panel_count, float* c, std::int64_t c_stride);
+  // C[m, n] += sum over k < depth of left(k, m) right(k, n): any number of columns, C exactly as wide.
+  void (*outer)(const OuterRows& left, const OuterRows& right, int depth, int rows, int columns, float* c,
+                std::int64_t c_stride);
 
   void (*activate)(const ActivationSpec& spec, const float* gate, const float* up, float* h, std::int64_t count);
   // d_gate and d_up may overwrite gate and up.
@@ -60,8 +109,19 @@ struct KernelTable {
   void (*add_scaled)(float factor, const float* source, float* target, std::int64_t count);  // target += factor*source
   float (*dot)(const float* left, const float* right, std::int64_t count);
   double (*sum_squares)(const float* values, std::int64_t count);
-  void (*adamw)(const AdamWStep& step, const float* gradient, float* parameter, float* exp_avg, float* exp_avg_sq,
-                std::int64_t count);
+  void (*adamw)(const struct AdamWStep& step, const float* gradient, float* parameter, float* exp_avg,
+                float* exp_avg_sq, std::int64_t count);
+};
+
+struct AdamWStep {
+  double learning_rate;
+  double beta1;
+  double beta2;
+  double eps;
+  double weight_decay;
+  double grad_scale;        // clip scale and averaging, applied to the gradient first
+  double bias_correction1;  // 1 - beta1^step
+  double bias_correction2;  // 1 - beta2^step
 };
 
 // The table of one instruction set; throws Unsupported where the machine cannot run it.
@@ -69,39 +129,5 @@ const KernelTable& kernels_for(Isa isa);
 
 const KernelTable& scalar_kernels();
 const KernelTable& avx2_kernels();
-
-// Left operand, fp32: element (m, k) is base[row(m) * stride + k], or with `transposed` base[row(k) * stride + m].
-// `rows`, where given, gathers: row(i) = rows[i].
-struct LeftOperand {
-  const float* base = nullptr;
-  std::int64_t stride = 0;
-  const std::int32_t* rows = nullptr;
-  bool transposed = false;
-  float scale = 1.0f;
-};
-
-enum class RightLayout { kNK, kKN };
-
-// Right operand, bf16 or fp32 (exactly one pointer set). kNK: element (k, n) is base[n * stride + k];
-// kKN: base[row(k) * stride + n], gathered through `rows` where given (fp32 only).
-struct RightOperand {
-  const bf16_t* bf16 = nullptr;
-  const float* f32 = nullptr;
-  std::int64_t stride = 0;
-  RightLayout layout = RightLayout::kNK;
-  const std::int32_t* rows = nullptr;
-};
-
-// Scratch of one worker: an expanded block of B and a packed block of A.
-struct GemmScratch {
-  float* a_block = nullptr;
-  float* b_block = nullptr;
-};
-std::int64_t gemm_scratch_floats(const KernelTable& kernels);
-GemmScratch gemm_scratch_at(const KernelTable& kernels, float* base);
-
-// C[m * c_stride + n] += scale * sum over k of A(m, k) B(k, n).
-void gemm_accumulate(const KernelTable& kernels, int rows, int columns, int depth, const LeftOperand& a,
-                     const RightOperand& b, float* c, std::int64_t c_stride, const GemmScratch& scratch);
 
 }  // namespace kt_expert

@@ -1,4 +1,5 @@
 // The reference rung: plain loops, sums in double, libm's exp. Slow and exact; every other rung is tested against it.
+#include <algorithm>
 #include <cmath>
 
 #include "gemm/elementwise.h"
@@ -6,46 +7,92 @@
 namespace kt_expert {
 namespace {
 
-constexpr int kRows = 2;
-constexpr int kColumns = 4;
-constexpr int kMaxDepth = 4096;
+const float* row_pointer(const LeftRows& a, std::int64_t row) {
+  return static_cast<const float*>(a.base) + (a.rows == nullptr ? row : a.rows[row]) * a.stride;
+}
 
-void expand_nk(const bf16_t* source, std::int64_t stride, int columns, int depth, float* panel) {
-  for (int k = 0; k < depth; ++k) {
-    for (int n = 0; n < kColumns; ++n) {
-      panel[k * kColumns + n] = n < columns ? bf16_to_float(source[n * stride + k]) : 0.0f;
+void direct_forward(const LeftRows& a, int rows, const PackedMatrix& w, const BlockRange& range, float* c,
+                    std::int64_t c_stride) {
+  for (int n = 0; n < range.row_blocks * kBlockRows; ++n) {
+    for (int m = 0; m < rows; ++m) {
+      const float* values = row_pointer(a, m);
+      double sum = c[m * c_stride + n];
+      for (int k = 0; k < range.depth_blocks * kBlockDepth; ++k) {
+        const float weight = decode_element(w, range.first_row * kBlockRows + n, range.first_depth * kBlockDepth + k);
+        sum += static_cast<double>(values[k]) * weight;
+      }
+      c[m * c_stride + n] = static_cast<float>(sum);
     }
   }
 }
 
-void expand_f32(const float* source, std::int64_t stride, int columns, int depth, float* panel) {
-  for (int k = 0; k < depth; ++k) {
-    for (int n = 0; n < kColumns; ++n) panel[k * kColumns + n] = n < columns ? source[n * stride + k] : 0.0f;
-  }
-}
-
-void expand_kn(const bf16_t* source, std::int64_t stride, int columns, int depth, float* panel) {
-  for (int k = 0; k < depth; ++k) {
-    for (int n = 0; n < kColumns; ++n) {
-      panel[k * kColumns + n] = n < columns ? bf16_to_float(source[k * stride + n]) : 0.0f;
+void direct_backward(const LeftRows& a, int rows, const PackedMatrix& w, const BlockRange& range, float* c,
+                     std::int64_t c_stride) {
+  for (int k = 0; k < range.depth_blocks * kBlockDepth; ++k) {
+    for (int m = 0; m < rows; ++m) {
+      const float* values = row_pointer(a, m);
+      double sum = c[m * c_stride + k];
+      for (int n = 0; n < range.row_blocks * kBlockRows; ++n) {
+        const float weight = decode_element(w, range.first_row * kBlockRows + n, range.first_depth * kBlockDepth + k);
+        sum += static_cast<double>(values[n]) * weight;
+      }
+      c[m * c_stride + k] = static_cast<float>(sum);
     }
   }
 }
 
-void pack(const float* const* rows, int count, float scale, int depth, float* panel) {
-  for (int k = 0; k < depth; ++k) {
-    for (int m = 0; m < kRows; ++m) panel[k * kRows + m] = m < count ? scale * rows[m][k] : 0.0f;
+void expand_forward(const PackedMatrix& w, int row_block, int first_depth, int depth_blocks, void* panel) {
+  float* target = static_cast<float*>(panel);
+  for (int k = 0; k < depth_blocks * kBlockDepth; ++k) {
+    for (int n = 0; n < kPanelColumns; ++n) {
+      *target++ = decode_element(w, row_block * kBlockRows + n, first_depth * kBlockDepth + k);
+    }
   }
 }
 
-void multiply(int depth, const float* a_panel, const float* b_panel, float* c, std::int64_t c_stride, int rows,
-              int columns) {
+void expand_backward(const PackedMatrix& w, int depth_block, int first_row, int row_blocks, void* panel0,
+                     void* panel1) {
+  float* targets[2] = {static_cast<float*>(panel0), static_cast<float*>(panel1)};
+  for (int n = 0; n < row_blocks * kBlockRows; ++n) {
+    for (int k = 0; k < kBlockDepth; ++k) {
+      *targets[k / kPanelColumns]++ = decode_element(w, first_row * kBlockRows + n, depth_block * kBlockDepth + k);
+    }
+  }
+}
+
+void expand_f32_nk(const float* source, std::int64_t stride, int columns, int depth, void* panel) {
+  float* target = static_cast<float*>(panel);
+  for (int k = 0; k < depth; ++k) {
+    for (int n = 0; n < kPanelColumns; ++n) *target++ = n < columns ? source[n * stride + k] : 0.0f;
+  }
+}
+
+void expand_f32_kn(const float* source, std::int64_t stride, int columns, int depth, void* panel) {
+  float* target = static_cast<float*>(panel);
+  for (int k = 0; k < depth; ++k) {
+    for (int n = 0; n < kPanelColumns; ++n) *target++ = n < columns ? source[k * stride + n] : 0.0f;
+  }
+}
+
+void multiply(const LeftRows& a, int rows, int depth, const void* panels, std::int64_t panel_stride, int panel_count,
+              float* c, std::int64_t c_stride) {
+  for (int column = 0; column < panel_count * kPanelColumns; ++column) {
+    const char* first = static_cast<const char*>(panels) + column / kPanelColumns * panel_stride;
+    const float* panel = reinterpret_cast<const float*>(first) + column % kPanelColumns;
+    for (int m = 0; m < rows; ++m) {
+      double sum = c[m * c_stride + column];
+      for (int k = 0; k < depth; ++k) sum += static_cast<double>(row_pointer(a, m)[k]) * panel[k * kPanelColumns];
+      c[m * c_stride + column] = static_cast<float>(sum);
+    }
+  }
+}
+
+void outer(const OuterRows& left, const OuterRows& right, int depth, int rows, int columns, float* c,
+           std::int64_t c_stride) {
   for (int m = 0; m < rows; ++m) {
     for (int n = 0; n < columns; ++n) {
       double sum = c[m * c_stride + n];
-      for (int k = 0; k < depth; ++k) {
-        sum += static_cast<double>(a_panel[k * kRows + m]) * b_panel[k * kColumns + n];
-      }
+      for (int k = 0; k < depth; ++k) sum += static_cast<double>(left.row(k)[m]) * right.row(k)[n];
       c[m * c_stride + n] = static_cast<float>(sum);
     }
   }
@@ -56,45 +103,89 @@ double at_most(double value, double limit) { return value > limit ? limit : valu
 
 double sigmoid(double value) { return 1.0 / (1.0 + std::exp(-value)); }
 
+struct Evaluated {
+  double h, d_gate, d_up;
+};
+
+Evaluated swiglu(const ActivationSpec& spec, double gate, double up) {
+  const bool clamped = has_limit(spec.kind);
+  const bool gate_passes = !clamped || gate <= spec.limit;
+  const bool up_passes = !clamped || (up >= -spec.limit && up <= spec.limit);
+  if (clamped) {
+    gate = at_most(gate, spec.limit);
+    up = -at_most(-at_most(up, spec.limit), spec.limit);
+  }
+  if (spec.kind == Activation::kGptOss) up += 1.0;
+  const double s = sigmoid(spec.alpha * gate);
+  return {gate * s * up, gate_passes ? up * s * (1.0 + spec.alpha * gate * (1.0 - s)) : 0.0,
+          up_passes ? gate * s : 0.0};
+}
+
+Evaluated gelu_tanh(double gate, double up) {
+  const double root = std::sqrt(2.0 / M_PI), cubic = 0.044715;
+  const double t = std::tanh(root * (gate + cubic * gate * gate * gate));
+  const double slope = 0.5 * (1.0 + t) + 0.5 * gate * (1.0 - t * t) * root * (1.0 + 3.0 * cubic * gate * gate);
+  const double gelu = 0.5 * gate * (1.0 + t);
+  return {gelu * up, slope * up, gelu};
+}
+
+Evaluated evaluate(const ActivationSpec& spec, double gate, double up) {
+  if (spec.kind == Activation::kGeluTanh) return gelu_tanh(gate, up);
+  if (spec.kind != Activation::kRelu2) return swiglu(spec, gate, up);
+  const double positive = up < 0.0 ? 0.0 : up;
+  return {positive * positive, 0.0, 2.0 * positive};
+}
+
 void activate(const ActivationSpec& spec, const float* gate, const float* up, float* h, std::int64_t count) {
   for (std::int64_t i = 0; i < count; ++i) {
-    double g = gate[i];
-    double u = up[i];
-    if (spec.kind == Activation::kGptOss) {
-      g = at_most(g, spec.limit);
-      u = -at_most(-at_most(u, spec.limit), spec.limit) + 1.0;
-    }
-    h[i] = static_cast<float>(g * sigmoid(spec.alpha * g) * u);
+    h[i] = static_cast<float>(evaluate(spec, has_gate(spec.kind) ? gate[i] : 0.0, up[i]).h);
   }
 }
 
 void activate_backward(const ActivationSpec& spec, const float* gate, const float* up, const float* d_h, float* d_gate,
                        float* d_up, std::int64_t count) {
-  const bool clamped = spec.kind == Activation::kGptOss;
+  const bool gated = has_gate(spec.kind);
   for (std::int64_t i = 0; i < count; ++i) {
-    double g = gate[i];
-    double u = up[i];
-    const bool gate_passes = !clamped || g <= spec.limit;
-    const bool up_passes = !clamped || (u >= -spec.limit && u <= spec.limit);
-    if (clamped) {
-      g = at_most(g, spec.limit);
-      u = -at_most(-at_most(u, spec.limit), spec.limit) + 1.0;
-    }
-    const double s = sigmoid(spec.alpha * g);
+    const Evaluated value = evaluate(spec, gated ? gate[i] : 0.0, up[i]);
     const double d = d_h[i];
-    d_gate[i] = gate_passes ? static_cast<float>(d * u * s * (1.0 + spec.alpha * g * (1.0 - s))) : 0.0f;
-    d_up[i] = up_passes ? static_cast<float>(d * g * s) : 0.0f;
+    if (gated) d_gate[i] = static_cast<float>(d * value.d_gate);
+    d_up[i] = static_cast<float>(d * value.d_up);
   }
+}
+
+KernelTable make_table() {
+  KernelTable table{};
+  table.isa = Isa::kScalar;
+  table.name = "scalar";
+  table.operand = OperandType::kF32;
+  table.tile_rows = 1;
+  table.tile_panels = 1;
+  table.depth_step = 1;
+  table.gathers = true;
+  for (FormatKernels& format : table.formats) {
+    // A panel's slices would round between them; the sums here are in double from end to end.
+    format = {kAllRows, kAllRows, direct_forward, direct_backward, expand_forward, expand_backward, nullptr, nullptr};
+  }
+  table.expand_f32_nk = expand_f32_nk;
+  table.expand_f32_kn = expand_f32_kn;
+  table.multiply = multiply;
+  table.outer = outer;
+  table.activate = activate;
+  table.activate_backward = activate_backward;
+  table.bf16_to_f32 = loop_bf16_to_f32;
+  table.f32_to_bf16 = loop_f32_to_bf16;
+  table.scale = loop_scale;
+  table.add_scaled = loop_add_scaled;
+  table.dot = loop_dot;
+  table.sum_squares = loop_sum_squares;
+  table.adamw = loop_adamw;
+  return table;
 }
 
 }  // namespace
 
 const KernelTable& scalar_kernels() {
-  static constexpr KernelTable kTable{
-      Isa::kScalar,     "scalar_2x4",     kRows,      kColumns,        kMaxDepth, expand_nk,
-      expand_kn,        expand_f32,       pack,       multiply,        activate,  activate_backward,
-      loop_bf16_to_f32, loop_f32_to_bf16, loop_scale, loop_add_scaled, loop_dot,  loop_sum_squares,
-      loop_adamw};
+  static const KernelTable kTable = make_table();
   return kTable;
 }
 

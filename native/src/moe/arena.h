@@ -8,34 +8,47 @@
 
 namespace kt_expert {
 
-class Engine::Arena {
+// Adds up what an operation will take, or hands it out: one function describes both, so the announced size is the size
+// taken.
+class Carver {
  public:
-  // Makes `floats` available from the start. Keeps its memory across operations up to kKeepBytes.
-  void reset(std::int64_t floats) {
-    const std::size_t wanted = static_cast<std::size_t>(floats);
-    if (wanted > buffer_.size()) {
-      buffer_ = AlignedBuffer<float>();  // free before the larger one is mapped
-      buffer_ = AlignedBuffer<float>(wanted);
-    }
-    used_ = 0;
+  explicit Carver(std::uint8_t* base) : base_(base) {}
+
+  template <typename T>
+  T* take(std::int64_t count) {
+    const std::int64_t at = used_;
+    used_ += (count * static_cast<std::int64_t>(sizeof(T)) + kLineBytes - 1) / kLineBytes * kLineBytes;
+    return base_ == nullptr ? nullptr : reinterpret_cast<T*>(base_ + at);
   }
-  float* take(std::int64_t floats) {
-    float* start = buffer_.data() + used_;
-    used_ += padded(floats);
-    return start;
-  }
-  void trim() {
-    if (static_cast<std::int64_t>(buffer_.size() * sizeof(float)) > kKeepBytes) buffer_ = AlignedBuffer<float>();
-  }
-  static std::int64_t padded(std::int64_t floats) { return (floats + kLineFloats - 1) / kLineFloats * kLineFloats; }
+  std::int64_t used() const { return used_; }
 
  private:
-  static constexpr std::int64_t kLineFloats = 16;
+  static constexpr std::int64_t kLineBytes = 64;
+
+  std::uint8_t* base_;
+  std::int64_t used_ = 0;
+};
+
+class Engine::Arena {
+ public:
+  // Makes `bytes` available. Keeps its memory across operations up to kKeepBytes.
+  std::uint8_t* reset(std::int64_t bytes) {
+    const std::size_t wanted = static_cast<std::size_t>(bytes);
+    if (wanted > buffer_.size()) {
+      buffer_ = AlignedBuffer<std::uint8_t>();  // free before the larger one is mapped
+      buffer_ = AlignedBuffer<std::uint8_t>(wanted);
+    }
+    return buffer_.data();
+  }
+  void trim() {
+    if (static_cast<std::int64_t>(buffer_.size()) > kKeepBytes) buffer_ = AlignedBuffer<std::uint8_t>();
+  }
+
+ private:
   // Fresh pages cost about a microsecond each, so ordinary batches reuse them; an unusually large one gives them back.
   static constexpr std::int64_t kKeepBytes = std::int64_t{1} << 30;
 
-  AlignedBuffer<float> buffer_;
-  std::int64_t used_ = 0;
+  AlignedBuffer<std::uint8_t> buffer_;
 };
 
 }  // namespace kt_expert

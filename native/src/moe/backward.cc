@@ -1,238 +1,315 @@
-// Gradients of x, of the routing weights and of the LoRA tensors, from a ticket and dy. The routing weight enters after
-// the products, so nothing is rounded for its sake: with p = W_down^T dy (+ LoRA), d_w = <h, p> (+ <bias_down, dy>) and
-// d_h = w * p.
-#include <algorithm>
+// Gradients of x and of the routing weights from a ticket and dy. The routing weight enters after the products, so
+// nothing is rounded for its sake: with p = W_down^T dy (+ LoRA), d_w = <h, p> (+ <bias_down, dy>) and d_h = w * p.
+#include "moe/backward.h"
+
+#include <cstring>
 
 #include "kt_expert/error.h"
-#include "moe/backward_pass.h"
 
 namespace kt_expert {
+namespace {
 
-Engine::BackwardPass::BackwardPass(Engine& engine, const BackwardArgs& args)
-    : kernels_(engine.kernels_),
-      engine_(engine),
-      pool_(engine.pool_),
-      args_(args),
-      weights_(*args.weights),
-      layer_(args.weights->spec()),
-      ticket_(*args.ticket),
-      routing_(args.ticket->routing()),
-      lora_(args.lora == nullptr ? LoraSpec{} : args.lora->lora()) {}
+// Columns of one partial sum of <h, p>: the partials do not depend on how columns are cut into tasks.
+constexpr int kDotColumns = kLeastColumns;
 
-std::int64_t Engine::BackwardPass::scratch_floats(const LayerSpec& layer, const LoraSpec& lora, std::int64_t tokens,
-                                                  std::int64_t routes, int workers) {
-  return 2 * Arena::padded(tokens * layer.hidden) + 4 * Arena::padded(routes * layer.intermediate) +
-         Arena::padded(routes * layer.hidden) + Arena::padded(routes * lora.rank_gate) +
-         Arena::padded(routes * lora.rank_up) + 2 * Arena::padded(routes * lora.rank_down) + Arena::padded(routes) +
-         Arena::padded(static_cast<std::int64_t>(workers) * layer.hidden);
+}  // namespace
+
+Engine::BackwardPass::Buffers Engine::BackwardPass::take(Carver& carver, const KernelTable& kernels,
+                                                         const LayerSpec& layer, const LoraSpec& lora,
+                                                         std::int64_t tokens, std::int64_t routes, int nodes,
+                                                         SavePolicy policy, FloatType output) {
+  Buffers buffers;
+  const std::int64_t hidden = routes * layer.intermediate;
+  const bool fp32_operands = kernels.operand == OperandType::kF32;
+  if (policy == SavePolicy::kInputs) {
+    if (has_gate(layer.activation.kind)) buffers.recomputed.gate = carver.take<float>(hidden);
+    buffers.recomputed.up = carver.take<float>(hidden);
+  }
+  buffers.dy = OperandRows::take(carver, kernels, tokens, layer.hidden);
+  if (!kernels.gathers) buffers.gathered_dy = OperandRows::take(carver, kernels, routes, layer.hidden);
+  if (has_gate(layer.activation.kind)) {
+    buffers.d_gate = OperandRows::take(carver, kernels, routes, layer.intermediate);
+    if (!fp32_operands) buffers.d_gate_f32 = carver.take<float>(hidden);
+  }
+  buffers.d_up = OperandRows::take(carver, kernels, routes, layer.intermediate);
+  if (!fp32_operands) buffers.d_up_f32 = carver.take<float>(hidden);
+  if (lora.any()) {
+    buffers.x_f32 = carver.take<float>(tokens * layer.hidden);
+    buffers.dy_f32 = carver.take<float>(tokens * layer.hidden);
+  }
+  if (lora.rank_down > 0) {
+    buffers.h_f32 = carver.take<float>(hidden);
+    buffers.dy_b_down = LoraRows::take(carver, kernels, routes, lora.rank_down, nullptr);
+    buffers.weighted_h_a = carver.take<float>(routes * rank_stride(lora.rank_down));
+  }
+  buffers.d_gate_b = LoraRows::take(carver, kernels, routes, lora.rank_gate, nullptr);
+  buffers.d_up_b = LoraRows::take(carver, kernels, routes, lora.tied ? 0 : lora.rank_up, nullptr);
+  buffers.d_weight_parts = carver.take<float>(routes * ceil_div(layer.intermediate, kDotColumns));
+  buffers.d_weight_rows = carver.take<float>(routes);
+  buffers.dx = TokenSums::take(carver, tokens, layer.hidden, nodes, output);
+  return buffers;
 }
 
-void Engine::BackwardPass::run() {
-  restore();
-  recompute_h();
+std::int64_t Engine::BackwardPass::scratch_bytes(const KernelTable& kernels, const LayerSpec& layer,
+                                                 const LoraSpec& lora, std::int64_t tokens, std::int64_t routes,
+                                                 int nodes) {
+  // The larger of both ticket policies: a run may use either.
+  Carver carver(nullptr);
+  take(carver, kernels, layer, lora, tokens, routes, nodes, SavePolicy::kInputs, FloatType::kBf16);
+  HiddenPass::reserve(carver, kernels, layer, lora, tokens, routes, false);
+  return carver.used();
+}
+
+void Engine::BackwardPass::run(Engine& engine, const BackwardArgs& args) {
+  const Ticket& ticket = *args.ticket;
+  const Routing& routing = ticket.routing();
+  const LayerSpec& layer = ticket.layer();
+  const int nodes = static_cast<int>(args.weights->slices().size());
+  Carver carver(engine.arena_->reset(
+      scratch_bytes(engine.kernels_, layer, ticket.lora(), routing.tokens, routing.routes, nodes)));
+  const Buffers buffers = take(carver, engine.kernels_, layer, ticket.lora(), routing.tokens, routing.routes, nodes,
+                               ticket.policy(), args.dx.type);
+  HiddenStore saved = ticket.store();
+  if (ticket.policy() == SavePolicy::kInputs) {
+    saved = buffers.recomputed;
+    HiddenPass hidden(engine, *args.weights, args.lora, routing, args.token, carver, saved);
+    hidden.run(ticket.x());
+    saved = hidden.kept();
+    BackwardPass(engine, args, saved, buffers).run_phases();
+    return;
+  }
+  BackwardPass(engine, args, saved, buffers).run_phases();
+}
+
+Engine::BackwardPass::BackwardPass(Engine& engine, const BackwardArgs& args, const HiddenStore& saved,
+                                   const Buffers& buffers)
+    : Pass(engine, *args.weights, args.lora, args.ticket->routing(), args.token),
+      args_(args),
+      saved_(saved),
+      buffers_(buffers),
+      parts_per_row_(ceil_div(layer_.intermediate, kDotColumns)) {}
+
+void Engine::BackwardPass::run_phases() {
+  load();
   project_dy();
-  d_h();
-  route_gradients();
-  project_gate_up();
-  d_x();
-  combine_routes(kernels_, pool_, args_.token, routing_, d_x_rows_, layer_.hidden, false, worker_rows_, args_.dx);
-  if (args_.token != nullptr) args_.token->check();
+  hidden_gradients();
+  finish_route_gradients();
+  project_hidden();
+  input_gradients();
+  if (token_ != nullptr) token_->check();
   // Nothing below can fail or be cancelled.
   write_d_weights();
-  accumulate_lora_gradients();
+  lora_gradients();
 }
 
-void Engine::BackwardPass::restore() {
-  const std::int64_t routes = routing_.routes, tokens = routing_.tokens;
-  const std::int64_t routes_i = routes * layer_.intermediate;
-  Arena& arena = *engine_.arena_;
-  arena.reset(scratch_floats(layer_, lora_, tokens, routes, pool_.size()));
-  float* x_copy = arena.take(tokens * layer_.hidden);
-  float* dy_copy = arena.take(tokens * layer_.hidden);
-  d_gate_ = arena.take(routes_i);
-  d_up_ = arena.take(routes_i);
-  h_ = arena.take(routes_i);
-  d_h_ = arena.take(routes_i);
-  d_x_rows_ = arena.take(routes * layer_.hidden);
-  d_gate_b_ = arena.take(routes * lora_.rank_gate);
-  d_up_b_ = arena.take(routes * lora_.rank_up);
-  dy_b_down_ = arena.take(routes * lora_.rank_down);
-  weighted_h_a_ = arena.take(routes * lora_.rank_down);
-  row_d_weight_ = arena.take(routes);
-  worker_rows_ = arena.take(static_cast<std::int64_t>(pool_.size()) * layer_.hidden);
-  x_ = as_f32(kernels_, pool_, args_.token, TokensIn{ticket_.x_.data(), ticket_.type_}, tokens, layer_.hidden, x_copy);
-  dy_ = as_f32(kernels_, pool_, args_.token, args_.dy, tokens, layer_.hidden, dy_copy);
+void Engine::BackwardPass::load() {
+  load_operands(args_.dy, buffers_.dy);
+  if (!kernels_.gathers) {
+    const std::size_t bytes =
+        static_cast<std::size_t>(align_up(layer_.hidden, kDepthAlign) * operand_bytes(kernels_.operand));
+    for_each_piece(routing_.routes, [&](std::int64_t first, std::int64_t last, int) {
+      for (std::int64_t row = first; row < last; ++row) {
+        std::memcpy(buffers_.gathered_dy.row(row), buffers_.dy.row(routing_.row_token[static_cast<std::size_t>(row)]),
+                    bytes);
+      }
+    });
+  }
+  if (!lora_.any()) return;
+  x_ = load_f32(args_.ticket->x(), buffers_.x_f32);
+  dy_ = load_f32(args_.dy, buffers_.dy_f32);
 }
 
-void Engine::BackwardPass::recompute_h() {
-  const std::int64_t width = layer_.intermediate;
-  for_each_rows(pool_, routing_.routes, args_.token, [&](std::int64_t first, std::int64_t last, int) {
-    const std::int64_t at = first * width;
-    kernels_.activate(layer_.activation, ticket_.gate_.data() + at, ticket_.up_.data() + at, h_ + at,
-                      (last - first) * width);
-  });
+LeftRows Engine::BackwardPass::dy_rows(const RowTask& task) const {
+  if (kernels_.gathers) return buffers_.dy.from(0, routing_.row_token.data() + task.first);
+  return buffers_.gathered_dy.from(task.first);
 }
 
 void Engine::BackwardPass::project_dy() {
   const int rank = lora_.rank_down;
   if (rank == 0) return;
-  for_each_expert(pool_, routing_, args_.token, [&](int expert, int worker) {
-    const std::int64_t first = routing_.begin_of(expert);
-    const int rows = routing_.rows_of(expert);
-    float* out = dy_b_down_ + first * rank;
-    std::fill_n(out, static_cast<std::int64_t>(rows) * rank, 0.0f);
-    gemm_accumulate(kernels_, rows, rank, layer_.hidden,
-                    left_operand(dy_, layer_.hidden, routing_.row_token.data() + first),
-                    f32_operand(args_.lora->expert(LoraTensor::kBDown, expert), rank, RightLayout::kKN), out, rank,
-                    engine_.scratch_of(worker));
+  for_each_row_task([&](const RowTask& task, int worker) {
+    const F32Matrix b{adapter_->expert(LoraTensor::kBDown, task.expert), rank, RightLayout::kKN};
+    const LoraInput input{dy_rows(task), b, layer_.hidden};
+    project_lora(task, &input, 1, lora_.scale_down, buffers_.dy_b_down, worker);
   });
 }
 
-void Engine::BackwardPass::d_h() {
-  const int width = layer_.intermediate, rank = lora_.rank_down;
-  for_each_expert_block(pool_, routing_, width, args_.token, [&](int expert, Columns columns, int worker) {
-    const GemmScratch scratch = engine_.scratch_of(worker);
-    const std::int64_t first = routing_.begin_of(expert);
-    const int rows = routing_.rows_of(expert);
-    float* out = d_h_ + first * width + columns.first;
-    for (int row = 0; row < rows; ++row) std::fill_n(out + static_cast<std::int64_t>(row) * width, columns.count, 0.0f);
-    gemm_accumulate(kernels_, rows, columns.count, layer_.hidden,
-                    left_operand(dy_, layer_.hidden, routing_.row_token.data() + first),
-                    bf16_operand(weights_.matrix(Projection::kDown, expert) + columns.first, width, RightLayout::kKN),
-                    out, width, scratch);
-    if (rank == 0) return;
-    gemm_accumulate(
-        kernels_, rows, columns.count, rank, left_operand(dy_b_down_ + first * rank, rank, nullptr, lora_.scale_down),
-        f32_operand(args_.lora->expert(LoraTensor::kADown, expert) + columns.first, width, RightLayout::kKN), out,
-        width, scratch);
-  });
+void Engine::BackwardPass::hidden_gradients() {
+  const std::vector<LayerWeights::Slice>& slices = weights_.slices();
+  const std::int64_t rows = static_cast<std::int64_t>(row_tasks_.size());
+  const int width = column_width(slices.front().count, rows, pool_.size() / static_cast<int>(slices.size()) + 1);
+  std::vector<std::int64_t> counts;
+  for (const LayerWeights::Slice& slice : slices) counts.push_back(rows * ceil_div(slice.count, width));
+  pool_.run_on_nodes(
+      counts,
+      [&](int node, std::int64_t task, int worker) {
+        const LayerWeights::Slice& slice = slices[static_cast<std::size_t>(node)];
+        const std::int64_t per_row = ceil_div(slice.count, width);
+        const int first = static_cast<int>(task % per_row) * width;
+        hidden_block(row_tasks_[static_cast<std::size_t>(task / per_row)], slice, first,
+                     std::min(width, slice.count - first), worker);
+      },
+      token_);
 }
 
-void Engine::BackwardPass::route_gradients() {
-  const int width = layer_.intermediate, rank = lora_.rank_down;
-  for_each_expert(pool_, routing_, args_.token, [&](int expert, int) {
-    const float* bias = weights_.bias(Projection::kDown, expert);
-    for (std::int64_t row = routing_.begin_of(expert); row < routing_.begin_of(expert) + routing_.rows_of(expert);
-         ++row) {
-      const std::int64_t at = row * width;
+void Engine::BackwardPass::hidden_block(const RowTask& task, const LayerWeights::Slice& slice, int first_column,
+                                        int columns, int worker) {
+  const WorkerScratch scratch = scratch_of(worker);
+  float* d_h = scratch.blocks[0];
+  float* h = scratch.blocks[1];
+  const std::int64_t padded = align_up(columns, kBlockDepth);
+  const int global_first = slice.first + first_column;
+  clear_block(d_h, task.count, static_cast<int>(padded));
+  multiply_backward(kernels_, dy_rows(task), task.count, slice.matrix(Projection::kDown, task.expert),
+                    first_column / kBlockDepth, static_cast<int>(padded) / kBlockDepth, d_h, kTaskColumns,
+                    scratch.panels);
+  const int rank = lora_.rank_down;
+  if (rank > 0) {
+    const float* a = adapter_->expert(LoraTensor::kADown, task.expert) + global_first;
+    multiply_f32(kernels_, buffers_.dy_b_down.from(task.first), task.count, {a, layer_.intermediate, RightLayout::kKN},
+                 columns, rank, d_h, kTaskColumns, scratch.panels);
+  }
+  for (int m = 0; m < task.count; ++m) {
+    const std::int64_t in_block = static_cast<std::int64_t>(m) * kTaskColumns;
+    finish_hidden_row(task.first + m, global_first, columns, padded, d_h + in_block, h + in_block);
+  }
+}
+
+void Engine::BackwardPass::finish_hidden_row(std::int64_t row, int first_column, int columns, std::int64_t padded,
+                                             float* d_h, float* h) {
+  const std::int64_t at = row * layer_.intermediate + first_column;
+  const bool gated = has_gate(layer_.activation.kind);
+  const float* gate = gated ? saved_.gate + at : nullptr;
+  kernels_.activate(layer_.activation, gate, saved_.up + at, h, columns);
+  float* parts = buffers_.d_weight_parts + row * parts_per_row_ + first_column / kDotColumns;
+  for (int c = 0; c < columns; c += kDotColumns) {
+    parts[c / kDotColumns] = kernels_.dot(h + c, d_h + c, std::min(kDotColumns, columns - c));
+  }
+  if (buffers_.h_f32 != nullptr) std::copy_n(h, columns, buffers_.h_f32 + at);
+  kernels_.scale(routing_.row_weight[static_cast<std::size_t>(row)], d_h, columns);
+  float* d_gate = h;  // h is not needed any more
+  kernels_.activate_backward(layer_.activation, gate, saved_.up + at, d_h, d_gate, d_h, columns);
+  const std::int64_t offset = static_cast<std::int64_t>(first_column) * operand_bytes(kernels_.operand);
+  if (gated) store_operands(kernels_, d_gate, columns, padded, buffers_.d_gate.row(row) + offset);
+  store_operands(kernels_, d_h, columns, padded, buffers_.d_up.row(row) + offset);
+  if (buffers_.d_gate_f32 != nullptr) std::copy_n(d_gate, columns, buffers_.d_gate_f32 + at);
+  if (buffers_.d_up_f32 != nullptr) std::copy_n(d_h, columns, buffers_.d_up_f32 + at);
+}
+
+// Sums the partials, and gives the LoRA intermediates of down the routing weight too.
+void Engine::BackwardPass::finish_route_gradients() {
+  const int rank = lora_.rank_down;
+  const std::int64_t stride = rank_stride(rank);
+  for_each_row_task([&](const RowTask& task, int) {
+    const float* bias = weights_.bias(Projection::kDown, task.expert);
+    for (std::int64_t row = task.first; row < task.first + task.count; ++row) {
       const std::int64_t token = routing_.row_token[static_cast<std::size_t>(row)];
       const float weight = routing_.row_weight[static_cast<std::size_t>(row)];
-      row_d_weight_[row] = kernels_.dot(h_ + at, d_h_ + at, width);
-      if (bias != nullptr) row_d_weight_[row] += kernels_.dot(bias, dy_ + token * layer_.hidden, layer_.hidden);
-      kernels_.scale(weight, d_h_ + at, width);
-      kernels_.activate_backward(layer_.activation, ticket_.gate_.data() + at, ticket_.up_.data() + at, d_h_ + at,
-                                 d_gate_ + at, d_up_ + at, width);
+      float sum = 0.0f;
+      for (std::int64_t p = 0; p < parts_per_row_; ++p) sum += buffers_.d_weight_parts[row * parts_per_row_ + p];
+      if (bias != nullptr) sum += dot_with_dy(bias, token);
+      buffers_.d_weight_rows[row] = sum;
       if (rank == 0) continue;
-      // From here on the LoRA intermediates of down carry the routing weight too.
-      std::copy_n(ticket_.h_a_down_.data() + row * rank, rank, weighted_h_a_ + row * rank);
-      kernels_.scale(weight, weighted_h_a_ + row * rank, rank);
-      kernels_.scale(weight, dy_b_down_ + row * rank, rank);
+      std::copy_n(saved_.h_a_down + row * stride, rank, buffers_.weighted_h_a + row * stride);
+      kernels_.scale(weight, buffers_.weighted_h_a + row * stride, rank);
+      kernels_.scale(weight, buffers_.dy_b_down.f32 + row * stride, rank);
     }
   });
 }
 
-void Engine::BackwardPass::project_gate_up() {
-  const int depth = layer_.intermediate;
+float Engine::BackwardPass::dot_with_dy(const float* bias, std::int64_t token) const {
+  const std::int64_t width = layer_.hidden;
+  if (args_.dy.type == FloatType::kF32) {
+    return kernels_.dot(bias, static_cast<const float*>(args_.dy.data) + token * width, width);
+  }
+  const bf16_t* row = static_cast<const bf16_t*>(args_.dy.data) + token * width;
+  float sum = 0.0f;
+  float piece[kDotColumns];
+  for (std::int64_t c = 0; c < width; c += kDotColumns) {
+    const std::int64_t count = std::min<std::int64_t>(kDotColumns, width - c);
+    kernels_.bf16_to_f32(row + c, piece, count);
+    sum += kernels_.dot(bias + c, piece, count);
+  }
+  return sum;
+}
+
+void Engine::BackwardPass::project_hidden() {
   if (lora_.rank_gate == 0 && lora_.rank_up == 0) return;
-  for_each_expert(pool_, routing_, args_.token, [&](int expert, int worker) {
-    const auto project = [&](LoraTensor b, int rank, const float* source, float* target) {
-      if (rank == 0) return;
-      const std::int64_t first = routing_.begin_of(expert);
-      const int rows = routing_.rows_of(expert);
-      float* out = target + first * rank;
-      std::fill_n(out, static_cast<std::int64_t>(rows) * rank, 0.0f);
-      gemm_accumulate(kernels_, rows, rank, depth, left_operand(source + first * depth, depth),
-                      f32_operand(args_.lora->expert(b, expert), rank, RightLayout::kKN), out, rank,
-                      engine_.scratch_of(worker));
+  for_each_row_task([&](const RowTask& task, int worker) {
+    const auto input = [&](LoraTensor b, int rank, const OperandRows& rows) {
+      return LoraInput{
+          rows.from(task.first), {adapter_->expert(b, task.expert), rank, RightLayout::kKN}, layer_.intermediate};
     };
-    project(LoraTensor::kBGate, lora_.rank_gate, d_gate_, d_gate_b_);
-    project(LoraTensor::kBUp, lora_.rank_up, d_up_, d_up_b_);
+    LoraInput inputs[2];
+    int count = 0;
+    if (lora_.rank_gate > 0) inputs[count++] = input(LoraTensor::kBGate, lora_.rank_gate, buffers_.d_gate);
+    if (lora_.tied) inputs[count++] = input(LoraTensor::kBUp, lora_.rank_up, buffers_.d_up);
+    if (count > 0) project_lora(task, inputs, count, lora_.scale_gate, buffers_.d_gate_b, worker);
+    if (lora_.tied || lora_.rank_up == 0) return;
+    const LoraInput up = input(LoraTensor::kBUp, lora_.rank_up, buffers_.d_up);
+    project_lora(task, &up, 1, lora_.scale_up, buffers_.d_up_b, worker);
   });
 }
 
-void Engine::BackwardPass::d_x() {
-  const int width = layer_.hidden, depth = layer_.intermediate;
-  for_each_expert_block(pool_, routing_, width, args_.token, [&](int expert, Columns columns, int worker) {
-    const GemmScratch scratch = engine_.scratch_of(worker);
-    const std::int64_t first = routing_.begin_of(expert);
-    const int rows = routing_.rows_of(expert);
-    float* out = d_x_rows_ + first * width + columns.first;
-    for (int row = 0; row < rows; ++row) std::fill_n(out + static_cast<std::int64_t>(row) * width, columns.count, 0.0f);
-    const auto project = [&](Projection projection, const float* source, LoraTensor a, int rank, float scale,
-                             const float* source_b) {
-      gemm_accumulate(kernels_, rows, columns.count, depth, left_operand(source + first * depth, depth),
-                      bf16_operand(weights_.matrix(projection, expert) + columns.first, width, RightLayout::kKN), out,
-                      width, scratch);
-      if (rank == 0) return;
-      gemm_accumulate(kernels_, rows, columns.count, rank, left_operand(source_b + first * rank, rank, nullptr, scale),
-                      f32_operand(args_.lora->expert(a, expert) + columns.first, width, RightLayout::kKN), out, width,
-                      scratch);
-    };
-    project(Projection::kGate, d_gate_, LoraTensor::kAGate, lora_.rank_gate, lora_.scale_gate, d_gate_b_);
-    const LoraTensor a_up = lora_.tied ? LoraTensor::kAGate : LoraTensor::kAUp;
-    project(Projection::kUp, d_up_, a_up, lora_.rank_up, lora_.scale_up, d_up_b_);
-  });
+void Engine::BackwardPass::input_gradients() {
+  const std::vector<LayerWeights::Slice>& slices = weights_.slices();
+  const int nodes = static_cast<int>(slices.size());
+  const int width = column_width(layer_.hidden, 1, pool_.size() / nodes + 1);
+  pool_.run_on_nodes(
+      std::vector<std::int64_t>(slices.size(), ceil_div(layer_.hidden, width)),
+      [&](int node, std::int64_t task, int worker) {
+        const int first = static_cast<int>(task) * width;
+        input_block(node, first, std::min(width, layer_.hidden - first), worker);
+      },
+      token_);
+  finish_sums(buffers_.dx, args_.dx);
 }
 
-void Engine::BackwardPass::write_d_weights() {
+void Engine::BackwardPass::input_block(int node, int first_column, int columns, int worker) {
+  const LayerWeights::Slice& slice = weights_.slices()[static_cast<std::size_t>(node)];
+  float* sums = buffers_.dx.part(node, args_.dx);
+  clear_columns(buffers_.dx, sums, first_column, columns);
+  for (const RowTask& task : row_tasks_) {
+    if (token_ != nullptr) token_->check();
+    if (slice.count > 0) input_rows(task, slice, node == 0, first_column, columns, sums, worker);
+  }
+  finish_columns(buffers_.dx, args_.dx, first_column, columns);
+}
+
+void Engine::BackwardPass::input_rows(const RowTask& task, const LayerWeights::Slice& slice, bool first_slice,
+                                      int first_column, int columns, float* sums, int worker) {
+  const WorkerScratch scratch = scratch_of(worker);
+  float* block = scratch.blocks[0];
+  const int padded = static_cast<int>(align_up(columns, kBlockDepth));
+  clear_block(block, task.count, padded);
+  const auto base = [&](Projection projection, const OperandRows& rows) {
+    multiply_backward(kernels_, rows.from_column(task.first, slice.first), task.count,
+                      slice.matrix(projection, task.expert), first_column / kBlockDepth, padded / kBlockDepth, block,
+                      kTaskColumns, scratch.panels);
+  };
+  const auto lora = [&](LoraTensor a, const LoraRows& rows) {
+    if (!first_slice || rows.rank == 0) return;
+    multiply_f32(kernels_, rows.from(task.first), task.count,
+                 {adapter_->expert(a, task.expert) + first_column, layer_.hidden, RightLayout::kKN}, columns, rows.rank,
+                 block, kTaskColumns, scratch.panels);
+  };
+  if (has_gate(layer_.activation.kind)) base(Projection::kGate, buffers_.d_gate);
+  base(Projection::kUp, buffers_.d_up);
+  lora(LoraTensor::kAGate, buffers_.d_gate_b);
+  lora(LoraTensor::kAUp, buffers_.d_up_b);
+  for (int m = 0; m < task.count; ++m) {
+    const std::size_t row = static_cast<std::size_t>(task.first + m);
+    kernels_.add_scaled(1.0f, block + static_cast<std::int64_t>(m) * kTaskColumns,
+                        sums + routing_.row_token[row] * static_cast<std::int64_t>(layer_.hidden) + first_column,
+                        columns);
+  }
+}
+
+void Engine::BackwardPass::write_d_weights() const {
   for (std::size_t slot = 0; slot < routing_.slot_row.size(); ++slot) {
     const std::int32_t row = routing_.slot_row[slot];
-    args_.d_weights[slot] = row == Routing::kDropped ? 0.0f : row_d_weight_[row];
+    args_.d_weights[slot] = row == Routing::kDropped ? 0.0f : buffers_.d_weight_rows[row];
   }
-}
-
-void Engine::BackwardPass::outer(int expert, LoraTensor tensor, float scale, LeftOperand left, RightOperand right,
-                                 const GemmScratch& scratch) {
-  const LoraShape shape = lora_shape(layer_, lora_, tensor);
-  left.transposed = true;
-  left.scale = scale;
-  gemm_accumulate(kernels_, static_cast<int>(shape.rows), static_cast<int>(shape.columns), routing_.rows_of(expert),
-                  left, right, args_.gradients->expert(tensor, expert), shape.columns, scratch);
-}
-
-void Engine::BackwardPass::accumulate_gate_up(int expert, const GemmScratch& scratch) {
-  const std::int64_t first = routing_.begin_of(expert);
-  const std::int32_t* tokens = routing_.row_token.data() + first;
-  const std::int64_t hidden = layer_.hidden, inter = layer_.intermediate;
-  const RightOperand x = f32_operand(x_, hidden, RightLayout::kKN, tokens);
-  const int r_gate = lora_.rank_gate, r_up = lora_.rank_up;
-  const float* x_a_up = lora_.tied ? ticket_.x_a_gate_.data() : ticket_.x_a_up_.data();
-  if (r_gate > 0) {
-    outer(expert, LoraTensor::kBGate, lora_.scale_gate, left_operand(d_gate_ + first * inter, inter),
-          f32_operand(ticket_.x_a_gate_.data() + first * r_gate, r_gate, RightLayout::kKN), scratch);
-    outer(expert, LoraTensor::kAGate, lora_.scale_gate, left_operand(d_gate_b_ + first * r_gate, r_gate), x, scratch);
-  }
-  if (r_up > 0) {
-    outer(expert, LoraTensor::kBUp, lora_.scale_up, left_operand(d_up_ + first * inter, inter),
-          f32_operand(x_a_up + first * r_up, r_up, RightLayout::kKN), scratch);
-    outer(expert, args_.lora->a_up(), lora_.scale_up, left_operand(d_up_b_ + first * r_up, r_up), x, scratch);
-  }
-}
-
-void Engine::BackwardPass::accumulate_down(int expert, const GemmScratch& scratch) {
-  const int rank = lora_.rank_down;
-  if (rank == 0) return;
-  const std::int64_t first = routing_.begin_of(expert);
-  const std::int64_t inter = layer_.intermediate;
-  outer(expert, LoraTensor::kBDown, lora_.scale_down,
-        left_operand(dy_, layer_.hidden, routing_.row_token.data() + first),
-        f32_operand(weighted_h_a_ + first * rank, rank, RightLayout::kKN), scratch);
-  outer(expert, LoraTensor::kADown, lora_.scale_down, left_operand(dy_b_down_ + first * rank, rank),
-        f32_operand(h_ + first * inter, inter, RightLayout::kKN), scratch);
-}
-
-void Engine::BackwardPass::accumulate_lora_gradients() {
-  if (!lora_.any()) return;
-  // One owner per (expert, half), rows in token order: no atomics, and the same bits for any number of workers.
-  pool_.run(2 * static_cast<std::int64_t>(routing_.active.size()), [&](std::int64_t task, int worker) {
-    const int expert = routing_.active[static_cast<std::size_t>(task / 2)];
-    const GemmScratch scratch = engine_.scratch_of(worker);
-    if (task % 2 == 0) {
-      accumulate_gate_up(expert, scratch);
-    } else {
-      accumulate_down(expert, scratch);
-    }
-  });
 }
 
 }  // namespace kt_expert

@@ -3,8 +3,8 @@
 #include <utility>
 
 #include "kt_expert/error.h"
-#include "moe/backward_pass.h"
-#include "moe/forward_pass.h"
+#include "moe/backward.h"
+#include "moe/forward.h"
 
 namespace kt_expert {
 namespace {
@@ -22,32 +22,51 @@ bool same_ranks(const LoraSpec& a, const LoraSpec& b) {
   return a.tied == b.tied && a.rank_gate == b.rank_gate && a.rank_up == b.rank_up && a.rank_down == b.rank_down;
 }
 
+// Floats of one ticket's matrices, or, with `base`, where they lie.
+std::int64_t lay_out(const LayerSpec& layer, const LoraSpec& lora, std::int64_t routes, SavePolicy policy, float* base,
+                     HiddenStore* store) {
+  if (policy != SavePolicy::kActivations) return 0;
+  std::int64_t used = 0;
+  const auto place = [&](std::int64_t floats, float*& member) {
+    if (floats == 0) return;
+    if (base != nullptr) member = base + used;
+    used += align_up(floats, kPanelColumns);
+  };
+  HiddenStore placed;
+  const std::int64_t hidden = routes * layer.intermediate;
+  place(has_gate(layer.activation.kind) ? hidden : 0, placed.gate);
+  place(hidden, placed.up);
+  place(routes * rank_stride(lora.rank_gate), placed.x_a_gate);
+  place(lora.tied ? 0 : routes * rank_stride(lora.rank_up), placed.x_a_up);
+  place(routes * rank_stride(lora.rank_down), placed.h_a_down);
+  // The last rows are read in tiles, whose slack may lie past them.
+  used += kRowSlack * rank_stride(std::max({lora.rank_gate, lora.rank_up, lora.rank_down}));
+  if (store != nullptr) *store = placed;
+  return used;
+}
+
 }  // namespace
 
-Ticket::Ticket(const LayerSpec& layer, const LoraSpec& lora, Routing routing, FloatType type)
-    : layer_(layer), lora_(lora), routing_(std::move(routing)), type_(type) {
-  const std::size_t element = static_cast<std::size_t>(size_of(type));
-  const std::size_t routes = static_cast<std::size_t>(routing_.routes);
-  const std::size_t inter = static_cast<std::size_t>(layer.intermediate);
-  x_ = AlignedBuffer<std::uint8_t>(static_cast<std::size_t>(routing_.tokens) * static_cast<std::size_t>(layer.hidden) *
-                                   element);
-  gate_ = AlignedBuffer<float>(routes * inter);
-  up_ = AlignedBuffer<float>(routes * inter);
-  x_a_gate_ = AlignedBuffer<float>(routes * static_cast<std::size_t>(lora.rank_gate));
-  x_a_up_ = AlignedBuffer<float>(lora.tied ? 0 : routes * static_cast<std::size_t>(lora.rank_up));
-  h_a_down_ = AlignedBuffer<float>(routes * static_cast<std::size_t>(lora.rank_down));
+Ticket::Ticket(const LayerSpec& layer, const LoraSpec& lora, Routing routing, FloatType type, SavePolicy policy)
+    : layer_(layer),
+      lora_(lora),
+      routing_(std::move(routing)),
+      type_(type),
+      policy_(policy),
+      x_(static_cast<std::size_t>(std::int64_t{routing_.tokens} * layer.hidden * size_of(type))),
+      hidden_(static_cast<std::size_t>(lay_out(layer, lora, routing_.routes, policy, nullptr, nullptr))) {
+  lay_out(layer, lora, routing_.routes, policy, hidden_.data(), &store_);
 }
 
 std::int64_t Ticket::bytes() const {
-  const std::size_t floats = gate_.size() + up_.size() + x_a_gate_.size() + x_a_up_.size() + h_a_down_.size();
-  return static_cast<std::int64_t>(x_.size() + floats * sizeof(float)) +
+  return static_cast<std::int64_t>(x_.size() + hidden_.size() * sizeof(float)) +
          routing_bytes(routing_.tokens, routing_.top_k, layer_.experts);
 }
 
-Engine::Engine(int threads, const std::string& isa)
+Engine::Engine(int threads, const std::string& isa, int nodes)
     : kernels_(kernels_for(choose_isa(isa))),
-      pool_(threads),
-      gemm_scratch_(static_cast<std::size_t>(gemm_scratch_floats(kernels_) * threads)),
+      pool_(threads, nodes),
+      worker_scratch_(static_cast<std::size_t>(WorkerScratch::bytes(kernels_) * threads)),
       arena_(std::make_unique<Arena>()) {}
 
 Engine::~Engine() = default;
@@ -55,14 +74,14 @@ Engine::~Engine() = default;
 const char* Engine::isa() const { return isa_name(kernels_.isa); }
 const char* Engine::kernel() const { return kernels_.name; }
 
-GemmScratch Engine::scratch_of(int worker) {
-  return gemm_scratch_at(kernels_, gemm_scratch_.data() + worker * gemm_scratch_floats(kernels_));
+WorkerScratch Engine::worker_scratch(int worker) {
+  return WorkerScratch::at(kernels_, worker_scratch_.data() + worker * WorkerScratch::bytes(kernels_));
 }
 
 std::unique_ptr<Ticket> Engine::forward(const ForwardArgs& args) {
   if (args.lora != nullptr) require_same_layer(args.weights->spec(), args.lora->layer(), "the adapter");
   std::lock_guard<std::mutex> lock(mutex_);
-  std::unique_ptr<Ticket> ticket = ForwardPass(*this, args).run();
+  std::unique_ptr<Ticket> ticket = ForwardPass::run(*this, args);
   arena_->trim();
   return ticket;
 }
@@ -79,24 +98,21 @@ void Engine::backward(const BackwardArgs& args) {
     throw InvalidArgument("the ticket was saved with an adapter; give the same adapter to backward");
   }
   std::lock_guard<std::mutex> lock(mutex_);
-  BackwardPass(*this, args).run();
+  BackwardPass::run(*this, args);
   arena_->trim();
 }
 
 std::int64_t Engine::ticket_bytes(const LayerSpec& layer, const LoraSpec& lora, std::int64_t tokens, int top_k,
-                                  FloatType type) {
-  const std::int64_t routes = tokens * top_k;
-  const std::int64_t ranks = lora.rank_gate + (lora.tied ? 0 : lora.rank_up) + lora.rank_down;
-  return tokens * layer.hidden * size_of(type) +
-         routes * (2 * layer.intermediate + ranks) * static_cast<std::int64_t>(sizeof(float)) +
+                                  FloatType type, SavePolicy policy) {
+  const std::int64_t floats = lay_out(layer, lora, tokens * top_k, policy, nullptr, nullptr);
+  return tokens * layer.hidden * size_of(type) + floats * static_cast<std::int64_t>(sizeof(float)) +
          routing_bytes(tokens, top_k, layer.experts);
 }
 
 std::int64_t Engine::scratch_bytes(const LayerSpec& layer, const LoraSpec& lora, std::int64_t tokens, int top_k) const {
   const std::int64_t routes = tokens * top_k;
-  const std::int64_t floats = std::max(ForwardPass::scratch_floats(layer, lora, tokens, routes, pool_.size()),
-                                       BackwardPass::scratch_floats(layer, lora, tokens, routes, pool_.size()));
-  return floats * static_cast<std::int64_t>(sizeof(float));
+  return std::max(ForwardPass::scratch_bytes(kernels_, layer, lora, tokens, routes, nodes()),
+                  BackwardPass::scratch_bytes(kernels_, layer, lora, tokens, routes, nodes()));
 }
 
 }  // namespace kt_expert

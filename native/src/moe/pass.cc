@@ -1,35 +1,127 @@
 #include "moe/pass.h"
 
-#include <cstring>
-
 namespace kt_expert {
 
-const float* as_f32(const KernelTable& kernels, ThreadPool& pool, const CancelToken* token, TokensIn in,
-                    std::int64_t rows, std::int64_t width, float* copy) {
+std::vector<RowTask> row_tasks(const Routing& routing) {
+  std::vector<RowTask> tasks;
+  for (const std::int32_t expert : routing.active) {
+    for_each_tile(routing.rows_of(expert), kTaskRows,
+                  [&](int first, int count) { tasks.push_back({expert, routing.begin_of(expert) + first, count}); });
+  }
+  return tasks;
+}
+
+std::int64_t WorkerScratch::bytes(const KernelTable& kernels) {
+  Carver carver(nullptr);
+  carver.take<std::uint8_t>(panel_scratch_bytes(kernels));
+  for (int b = 0; b < 2; ++b) carver.take<float>((kTaskRows + kRowSlack) * kTaskColumns);
+  return carver.used();
+}
+
+WorkerScratch WorkerScratch::at(const KernelTable& kernels, std::uint8_t* base) {
+  Carver carver(base);
+  WorkerScratch scratch;
+  scratch.panels.panels = carver.take<std::uint8_t>(panel_scratch_bytes(kernels));
+  for (float*& block : scratch.blocks) block = carver.take<float>((kTaskRows + kRowSlack) * kTaskColumns);
+  return scratch;
+}
+
+Engine::Pass::Pass(Engine& engine, const LayerWeights& weights, const LoraTensors* adapter, const Routing& routing,
+                   const CancelToken* token)
+    : engine_(engine),
+      kernels_(engine.kernels_),
+      pool_(engine.pool_),
+      token_(token),
+      weights_(weights),
+      layer_(weights.spec()),
+      adapter_(adapter),
+      lora_(adapter == nullptr ? LoraSpec{} : adapter->lora()),
+      routing_(routing),
+      row_tasks_(row_tasks(routing)) {}
+
+void Engine::Pass::load_operands(TokensIn in, const OperandRows& target) const {
+  const std::int64_t width = layer_.hidden, padded = align_up(width, kDepthAlign);
+  for_each_piece(routing_.tokens, [&](std::int64_t first, std::int64_t last, int worker) {
+    for (std::int64_t t = first; t < last; ++t) {
+      std::uint8_t* row = target.row(t);
+      if (in.type == FloatType::kF32) {
+        store_operands(kernels_, static_cast<const float*>(in.data) + t * width, width, padded, row);
+      } else if (kernels_.operand == OperandType::kBf16) {
+        bf16_t* to = reinterpret_cast<bf16_t*>(row);
+        std::copy_n(static_cast<const bf16_t*>(in.data) + t * width, width, to);
+        std::fill(to + width, to + padded, bf16_t{0});
+      } else {
+        float* to = reinterpret_cast<float*>(row);
+        kernels_.bf16_to_f32(static_cast<const bf16_t*>(in.data) + t * width, to, width);
+        std::fill(to + width, to + padded, 0.0f);
+      }
+    }
+    static_cast<void>(worker);
+  });
+}
+
+const float* Engine::Pass::load_f32(TokensIn in, float* copy) const {
   if (in.type == FloatType::kF32) return static_cast<const float*>(in.data);
   const bf16_t* source = static_cast<const bf16_t*>(in.data);
-  for_each_rows(pool, rows, token, [&](std::int64_t first, std::int64_t last, int) {
-    kernels.bf16_to_f32(source + first * width, copy + first * width, (last - first) * width);
+  const std::int64_t width = layer_.hidden;
+  for_each_piece(routing_.tokens, [&](std::int64_t first, std::int64_t last, int) {
+    kernels_.bf16_to_f32(source + first * width, copy + first * width, (last - first) * width);
   });
   return copy;
 }
 
-void combine_routes(const KernelTable& kernels, ThreadPool& pool, const CancelToken* token, const Routing& routing,
-                    const float* rows, int width, bool weighted, float* worker_rows, TokensOut out) {
-  for_each_rows(pool, routing.tokens, token, [&](std::int64_t first, std::int64_t last, int worker) {
-    for (std::int64_t t = first; t < last; ++t) {
-      float* sum = out.type == FloatType::kF32 ? static_cast<float*>(out.data) + t * width
-                                               : worker_rows + static_cast<std::int64_t>(worker) * width;
-      std::memset(sum, 0, static_cast<std::size_t>(width) * sizeof(float));
-      for (int j = 0; j < routing.top_k; ++j) {
-        const std::int32_t row = routing.slot_row[static_cast<std::size_t>(t * routing.top_k + j)];
-        if (row == Routing::kDropped) continue;
-        const float weight = weighted ? routing.row_weight[static_cast<std::size_t>(row)] : 1.0f;
-        kernels.add_scaled(weight, rows + static_cast<std::int64_t>(row) * width, sum, width);
-      }
-      if (out.type == FloatType::kBf16) kernels.f32_to_bf16(sum, static_cast<bf16_t*>(out.data) + t * width, width);
+void Engine::Pass::clear_columns(const TokenSums& sums, float* part, int first_column, int columns) const {
+  for (std::int64_t t = 0; t < sums.tokens; ++t) std::fill_n(part + t * sums.width + first_column, columns, 0.0f);
+}
+
+void Engine::Pass::finish_columns(const TokenSums& sums, const TokensOut& out, int first_column, int columns) const {
+  if (sums.nodes > 1 || sums.parts == nullptr) return;
+  for (std::int64_t t = 0; t < sums.tokens; ++t) {
+    const std::int64_t at = t * sums.width + first_column;
+    kernels_.f32_to_bf16(sums.parts + at, static_cast<bf16_t*>(out.data) + at, columns);
+  }
+}
+
+void Engine::Pass::finish_sums(const TokenSums& sums, const TokensOut& out) const {
+  if (sums.nodes == 1) return;
+  for_each_piece(sums.tokens, [&](std::int64_t first, std::int64_t last, int) {
+    const std::int64_t at = first * sums.width, count = (last - first) * sums.width;
+    float* total = sums.parts + at;
+    for (int node = 1; node < sums.nodes; ++node) kernels_.add_scaled(1.0f, sums.part(node, out) + at, total, count);
+    if (out.type == FloatType::kBf16) {
+      kernels_.f32_to_bf16(total, static_cast<bf16_t*>(out.data) + at, count);
+    } else {
+      std::copy_n(total, count, static_cast<float*>(out.data) + at);
     }
   });
+}
+
+void Engine::Pass::project_lora(const RowTask& task, const LoraInput* inputs, int count, float scale,
+                                const LoraRows& target, int worker) const {
+  const WorkerScratch scratch = scratch_of(worker);
+  float* block = scratch.blocks[0];
+  const std::int64_t stride = rank_stride(target.rank);
+  for (int n0 = 0; n0 < target.rank; n0 += kTaskColumns) {
+    const int columns = std::min(kTaskColumns, target.rank - n0);
+    const int padded = static_cast<int>(align_up(columns, kRankAlign));
+    clear_block(block, task.count, padded);
+    for (int i = 0; i < count; ++i) {
+      F32Matrix part = inputs[i].matrix;
+      part.data += part.layout == RightLayout::kNK ? n0 * part.stride : n0;
+      multiply_f32(kernels_, inputs[i].rows, task.count, part, columns, inputs[i].depth, block, kTaskColumns,
+                   scratch.panels);
+    }
+    for (int m = 0; m < task.count; ++m) {
+      float* row = target.f32 + (task.first + m) * stride + n0;
+      std::copy_n(block + static_cast<std::int64_t>(m) * kTaskColumns, padded, row);
+      kernels_.scale(scale, row, columns);
+    }
+  }
+  if (target.operands.data == nullptr) return;
+  for (int m = 0; m < task.count; ++m) {
+    store_operands(kernels_, target.row(task.first + m), target.rank, align_up(target.rank, kDepthAlign),
+                   target.operands.row(task.first + m));
+  }
 }
 
 }  // namespace kt_expert

@@ -1,94 +1,178 @@
-// What forward and backward share: column-block tasks over the active experts and LoRA products.
+// What forward and backward share: how rows and columns are cut into tasks, rows of operands, and LoRA products.
+//
+// Every product is computed into a block of its worker's scratch and copied from there, so kernels never see an edge
+// and never write what another task owns.
 #pragma once
 
 #include <algorithm>
-#include <functional>
+#include <vector>
 
-#include "gemm/kernels.h"
+#include "gemm/gemm.h"
+#include "gemm/tiles.h"
 #include "kt_expert/engine.h"
 #include "moe/arena.h"
+#include "moe/token_sums.h"
 
 namespace kt_expert {
 
-constexpr int kTaskColumns = 128;  // one B block of the product, so a task expands its weights once
-constexpr int kTaskRows = 64;      // rows of an elementwise task: long enough to hide the hand-out of tasks
+constexpr int kTaskColumns = 128;   // widest column block of a task
+constexpr int kLeastColumns = 32;   // narrowest: one block of the weights' depth
+constexpr int kTaskRows = 192;      // rows of a block: two blocks of 192 x 128 fp32 stay in a 512 KiB L2 beside a panel
+constexpr int kPieceRows = 64;      // rows of an elementwise task: long enough to hide the hand-out of tasks
+constexpr int kTasksPerWorker = 4;  // enough for the last one not to be waited for long
+constexpr int kRankAlign = kPanelColumns;
 
-inline std::int64_t blocks(std::int64_t extent, std::int64_t width) { return (extent + width - 1) / width; }
+inline std::int64_t ceil_div(std::int64_t extent, std::int64_t width) { return (extent + width - 1) / width; }
+inline std::int64_t align_up(std::int64_t extent, std::int64_t unit) { return ceil_div(extent, unit) * unit; }
 
-struct Columns {
-  int first;
-  int count;
+// Width of fp32 rows of LoRA intermediates.
+inline std::int64_t rank_stride(int rank) { return align_up(rank, kRankAlign); }
+
+// Rows of operands of the rung, zero up to a multiple of kDepthAlign. The stride is no power of two: rows a power of
+// two apart would share a few sets of the cache.
+struct OperandRows {
+  std::uint8_t* data = nullptr;
+  std::int64_t stride = 0;  // elements
+  OperandType type = OperandType::kF32;
+
+  static std::int64_t stride_of(std::int64_t width) { return align_up(width, kDepthAlign) + kDepthAlign; }
+  static OperandRows take(Carver& carver, const KernelTable& kernels, std::int64_t rows, std::int64_t width) {
+    OperandRows taken;
+    taken.type = kernels.operand;
+    taken.stride = stride_of(width);
+    taken.data = carver.take<std::uint8_t>((rows + kRowSlack) * taken.stride * operand_bytes(taken.type));
+    return taken;
+  }
+
+  std::uint8_t* row(std::int64_t index) const { return data + index * stride * operand_bytes(type); }
+  const float* f32() const { return reinterpret_cast<const float*>(data); }
+  LeftRows from(std::int64_t first, const std::int32_t* rows = nullptr) const { return {row(first), stride, rows}; }
+  LeftRows from_column(std::int64_t first, std::int64_t column) const {
+    return {row(first) + column * operand_bytes(type), stride, nullptr};
+  }
 };
 
-// Runs body(expert, columns, worker) for every active expert and every block of `width` columns.
-template <typename Body>
-void for_each_expert_block(ThreadPool& pool, const Routing& routing, int width, const CancelToken* token, Body body) {
-  const std::int64_t per_expert = blocks(width, kTaskColumns);
-  pool.run(
-      static_cast<std::int64_t>(routing.active.size()) * per_expert,
-      [&](std::int64_t task, int worker) {
-        const int expert = routing.active[static_cast<std::size_t>(task / per_expert)];
-        const int first = static_cast<int>(task % per_expert) * kTaskColumns;
-        body(expert, Columns{first, std::min(kTaskColumns, width - first)}, worker);
-      },
-      token);
+// Writes `count` fp32 values at a column of a row, and zeros up to `padded` values.
+inline void store_operands(const KernelTable& kernels, const float* values, std::int64_t count, std::int64_t padded,
+                           std::uint8_t* target) {
+  if (kernels.operand == OperandType::kF32) {
+    float* to = reinterpret_cast<float*>(target);
+    std::copy_n(values, count, to);
+    std::fill(to + count, to + padded, 0.0f);
+  } else {
+    bf16_t* to = reinterpret_cast<bf16_t*>(target);
+    kernels.f32_to_bf16(values, to, count);
+    std::fill(to + count, to + padded, bf16_t{0});
+  }
 }
 
-// Runs body(expert, worker) for every active expert.
-template <typename Body>
-void for_each_expert(ThreadPool& pool, const Routing& routing, const CancelToken* token, Body body) {
-  pool.run(
-      static_cast<std::int64_t>(routing.active.size()),
-      [&](std::int64_t task, int worker) { body(routing.active[static_cast<std::size_t>(task)], worker); }, token);
+// Rows of one expert that one task works on.
+struct RowTask {
+  int expert = 0;
+  int first = 0;  // row of the routing
+  int count = 0;
+};
+std::vector<RowTask> row_tasks(const Routing& routing);
+
+// The widest column block that still gives every worker a few tasks.
+inline int column_width(std::int64_t columns, std::int64_t tasks_per_block, int workers) {
+  int width = kTaskColumns;
+  while (width > kLeastColumns && ceil_div(columns, width) * tasks_per_block < kTasksPerWorker * workers) width /= 2;
+  return width;
 }
 
-// Runs body(first, last, worker) over [0, count) in pieces of kTaskRows.
-template <typename Body>
-void for_each_rows(ThreadPool& pool, std::int64_t count, const CancelToken* token, Body body) {
-  pool.run(
-      blocks(count, kTaskRows),
-      [&](std::int64_t task, int worker) {
-        body(task * kTaskRows, std::min<std::int64_t>(count, (task + 1) * kTaskRows), worker);
-      },
-      token);
-}
+// LoRA intermediates of all routes: fp32, and, where the rung multiplies bf16, as its operands too.
+struct LoraRows {
+  int rank = 0;
+  float* f32 = nullptr;  // [routes, rank_stride(rank)]
+  OperandRows operands;
 
-// fp32 view of [rows, width] tokens: the data itself, or a converted copy taken from the arena.
-const float* as_f32(const KernelTable& kernels, ThreadPool& pool, const CancelToken* token, TokensIn in,
-                    std::int64_t rows, std::int64_t width, float* copy);
+  static LoraRows take(Carver& carver, const KernelTable& kernels, std::int64_t routes, int rank, float* kept) {
+    LoraRows rows;
+    rows.rank = rank;
+    if (rank == 0) return rows;
+    const std::int64_t floats = (routes + kRowSlack) * rank_stride(rank);
+    rows.f32 = kept != nullptr ? kept : carver.take<float>(floats);
+    if (kernels.operand != OperandType::kF32) rows.operands = OperandRows::take(carver, kernels, routes, rank);
+    return rows;
+  }
+  const float* row(std::int64_t index) const { return f32 + index * rank_stride(rank); }
+  LeftRows from(std::int64_t first) const {
+    if (operands.data != nullptr) return operands.from(first);
+    return {row(first), rank_stride(rank), nullptr};
+  }
+  OuterRows outer(std::int64_t first) const { return {row(first), rank_stride(rank), nullptr}; }
+};
 
-// One output row per token: sum over its slots, in slot order, of weight * rows[slot_row], rounded once.
-// `weighted` false adds the rows as they are.
-void combine_routes(const KernelTable& kernels, ThreadPool& pool, const CancelToken* token, const Routing& routing,
-                    const float* rows, int width, bool weighted, float* worker_rows, TokensOut out);
+// Scratch of one worker: panels, and two blocks of kTaskRows (and slack) x kTaskColumns fp32.
+struct WorkerScratch {
+  PanelScratch panels;
+  float* blocks[2] = {nullptr, nullptr};
 
-inline RightOperand bf16_operand(const bf16_t* data, std::int64_t stride, RightLayout layout) {
-  RightOperand operand;
-  operand.bf16 = data;
-  operand.stride = stride;
-  operand.layout = layout;
-  return operand;
-}
+  static std::int64_t bytes(const KernelTable& kernels);
+  static WorkerScratch at(const KernelTable& kernels, std::uint8_t* base);
+};
 
-inline RightOperand f32_operand(const float* data, std::int64_t stride, RightLayout layout,
-                                const std::int32_t* rows = nullptr) {
-  RightOperand operand;
-  operand.f32 = data;
-  operand.stride = stride;
-  operand.layout = layout;
-  operand.rows = rows;
-  return operand;
-}
+// One operation in progress on an engine.
+class Engine::Pass {
+ protected:
+  Pass(Engine& engine, const LayerWeights& weights, const LoraTensors* adapter, const Routing& routing,
+       const CancelToken* token);
 
-inline LeftOperand left_operand(const float* data, std::int64_t stride, const std::int32_t* rows = nullptr,
-                                float scale = 1.0f, bool transposed = false) {
-  LeftOperand operand;
-  operand.base = data;
-  operand.stride = stride;
-  operand.rows = rows;
-  operand.scale = scale;
-  operand.transposed = transposed;
-  return operand;
+  WorkerScratch scratch_of(int worker) const { return engine_.worker_scratch(worker); }
+
+  // Runs body(row task, worker) for every row task.
+  template <typename Body>
+  void for_each_row_task(const Body& body) const {
+    pool_.run(
+        static_cast<std::int64_t>(row_tasks_.size()),
+        [&](std::int64_t task, int worker) { body(row_tasks_[static_cast<std::size_t>(task)], worker); }, token_);
+  }
+  // Runs body(first, last, worker) over [0, count) in pieces of kPieceRows.
+  template <typename Body>
+  void for_each_piece(std::int64_t count, const Body& body) const {
+    pool_.run(
+        ceil_div(count, kPieceRows),
+        [&](std::int64_t task, int worker) {
+          body(task * kPieceRows, std::min<std::int64_t>(count, (task + 1) * kPieceRows), worker);
+        },
+        token_);
+  }
+
+  // Token rows as operands of the rung.
+  void load_operands(TokensIn in, const OperandRows& target) const;
+  // Token rows in fp32, [tokens, H]: `in` itself or a converted copy.
+  const float* load_f32(TokensIn in, float* copy) const;
+
+  struct LoraInput {
+    LeftRows rows;
+    F32Matrix matrix;
+    int depth;
+  };
+  // target = scale * sum of the inputs' products with their matrices, for the rows of one task.
+  void project_lora(const RowTask& task, const LoraInput* inputs, int count, float scale, const LoraRows& target,
+                    int worker) const;
+
+  // Sums of one column block: cleared before, converted to the output after; with several nodes `finish_sums` adds the
+  // parts once all blocks are done.
+  void clear_columns(const TokenSums& sums, float* part, int first_column, int columns) const;
+  void finish_columns(const TokenSums& sums, const TokensOut& out, int first_column, int columns) const;
+  void finish_sums(const TokenSums& sums, const TokensOut& out) const;
+
+  Engine& engine_;
+  const KernelTable& kernels_;
+  ThreadPool& pool_;
+  const CancelToken* token_;
+  const LayerWeights& weights_;
+  const LayerSpec& layer_;
+  const LoraTensors* adapter_;
+  LoraSpec lora_;
+  const Routing& routing_;
+  std::vector<RowTask> row_tasks_;
+};
+
+inline void clear_block(float* block, int rows, int columns) {
+  for (int m = 0; m < rows; ++m) std::fill_n(block + static_cast<std::int64_t>(m) * kTaskColumns, columns, 0.0f);
 }
 
 }  // namespace kt_expert

@@ -296,8 +296,14 @@ class ControlService(service_pb2_grpc.ExpertServicer):
             uptime_s=time.monotonic() - self._begun,
             runs=runs,
             kernels=[
-                pb.KernelStatus(layer=layer, isa=engine.isa, kernel=engine.kernel, weight_format="bf16", reason=_KERNEL_REASON)
-                for layer in layers
+                pb.KernelStatus(
+                    layer=layer,
+                    isa=engine.isa,
+                    kernel=engine.kernel,
+                    weight_format=loaded.weights.weight_format,
+                    reason=_KERNEL_REASON,
+                )
+                for layer, loaded in layers.items()
             ],
             memory=[pb.MemoryStatus(kind=kind.value, bytes=registry.budget.reserved(kind)) for kind in Kind],
             memory_limit_bytes=registry.budget.limit_bytes,

@@ -93,8 +93,7 @@ class _LayerBench:
         bits = (pattern.view(np.uint32) >> 16).astype(np.uint16)
         for projection in ("gate", "up", "down"):
             for expert in range(experts):
-                matrix = self._weights.matrix(projection, expert)
-                matrix.reshape(-1)[:] = np.resize(bits, matrix.size)
+                self._weights.set_matrix(projection, expert, np.resize(bits, hidden * intermediate))
         self._adapter = self._gradients = None
         if rank:
             lora = native.LoraSpec(
@@ -114,7 +113,7 @@ class _LayerBench:
         forward, backward, torch_times = [], [], []
         for _ in range(repeats + 1):
             begun = time.perf_counter()
-            ticket = self.engine.forward(self._weights, self._adapter, x, ids, weights, y, save_for_backward=True)
+            ticket = self.engine.forward(self._weights, self._adapter, x, ids, weights, y, "activations")
             middle = time.perf_counter()
             if ticket is None:
                 raise AssertionError("a saving forward returns a ticket")
@@ -145,10 +144,7 @@ class _LayerBench:
         except ImportError:
             return None
         torch.set_num_threads(self._threads)
-        gate, up, down = (
-            torch.from_numpy((self._weights.matrix(name, 0).astype(np.uint32) << 16).view(np.float32))
-            for name in ("gate", "up", "down")
-        )
+        gate, up, down = (torch.from_numpy(self._weights.dequantized(name, 0)) for name in ("gate", "up", "down"))
         tokens, chosen, scale = torch.from_numpy(x), torch.from_numpy(ids), torch.from_numpy(weights)
 
         def forward() -> object:

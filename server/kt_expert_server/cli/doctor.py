@@ -10,7 +10,7 @@ from pathlib import Path
 
 import kt_expert_native as native
 
-from kt_expert_server.config import available_cores, available_memory
+from kt_expert_server.config import DEFAULT_WEIGHT_FORMAT, available_cores, available_memory
 from kt_expert_server.errors import ServerError
 from kt_expert_server.model.index import plan_model
 from kt_expert_server.model.memory_plan import format_bytes, plan_memory
@@ -51,8 +51,9 @@ def _print_host(problems: list[str]) -> None:
 def _print_model(directory: Path, problems: list[str]) -> None:
     try:
         plan = plan_model(directory)
-        memory = plan_memory(plan, available_memory())
-        print(f"{'model':22}{plan.model_type}, {len(plan.layers)} MoE layers, {format_bytes(plan.weight_bytes)} of experts")
+        memory = plan_memory(plan, DEFAULT_WEIGHT_FORMAT, available_memory())
+        size = f"{format_bytes(memory.weights)} of experts in {DEFAULT_WEIGHT_FORMAT}"
+        print(f"{'model':22}{plan.model_type}, {len(plan.layers)} MoE layers, {size}")
         memory.check()
     except ServerError as error:
         problems.append(str(error))

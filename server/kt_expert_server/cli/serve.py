@@ -17,6 +17,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from kt_expert_server.config import (
     DEFAULT_LISTEN,
     DEFAULT_METRICS_LISTEN,
+    DEFAULT_WEIGHT_FORMAT,
     WEIGHT_FORMATS,
     Address,
     ServerConfig,
@@ -59,7 +60,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--metrics-listen", default=DEFAULT_METRICS_LISTEN, metavar="HOST:PORT", help="HTTP address")
     parser.add_argument("--state-dir", type=Path, metavar="DIR", help="where checkpoints are kept; none without it")
     parser.add_argument("--threads", type=int, metavar="N", help="engine threads (default: all cores of this process)")
-    parser.add_argument("--weight-format", default="bf16", choices=WEIGHT_FORMATS, help="format resident in memory")
+    parser.add_argument(
+        "--weight-format", default=DEFAULT_WEIGHT_FORMAT, choices=WEIGHT_FORMATS, help="format resident in memory"
+    )
     parser.add_argument("--memory-limit", type=float, metavar="GIB", help="limit of all reservations (default: cgroup's)")
     parser.add_argument(
         "--shutdown-timeout", type=float, default=_DEFAULT_SHUTDOWN_TIMEOUT_S, metavar="S", help="time to finish work"
@@ -87,7 +90,7 @@ def _config(options: argparse.Namespace) -> ServerConfig:
 
 
 def _print_plan(plan: ModelPlan, config: ServerConfig) -> None:
-    memory = plan_memory(plan, config.memory_limit_bytes)
+    memory = plan_memory(plan, config.weight_format, config.memory_limit_bytes)
     first = plan.layers[0]
     print(
         f"{plan.model_type}: {len(plan.layers)} MoE layers, {first.num_experts} experts of {first.hidden_size} x "
@@ -101,7 +104,7 @@ def _print_plan(plan: ModelPlan, config: ServerConfig) -> None:
 
 async def _serve(config: ServerConfig, plan: ModelPlan) -> None:
     server = Server(config, plan)
-    with _LoadProgress(plan.weight_bytes) as progress:
+    with _LoadProgress(plan.bf16_bytes) as progress:
 
         def on_ready(grpc_address: Address, metrics_address: Address) -> None:
             progress.finish()

@@ -8,7 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from kt_expert_server.cli import bench, doctor
-from kt_expert_server.config import available_memory
+from kt_expert_server.config import (
+    DEFAULT_WEIGHT_FORMAT,
+    WEIGHT_FORMATS,
+    available_memory,
+)
 from kt_expert_server.errors import ServerError
 from kt_expert_server.model.index import plan_model
 from kt_expert_server.model.memory_plan import plan_memory
@@ -35,6 +39,8 @@ def _parser() -> argparse.ArgumentParser:
     doctor_parser.set_defaults(run=doctor.run)
     plan_parser = commands.add_parser("plan", help="memory a checkpoint needs, without loading it")
     plan_parser.add_argument("--model", type=Path, metavar="DIR", required=True)
+    plan_parser.add_argument("--weight-format", default=DEFAULT_WEIGHT_FORMAT, choices=WEIGHT_FORMATS)
+    plan_parser.add_argument("--weight-format", default=DEFAULT_WEIGHT_FORMAT, choices=WEIGHT_FORMATS)
     plan_parser.add_argument("--memory-limit", type=float, metavar="GIB")
     plan_parser.set_defaults(run=_plan)
     bench_parser = commands.add_parser("bench", help="measure the engine on this machine")
@@ -46,7 +52,7 @@ def _parser() -> argparse.ArgumentParser:
 def _plan(options: argparse.Namespace) -> int:
     plan = plan_model(options.model)
     limit = available_memory() if options.memory_limit is None else int(options.memory_limit * _GIB)
-    memory = plan_memory(plan, limit)
+    memory = plan_memory(plan, options.weight_format, limit)
     print(f"{plan.model_type}, {len(plan.layers)} MoE layers, digest {plan.digest[:16]}")
     print("\n".join(memory.lines(threads=1)))
     memory.check()

@@ -43,8 +43,8 @@ class LayerPlan:
     tensors: Mapping[str, tuple[str, TensorInfo]]
 
     @property
-    def weight_bytes(self) -> int:
-        """Bytes resident in bf16, biases in fp32."""
+    def bf16_bytes(self) -> int:
+        """Bytes of its matrices in bf16 and its biases in fp32: what the progress of a load counts."""
         matrices = 3 * self.num_experts * self.hidden_size * self.intermediate_size * BF16_BYTES
         biases = self.num_experts * (2 * self.intermediate_size + self.hidden_size) * FP32_BYTES
         return matrices + (biases if self.has_bias else 0)
@@ -60,8 +60,8 @@ class ModelPlan:
     layers: tuple[LayerPlan, ...]
 
     @property
-    def weight_bytes(self) -> int:
-        return sum(layer.weight_bytes for layer in self.layers)
+    def bf16_bytes(self) -> int:
+        return sum(layer.bf16_bytes for layer in self.layers)
 
 
 def plan_model(directory: Path) -> ModelPlan:

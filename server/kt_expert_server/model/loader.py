@@ -42,12 +42,18 @@ def native_spec(plan: LayerPlan) -> native.LayerSpec:
     )
 
 
-def load_model(plan: ModelPlan, progress: Callable[[int], None]) -> BaseModel:
-    """Reads every expert tensor once. `progress` receives the weight bytes that became resident."""
+def resident_bytes(plan: ModelPlan, weight_format: str) -> int:
+    """Bytes the weights of all layers take in `weight_format`."""
+    return sum(native.LayerWeights.nbytes_of(native_spec(layer), weight_format) for layer in plan.layers)
+
+
+def load_model(plan: ModelPlan, weight_format: str, progress: Callable[[int], None]) -> BaseModel:
+    """Reads every expert tensor once and converts it to `weight_format`. `progress` receives what ModelPlan.bf16_bytes
+    counts, as it becomes resident."""
     layers = {}
     for layer_plan in plan.layers:
         spec = native_spec(layer_plan)
-        layers[layer_plan.layer] = LoadedLayer(layer_plan, spec, native.LayerWeights(spec))
+        layers[layer_plan.layer] = LoadedLayer(layer_plan, spec, native.LayerWeights(spec, weight_format))
     # One file at a time, in file order: disks like it, and at most one file is open.
     wanted: dict[str, list[tuple[LoadedLayer, str, TensorInfo]]] = {}
     for layer in layers.values():
@@ -68,7 +74,9 @@ def _load_tensor(file: SafetensorsFile, layer: LoadedLayer, name: str, info: Ten
         expert = int(name.split(".")[1])
         for projection, template in zip(("gate", "up", "down"), naming.per_expert, strict=True):
             if template.format(e=expert) == name:
-                _read_bf16(file, info, 0, layer.weights.matrix(projection, expert))
+                source = np.empty(info.shape, np.uint16)
+                _read_bf16(file, info, 0, source)
+                layer.weights.set_matrix(projection, expert, source.reshape(-1))
         return
     if naming.biases is not None and name in naming.biases:
         _load_bias(file, layer, name == naming.biases[0], info)
@@ -77,17 +85,11 @@ def _load_tensor(file: SafetensorsFile, layer: LoadedLayer, name: str, info: Ten
 
 
 def _load_fused(file: SafetensorsFile, layer: LoadedLayer, is_gate_up: bool, info: TensorInfo) -> None:
-    """One expert at a time through a buffer of one expert, or straight into place where the layout is ours."""
+    """One expert at a time, through a buffer of one expert."""
     naming, weights = layer.plan.naming, layer.weights
     per_expert = info.size_bytes // layer.plan.num_experts
     for expert in range(layer.plan.num_experts):
         offset = expert * per_expert
-        if not naming.transposed and not naming.interleaved:
-            projections = ("gate", "up") if is_gate_up else ("down",)
-            for position, projection in enumerate(projections):
-                target = weights.matrix(projection, expert)
-                _read_bf16(file, info, offset + position * per_expert // len(projections), target)
-            continue
         source = np.empty(info.shape[1:], np.uint16)
         _read_bf16(file, info, offset, source)
         if is_gate_up:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from kt_expert_server.errors import ModelError
 from kt_expert_server.model.index import ModelPlan
+from kt_expert_server.model.loader import resident_bytes
 
 RUNTIME_BYTES = 300 * 1024**2  # interpreter, libraries, gRPC arenas and the engine's packing buffers
 EXAMPLE_RANK = 16
@@ -49,14 +50,14 @@ class MemoryPlan:
         ]
 
 
-def plan_memory(model: ModelPlan, limit: int) -> MemoryPlan:
+def plan_memory(model: ModelPlan, weight_format: str, limit: int) -> MemoryPlan:
     adapter = ticket = 0
     for layer in model.layers:
         per_expert = EXAMPLE_RANK * (2 * layer.hidden_size + 3 * layer.intermediate_size)
         adapter += layer.num_experts * per_expert * _FP32_BYTES * _OPTIMIZER_COPIES
         saved = layer.hidden_size * 2 + layer.top_k * 2 * layer.intermediate_size * _FP32_BYTES
         ticket += EXAMPLE_TOKENS * saved
-    return MemoryPlan(model.weight_bytes, RUNTIME_BYTES, limit, adapter, ticket)
+    return MemoryPlan(resident_bytes(model, weight_format), RUNTIME_BYTES, limit, adapter, ticket)
 
 
 def format_bytes(size: int) -> str:

@@ -64,7 +64,7 @@ def test_tickets_serve_in_any_order() -> None:
     for part in parts:
         y = on_engine.empty_tokens(part, "fp32")
         ids, route_weights = part.ids.to(torch.int32).numpy(), part.routing_weights.float().numpy()
-        tickets.append(engine.forward(weights, adapter, on_engine.tokens(part.x, "fp32"), ids, route_weights, y, True))
+        tickets.append(engine.forward(weights, adapter, on_engine.tokens(part.x, "fp32"), ids, route_weights, y, "activations"))
     for position in (1, 2, 0):
         part, ticket = parts[position], tickets[position]
         assert ticket is not None
@@ -84,7 +84,7 @@ def test_identical_micro_batches_do_not_drift() -> None:
     d_weights = np.empty((16, 2), np.float32)
     micro_batches = 256
     x, dy = on_engine.tokens(case.x, "bf16"), on_engine.tokens(case.dy, "bf16")
-    ticket = engine.forward(weights, adapter, x, ids, route_weights, y, True)
+    ticket = engine.forward(weights, adapter, x, ids, route_weights, y, "activations")
     assert ticket is not None
     engine.backward(weights, adapter, gradients, ticket, dy, dx, d_weights)
     once = {name: gradients.tensor(name).copy() for name in gradients.names()}
@@ -138,7 +138,7 @@ def test_a_cancelled_backward_leaves_the_gradients_alone() -> None:
     gradients = native.LoraTensors(on_engine.layer_spec(case), on_engine.lora_spec(case))
     y, dx = on_engine.empty_tokens(case, "fp32"), on_engine.empty_tokens(case, "fp32")
     ids, route_weights = case.ids.to(torch.int32).numpy(), case.routing_weights.float().numpy()
-    ticket = engine.forward(weights, adapter, on_engine.tokens(case.x, "fp32"), ids, route_weights, y, True)
+    ticket = engine.forward(weights, adapter, on_engine.tokens(case.x, "fp32"), ids, route_weights, y, "activations")
     assert ticket is not None
     d_weights = np.empty(ids.shape, np.float32)
     dy = on_engine.tokens(case.dy, "fp32")
@@ -161,7 +161,7 @@ def test_ticket_takes_the_bytes_announced(tokens: int) -> None:
     ids, route_weights = case.ids.to(torch.int32).numpy(), case.routing_weights.float().numpy()
     ticket = native.Engine(1).forward(
         on_engine.load_weights(case), on_engine.load_adapter(case), on_engine.tokens(case.x, "bf16"), ids,
-        route_weights, y, True,
+        route_weights, y, "activations",
     )  # fmt: skip
     announced = native.Engine.ticket_bytes(on_engine.layer_spec(case), on_engine.lora_spec(case), tokens, 3, "bf16")
     assert ticket is not None
@@ -191,7 +191,7 @@ def test_bad_arguments_are_named(what: str) -> None:
     }
     weights = native.LayerWeights(native.LayerSpec(3, 8, 5))
     with pytest.raises(native.InvalidArgument, match=message):
-        native.Engine(1).forward(weights, None, save_for_backward=False, **change(good))
+        native.Engine(1).forward(weights, None, save="nothing", **change(good))
 
 
 def test_an_unknown_or_missing_instruction_set_is_an_error() -> None:

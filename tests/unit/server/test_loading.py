@@ -11,7 +11,7 @@ import torch
 from golden.reference import bf16_bits
 from kt_expert_server.errors import ModelError
 from kt_expert_server.model.index import plan_model
-from kt_expert_server.model.loader import BaseModel, load_model, round_to_bf16
+from kt_expert_server.model.loader import BaseModel, load_model, resident_bytes, round_to_bf16
 from kt_expert_server.model.memory_plan import format_bytes, plan_memory
 from kt_expert_server.model.safetensors_file import SafetensorsFile
 from safetensors.torch import save_file
@@ -41,7 +41,7 @@ def write(directory: Path, tensors: dict[str, torch.Tensor], **config: object) -
 def load(directory: Path) -> BaseModel:
     loaded: list[int] = []
     plan = plan_model(directory)
-    model = load_model(plan, loaded.append)
+    model = load_model(plan, "bf16", loaded.append)
     assert sum(loaded) == sum(info.size_bytes // {"F32": 2}.get(info.dtype, 1) for layer in plan.layers
                               for _, info in layer.tensors.values())  # fmt: skip
     return model
@@ -50,7 +50,8 @@ def load(directory: Path) -> BaseModel:
 def assert_holds(model: BaseModel, weights: dict[str, torch.Tensor]) -> None:
     for name, values in weights.items():
         for expert in range(E):
-            assert np.array_equal(model.layers[0].weights.matrix(name, expert), bf16_bits(values[expert])), (name, expert)
+            held = model.layers[0].weights.dequantized(name, expert)
+            assert np.array_equal(bf16_bits(torch.from_numpy(held)), bf16_bits(values[expert])), (name, expert)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -102,7 +103,7 @@ def test_gpt_oss_interleaved_transposed_with_biases(tmp_path: Path) -> None:
             assert np.array_equal(layer.weights.bias(name, expert), bias[name][expert].numpy())
         assert np.array_equal(layer.weights.bias("down", expert), down_bias[expert].numpy())
     assert (layer.plan.activation.kind, layer.plan.activation.limit) == ("gpt_oss", 7.0)
-    assert layer.weights.nbytes == layer.plan.weight_bytes
+    assert layer.weights.nbytes == resident_bytes(model.plan, "bf16")
 
 
 def test_layers_that_predict_further_tokens_are_left_out(tmp_path: Path) -> None:
@@ -197,10 +198,10 @@ def test_the_plan_is_checked_before_loading(tmp_path: Path) -> None:
         for e in range(E)
     }
     model = plan_model(write(tmp_path, tensors, model_type="qwen3_moe"))
-    assert model.weight_bytes == 3 * E * H * I * 2
+    assert model.bf16_bytes == 3 * E * H * I * 2
     with pytest.raises(ModelError, match=r"and the limit is 1\.0 MiB"):
-        plan_memory(model, 1024**2).check()
-    plan_memory(model, 1024**3).check()
+        plan_memory(model, "bf16", 1024**2).check()
+    plan_memory(model, "bf16", 1024**3).check()
 
 
 def test_sizes_read_well() -> None:

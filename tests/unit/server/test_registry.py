@@ -20,7 +20,7 @@ GIB = 1024**3
 
 def registry(checkpoint: Path, **limits: float) -> Registry:
     made = Registry(MemoryBudget(GIB), Limits(**limits))  # type: ignore[arg-type]  # sizes and seconds
-    made.become_ready(load_model(plan_model(checkpoint), lambda _: None))
+    made.become_ready(load_model(plan_model(checkpoint), "bf16", lambda _: None))
     return made
 
 

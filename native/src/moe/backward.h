@@ -1,0 +1,62 @@
+// One backward in progress.
+#pragma once
+
+#include "moe/hidden.h"
+
+namespace kt_expert {
+
+class Engine::BackwardPass : private Engine::Pass {
+ public:
+  static void run(Engine& engine, const BackwardArgs& args);
+  static std::int64_t scratch_bytes(const KernelTable& kernels, const LayerSpec& layer, const LoraSpec& lora,
+                                    std::int64_t tokens, std::int64_t routes, int nodes);
+
+ private:
+  struct Buffers {
+    HiddenStore recomputed;  // only where the ticket kept x alone
+    OperandRows dy, gathered_dy;
+    OperandRows d_gate, d_up;     // [routes, I]
+    float* x_f32 = nullptr;       // [tokens, H]
+    float* dy_f32 = nullptr;      // [tokens, H]
+    float* d_gate_f32 = nullptr;  // [routes, I], null where the operands are fp32 themselves
+    float* d_up_f32 = nullptr;
+    float* h_f32 = nullptr;         // [routes, I], for the gradient of A_down
+    LoraRows dy_b_down;             // scale * dy B_down, later times the routing weight
+    LoraRows d_gate_b, d_up_b;      // scale * d_gate B_gate; where tied, both sums in d_gate_b
+    float* weighted_h_a = nullptr;  // [routes, rank_stride] w * scale * h A_down^T
+    float* d_weight_parts = nullptr;
+    float* d_weight_rows = nullptr;  // [routes]
+    TokenSums dx;
+  };
+  static Buffers take(Carver& carver, const KernelTable& kernels, const LayerSpec& layer, const LoraSpec& lora,
+                      std::int64_t tokens, std::int64_t routes, int nodes, SavePolicy policy, FloatType output);
+
+  BackwardPass(Engine& engine, const BackwardArgs& args, const HiddenStore& saved, const Buffers& buffers);
+  void run_phases();
+  LeftRows dy_rows(const RowTask& task) const;
+  void load();
+  void project_dy();
+  void hidden_gradients();
+  void hidden_block(const RowTask& task, const LayerWeights::Slice& slice, int first_column, int columns, int worker);
+  void finish_hidden_row(std::int64_t row, int first_column, int columns, std::int64_t padded, float* d_h, float* h);
+  void finish_route_gradients();
+  float dot_with_dy(const float* bias, std::int64_t token) const;
+  void project_hidden();
+  void input_gradients();
+  void input_block(int node, int first_column, int columns, int worker);
+  void input_rows(const RowTask& task, const LayerWeights::Slice& slice, bool first_slice, int first_column,
+                  int columns, float* sums, int worker);
+  void lora_gradients();
+  void lora_gradient(int expert, LoraTensor tensor);
+  void write_d_weights() const;
+  OuterRows d_hidden_rows(const OperandRows& operands, const float* f32, std::int64_t first) const;
+
+  const BackwardArgs& args_;
+  HiddenStore saved_;
+  Buffers buffers_;
+  std::int64_t parts_per_row_;
+  const float* x_ = nullptr;
+  const float* dy_ = nullptr;
+};
+
+}  // namespace kt_expert

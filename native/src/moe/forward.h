@@ -1,0 +1,25 @@
+// One forward in progress.
+#pragma once
+
+#include "moe/hidden.h"
+
+namespace kt_expert {
+
+class Engine::ForwardPass : private Engine::HiddenPass {
+ public:
+  static std::unique_ptr<Ticket> run(Engine& engine, const ForwardArgs& args);
+  static std::int64_t scratch_bytes(const KernelTable& kernels, const LayerSpec& layer, const LoraSpec& lora,
+                                    std::int64_t tokens, std::int64_t routes, int nodes);
+
+ private:
+  ForwardPass(Engine& engine, const ForwardArgs& args, Carver& carver, const HiddenStore& store);
+  void down();
+  void down_block(int node, int first_column, int columns, int worker);
+  void down_rows(const RowTask& task, const LayerWeights::Slice& slice, bool first_slice, int first_column, int columns,
+                 float* sums, int worker);
+
+  const ForwardArgs& args_;
+  TokenSums sums_;
+};
+
+}  // namespace kt_expert
