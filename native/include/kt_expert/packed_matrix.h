@@ -78,7 +78,7 @@ class PackedTensor {
 
   const PackedShape& shape() const { return shape_; }
   PackedMatrix matrix(int expert) const;
-  std::int64_t bytes() const { return static_cast<std::int64_t>(blocks_.size() + scales_.size()); }
+  std::int64_t bytes() const { return experts_ * shape_.bytes(); }
 
   // Quantises (or, for bf16, copies) one expert's matrix; a scale puts its group's largest magnitude on the format's
   // largest code (mxfp4: in that code's binade). Throws InvalidArgument for a value that is not finite in a quantised
@@ -91,6 +91,7 @@ class PackedTensor {
   std::uint8_t* mutable_blocks(int expert) { return blocks_.data() + expert * shape_.block_bytes_total(); }
   std::uint8_t* mutable_scales(int expert) { return scales_.data() + expert * shape_.scale_bytes_total(); }
 
+  std::int64_t experts_ = 0;
   PackedShape shape_;
   AlignedBuffer<std::uint8_t> blocks_;
   AlignedBuffer<std::uint8_t> scales_;

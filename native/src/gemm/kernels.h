@@ -75,6 +75,25 @@ struct FormatKernels {
   void (*to_column_order)(float* c, std::int64_t c_stride, int rows, int columns);
 };
 
+// Rows of A quantised to int8, one scale a row, zero up to a multiple of kIntegerDepthAlign. `rows` gathers, as above.
+struct IntegerRows {
+  const std::int8_t* base = nullptr;
+  std::int64_t stride = 0;
+  const float* scales = nullptr;
+  const std::int32_t* rows = nullptr;
+};
+constexpr int kIntegerDepthAlign = 64;  // one TDPBSSD
+
+// Forward products in integers, exact up to the two scales: int8 weights times rows quantised on the way in. Only rungs
+// chosen by name have them, because rounding activations to eight bits is a choice about accuracy.
+struct IntegerKernels {
+  // Largest magnitude to 127; returns the scale, 0 for a row of zeros.
+  float (*quantise)(const float* values, std::int64_t count, std::int8_t* target);
+  // C[m, 16 j + n] += row scale * column scale * sum over k of A(m, k) W(16 (first_row + j) + n, k).
+  void (*multiply)(const IntegerRows& a, int rows, const PackedMatrix& w, int first_row, int row_blocks, float* c,
+                   std::int64_t c_stride);
+};
+
 // Entry points of one rung of the ladder. Strides count elements. No pointer needs an alignment.
 struct KernelTable {
   Isa isa;
@@ -86,6 +105,7 @@ struct KernelTable {
   bool gathers;     // `multiply` and `direct_*` follow LeftRows::rows; otherwise rows must be contiguous
 
   FormatKernels formats[kWeightFormats];
+  const IntegerKernels* integer;  // null on rungs without
 
   // Panels of `columns` <= 16 rows (nk: a row holds the reduction) or columns (kn) of an fp32 matrix, zero elsewhere;
   // depth is padded to depth_step.
@@ -129,5 +149,10 @@ const KernelTable& kernels_for(Isa isa);
 
 const KernelTable& scalar_kernels();
 const KernelTable& avx2_kernels();
+const KernelTable& avx512_kernels();
+const KernelTable& avx512_vnni_kernels();
+const KernelTable& avx512_bf16_kernels();
+const KernelTable& amx_bf16_kernels();
+const KernelTable& amx_int8_kernels();
 
 }  // namespace kt_expert

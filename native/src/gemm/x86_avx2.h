@@ -10,15 +10,9 @@
 
 namespace kt_expert {
 
-constexpr int kAvx2Rows = 6;  // 6 x 16 register tile: 12 of the 16 YMM registers accumulate
-
 FormatKernels avx2_format(WeightFormat format);
 
 namespace {
-
-inline const float* row_pointer(const LeftRows& a, std::int64_t row) {
-  return static_cast<const float*>(a.base) + (a.rows == nullptr ? row : a.rows[row]) * a.stride;
-}
 
 // Asks for memory that is used soon but not next in any stream the hardware follows.
 inline void prefetch(const std::uint8_t* first, std::int64_t bytes) {

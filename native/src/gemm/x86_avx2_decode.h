@@ -25,6 +25,7 @@ struct Reader;
 
 template <>
 struct Reader<WeightFormat::kBf16> {
+  Reader() = default;
   Reader(const std::uint8_t*, int) {}
   template <int kDepth>
   __m256 read(__m256i words) const {
@@ -36,6 +37,7 @@ struct Reader<WeightFormat::kBf16> {
 template <>
 struct Reader<WeightFormat::kInt8> {
   __m256 scale;
+  Reader() = default;
   Reader(const std::uint8_t* scales, int half) {
     scales += half * kHalfRows * sizeof(float);
     scale = _mm256_loadu_ps(reinterpret_cast<const float*>(scales));
@@ -53,6 +55,7 @@ struct Reader<WeightFormat::kFp8> {
   __m256 scale;
   // The code's exponent and mantissa, moved to the top of an fp32 with bias 127 instead of 7.
   static constexpr float kRebias = 1.329227995784916e36f;  // 2^120
+  Reader() = default;
   Reader(const std::uint8_t* scales, int) : scale(_mm256_set1_ps(*reinterpret_cast<const float*>(scales) * kRebias)) {}
   template <int kDepth>
   __m256 read(__m256i words) const {
@@ -72,6 +75,7 @@ inline __m256 load_bf16_scales(const std::uint8_t* scales, int half) {
 
 struct Int4Reader {
   __m256 scale, offset;  // value = code * scale + offset in one rounding, the offset -8 scales
+  Int4Reader() = default;
   Int4Reader(const std::uint8_t* scales, int half)
       : scale(load_bf16_scales(scales, half)),
         offset(_mm256_mul_ps(scale, _mm256_set1_ps(-static_cast<float>(kInt4Offset)))) {}
@@ -94,6 +98,7 @@ struct Reader<WeightFormat::kInt4G128> : Int4Reader {
 template <>
 struct Reader<WeightFormat::kMxfp4> {
   __m256 scale;
+  Reader() = default;
   Reader(const std::uint8_t* scales, int half) {
     scales += half * kHalfRows;
     const __m256i exponent = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(scales)));
@@ -116,6 +121,7 @@ struct Reader<WeightFormat::kMxfp4> {
 template <>
 struct Reader<WeightFormat::kNf4> {
   __m256 scale;
+  Reader() = default;
   Reader(const std::uint8_t* scales, int half) {
     scales += half * kHalfRows * sizeof(float);
     scale = _mm256_loadu_ps(reinterpret_cast<const float*>(scales));
@@ -162,6 +168,27 @@ struct RowReader<WeightFormat::kFp8> : Reader<WeightFormat::kFp8> {
   __m256 read(__m256i words, int) const {
     return Reader<WeightFormat::kFp8>::read<kDepth>(words);
   }
+};
+
+template <WeightFormat kFormat>
+using Avx2Reader = Reader<kFormat>;
+
+// The vector set of tile_loops.h. 6 x 16 tiles: 12 of the 16 YMM registers accumulate.
+struct Avx2 {
+  using Vec = __m256;
+  using Words = __m256i;
+  template <WeightFormat kFormat>
+  using Reader = Avx2Reader<kFormat>;
+  static constexpr int kLanes = 8;
+  static constexpr int kMaxRows = 6;
+  static constexpr int kTilePanels = 1;
+  static constexpr int kOneRowPanels = 2;
+
+  static Vec load(const float* source) { return _mm256_loadu_ps(source); }
+  static void store(float* target, Vec value) { _mm256_storeu_ps(target, value); }
+  static Vec broadcast(const float* source) { return _mm256_broadcast_ss(source); }
+  static Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
+  static Words load_words(const std::uint8_t* source) { return kt_expert::load_words(source); }
 };
 
 }  // namespace

@@ -1,195 +1,21 @@
 // AVX2 + FMA on resident weights of every format: products straight from the blocks, and panels expanded from them.
 #include <algorithm>
 
-#include "gemm/tiles.h"
+#include "gemm/tile_loops.h"
 #include "gemm/x86_avx2.h"
 #include "gemm/x86_avx2_decode.h"
 
 namespace kt_expert {
 namespace {
 
-constexpr int kWordRowBytes = kBlockRows * 4;  // the words of all rows at one depth step
-
-// Calls body(integral constant) for 0 .. kCount - 1: indices that must be known when the code is compiled.
-template <int kCount, int kIndex = 0, typename Body>
-__attribute__((always_inline)) inline void unroll(const Body& body) {
-  if constexpr (kIndex < kCount) {
-    body(std::integral_constant<int, kIndex>{});
-    unroll<kCount, kIndex + 1>(body);
-  }
-}
-
-// The depths of one word of every panel, multiplied into the accumulators.
-template <int kRows, int kPanels, typename Readers>
-__attribute__((always_inline)) inline void multiply_words(const float* const (&row)[kRows], std::int64_t k,
-                                                          const std::uint8_t* const (&words)[kPanels],
-                                                          const Readers& readers, __m256 (&sum)[kPanels][2][kRows]) {
-  __m256i low[kPanels], high[kPanels];
-#pragma GCC unroll 2
-  for (int p = 0; p < kPanels; ++p) {
-    low[p] = load_words(words[p]);
-    high[p] = load_words(words[p] + kWordRowBytes / 2);
-  }
-  // Panels innermost: their sums are independent chains, and a chain alone waits for every addition.
-  unroll<Readers::kPerWord>([&](auto i) __attribute__((always_inline)) {
-#pragma GCC unroll 2
-    for (int p = 0; p < kPanels; ++p) {
-      const __m256 b0 = readers.template low<i.value>(p, low[p]);
-      const __m256 b1 = readers.template high<i.value>(p, high[p]);
-#pragma GCC unroll 6
-      for (int m = 0; m < kRows; ++m) {
-        const __m256 left = _mm256_broadcast_ss(row[m] + k + i.value);
-        sum[p][0][m] = _mm256_fmadd_ps(left, b0, sum[p][0][m]);
-        sum[p][1][m] = _mm256_fmadd_ps(left, b1, sum[p][1][m]);
-      }
-    }
-  });
-}
-
-template <WeightFormat kFormat, int kPanels>
-struct BlockReaders {
-  static constexpr int kPerWord = values_per_word(kFormat);
-  Reader<kFormat> halves[kPanels][2];
-
-  template <int kDepth>
-  __m256 low(int panel, __m256i words) const {
-    return halves[panel][0].template read<kDepth>(words);
-  }
-  template <int kDepth>
-  __m256 high(int panel, __m256i words) const {
-    return halves[panel][1].template read<kDepth>(words);
-  }
-};
-
-template <WeightFormat kFormat, int kPanels>
-__attribute__((always_inline)) inline BlockReaders<kFormat, kPanels> readers_at(const PackedMatrix& w, int row_block,
-                                                                                int depth_block) {
-  if constexpr (kPanels == 1) {
-    const std::uint8_t* scales = scales_at<kFormat>(w, row_block, depth_block);
-    return {{{{scales, 0}, {scales, 1}}}};
-  } else {
-    const std::uint8_t* first = scales_at<kFormat>(w, row_block, depth_block);
-    const std::uint8_t* second = scales_at<kFormat>(w, row_block + 1, depth_block);
-    return {{{{first, 0}, {first, 1}}, {{second, 0}, {second, 1}}}};
-  }
-}
-
-// kRows rows of A times kPanels row blocks of W. The accumulators are named by compile-time indices throughout: an
-// array indexed at run time would live in memory.
-template <WeightFormat kFormat, int kRows, int kPanels>
-void direct_tile(const float* const* a, const PackedMatrix& w, int row_block, int first_depth, int depth_blocks,
-                 float* c, std::int64_t c_stride) {
-  constexpr int kPerWord = values_per_word(kFormat);
-  __m256 sum[kPanels][2][kRows];
-  const float* row[kRows];
-  const std::uint8_t* words[kPanels];
-#pragma GCC unroll 6
-  for (int m = 0; m < kRows; ++m) row[m] = a[m];
-#pragma GCC unroll 2
-  for (int p = 0; p < kPanels; ++p) {
-    words[p] = block_at<kFormat>(w, row_block + p, first_depth);
-#pragma GCC unroll 6
-    for (int m = 0; m < kRows; ++m) {
-      sum[p][0][m] = _mm256_loadu_ps(c + m * c_stride + p * kBlockRows);
-      sum[p][1][m] = _mm256_loadu_ps(c + m * c_stride + p * kBlockRows + kHalfRows);
-    }
-  }
-  // Without scales the blocks of a panel are one stream; with them the scales change from block to block.
-  const bool scaled = scale_bytes(kFormat) > 0;
-  const int stretch = scaled ? kBlockDepth : depth_blocks * kBlockDepth;
-  for (int b = 0; b < (scaled ? depth_blocks : 1); ++b) {
-    const auto readers = readers_at<kFormat, kPanels>(w, row_block, first_depth + b);
-    for (std::int64_t k = b * kBlockDepth; k < b * kBlockDepth + stretch; k += kPerWord) {
-      multiply_words<kRows, kPanels>(row, k, words, readers, sum);
-#pragma GCC unroll 2
-      for (int p = 0; p < kPanels; ++p) words[p] += kWordRowBytes;
-    }
-  }
-#pragma GCC unroll 2
-  for (int p = 0; p < kPanels; ++p) {
-#pragma GCC unroll 6
-    for (int m = 0; m < kRows; ++m) {
-      _mm256_storeu_ps(c + m * c_stride + p * kBlockRows, sum[p][0][m]);
-      _mm256_storeu_ps(c + m * c_stride + p * kBlockRows + kHalfRows, sum[p][1][m]);
-    }
-  }
-}
-
-template <WeightFormat kFormat>
-void direct_panel(int rows, const float* const* a, const PackedMatrix& w, int row_block, const BlockRange& range,
-                  float* c, std::int64_t c_stride) {
-  const auto tile = [&](auto count) {
-    direct_tile<kFormat, count.value, 1>(a, w, row_block, range.first_depth, range.depth_blocks, c, c_stride);
-  };
-  switch (rows) {
-    case 1:
-      return tile(std::integral_constant<int, 1>{});
-    case 2:
-      return tile(std::integral_constant<int, 2>{});
-    case 3:
-      return tile(std::integral_constant<int, 3>{});
-    case 4:
-      return tile(std::integral_constant<int, 4>{});
-    case 5:
-      return tile(std::integral_constant<int, 5>{});
-    default:
-      return tile(std::integral_constant<int, kAvx2Rows>{});
-  }
-}
-
-template <WeightFormat kFormat>
-void direct_forward(const LeftRows& a, int rows, const PackedMatrix& w, const BlockRange& range, float* c,
-                    std::int64_t c_stride) {
-  int j = 0;
-  // One or two rows have too few chains of additions to keep the multipliers busy: two panels at a time double them.
-  for (; rows <= 2 && j + 2 <= range.row_blocks; j += 2) {
-    const float* row[2] = {row_pointer(a, 0), row_pointer(a, rows - 1)};
-    if (rows == 1) {
-      direct_tile<kFormat, 1, 2>(row, w, range.first_row + j, range.first_depth, range.depth_blocks, c + j * kBlockRows,
-                                 c_stride);
-    } else {
-      direct_tile<kFormat, 2, 2>(row, w, range.first_row + j, range.first_depth, range.depth_blocks, c + j * kBlockRows,
-                                 c_stride);
-    }
-  }
-  for (; j < range.row_blocks; ++j) {
-    for_each_tile(rows, kAvx2Rows, [&](int first, int count) {
-      const float* row[kAvx2Rows];
-      for (int m = 0; m < count; ++m) row[m] = row_pointer(a, first + m);
-      direct_panel<kFormat>(count, row, w, range.first_row + j, range,
-                            c + first * c_stride + static_cast<std::int64_t>(j) * kBlockRows, c_stride);
-    });
-  }
-}
-
-template <WeightFormat kFormat>
-void expand_forward(const PackedMatrix& w, int row_block, int first_depth, int depth_blocks, void* panel) {
-  constexpr int kPerWord = values_per_word(kFormat);
-  float* target = static_cast<float*>(panel);
-  const std::uint8_t* source = block_at<kFormat>(w, row_block, first_depth);
-  for (int b = 0; b < depth_blocks; ++b) {
-    const std::uint8_t* scales = scales_at<kFormat>(w, row_block, first_depth + b);
-    const Reader<kFormat> low(scales, 0), high(scales, 1);
-    for (int step = 0; step < kBlockDepth / kPerWord; ++step) {
-      const __m256i words0 = load_words(source), words1 = load_words(source + kWordRowBytes / 2);
-      source += kWordRowBytes;
-      unroll<kPerWord>([&](auto i) __attribute__((always_inline)) {
-        _mm256_storeu_ps(target, low.template read<i.value>(words0));
-        _mm256_storeu_ps(target + kHalfRows, high.template read<i.value>(words1));
-        target += kPanelColumns;
-      });
-    }
-  }
-}
-
 // Four lanes of two rows of words, of which one is 16 bytes further along the rows' streams.
-__attribute__((always_inline)) inline __m256 load_two(const std::uint8_t* low, const std::uint8_t* high) {
+KT_INLINE __m256 load_two(const std::uint8_t* low, const std::uint8_t* high) {
   return _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(reinterpret_cast<const float*>(low))),
                               _mm_loadu_ps(reinterpret_cast<const float*>(high)), 1);
 }
 
 // 8 x 8 words turned: `words` points at the first of eight depth steps of eight rows; t[n] gets row n's eight words.
-__attribute__((always_inline)) inline void turn_words(const std::uint8_t* words, __m256i (&t)[kHalfRows]) {
+KT_INLINE void turn_words(const std::uint8_t* words, __m256i (&t)[kHalfRows]) {
   constexpr int kQuarterBytes = kWordRowBytes / 4;  // four rows
 #pragma GCC unroll 2
   for (int quarter = 0; quarter < 2; ++quarter) {
@@ -225,21 +51,20 @@ constexpr int group_bytes() {
 
 // Eight depths of eight rows of a 4-bit format, read first and turned after: t[n] holds the depths of row n.
 template <WeightFormat kFormat>
-__attribute__((always_inline)) inline void read_turned(const Reader<kFormat>& reader, const std::uint8_t* words,
-                                                       __m256 (&t)[kHalfRows]) {
+KT_INLINE void read_turned(const Reader<kFormat>& reader, const std::uint8_t* words, __m256 (&t)[kHalfRows]) {
   const __m256i loaded = load_words(words);
-  unroll<kHalfRows>([&](auto i) __attribute__((always_inline)) { t[i.value] = reader.template read<i.value>(loaded); });
+  unroll<kHalfRows>([&](auto i) KT_LAMBDA_INLINE { t[i.value] = reader.template read<i.value>(loaded); });
   transpose(t);
 }
 
 // Half a block of rows into both panels; bf16 is two groups, a panel each, and the words of int8 and fp8 are one group
 // whose first two places make one panel and whose last two the other.
 template <WeightFormat kFormat>
-__attribute__((always_inline)) inline void expand_words(const std::uint8_t* words, const std::uint8_t* scales, int half,
-                                                        float* const (&panels)[2]) {
+KT_INLINE void expand_words(const std::uint8_t* words, const std::uint8_t* scales, int half,
+                            float* const (&panels)[2]) {
   const RowReader<kFormat> reader(scales);
   __m256i t[kHalfRows];
-  const auto store = [&](auto place, float* panel) __attribute__((always_inline)) {
+  const auto store = [&](auto place, float* panel) KT_LAMBDA_INLINE {
 #pragma GCC unroll 8
     for (int n = 0; n < kHalfRows; ++n) {
       const int row = half * kHalfRows + n;
@@ -258,8 +83,8 @@ __attribute__((always_inline)) inline void expand_words(const std::uint8_t* word
 }
 
 template <WeightFormat kFormat>
-__attribute__((always_inline)) inline void expand_nibbles(const std::uint8_t* words, const std::uint8_t* scales,
-                                                          int half, float* const (&panels)[2]) {
+KT_INLINE void expand_nibbles(const std::uint8_t* words, const std::uint8_t* scales, int half,
+                              float* const (&panels)[2]) {
   const Reader<kFormat> reader(scales, half);
   for (int group = 0; group < kBlockDepth / kWordGroup; ++group) {
     __m256 t[kHalfRows];
@@ -295,9 +120,8 @@ void expand_backward(const PackedMatrix& w, int depth_block, int first_row, int 
 
 // Eight rows of W times one group of depths, added to kRows rows of C; a[m] points at the eight values of row m.
 template <WeightFormat kFormat, int kRows>
-__attribute__((always_inline)) inline void backward_group(const float* const (&a)[kRows], const std::uint8_t* words,
-                                                          const std::uint8_t* scales, int half, float* c,
-                                                          std::int64_t c_stride) {
+KT_INLINE void backward_group(const float* const (&a)[kRows], const std::uint8_t* words, const std::uint8_t* scales,
+                              int half, float* c, std::int64_t c_stride) {
   constexpr int kSums = group_depth<kFormat>() / kWordGroup;
   __m256 sum[kRows][kSums];
 #pragma GCC unroll 4
@@ -305,7 +129,7 @@ __attribute__((always_inline)) inline void backward_group(const float* const (&a
 #pragma GCC unroll 4
     for (int i = 0; i < kSums; ++i) sum[m][i] = _mm256_loadu_ps(c + m * c_stride + i * kWordGroup);
   }
-  const auto add = [&](int n, auto i, __m256 weights) __attribute__((always_inline)) {
+  const auto add = [&](int n, auto i, __m256 weights) KT_LAMBDA_INLINE {
 #pragma GCC unroll 4
     for (int m = 0; m < kRows; ++m) {
       sum[m][i.value] = _mm256_fmadd_ps(_mm256_broadcast_ss(a[m] + n), weights, sum[m][i.value]);
@@ -317,9 +141,8 @@ __attribute__((always_inline)) inline void backward_group(const float* const (&a
     turn_words(words, t);
 #pragma GCC unroll 8
     for (int n = 0; n < kHalfRows; ++n) {
-      unroll<kSums>([&](auto i) __attribute__((always_inline)) {
-        add(n, i, reader.template read<i.value>(t[n], half * kHalfRows + n));
-      });
+      unroll<kSums>([&](auto i)
+                        KT_LAMBDA_INLINE { add(n, i, reader.template read<i.value>(t[n], half * kHalfRows + n)); });
     }
   } else {
     const Reader<kFormat> reader(scales, half);
@@ -379,7 +202,7 @@ template <WeightFormat kFormat>
 void direct_backward(const LeftRows& a, int rows, const PackedMatrix& w, const BlockRange& range, float* c,
                      std::int64_t c_stride) {
   const float* row[direct_backward_rows<kFormat>()];
-  for (int m = 0; m < rows; ++m) row[m] = row_pointer(a, m);
+  for (int m = 0; m < rows; ++m) row[m] = f32_row(a, m);
   for (int b = 0; b < range.row_blocks; ++b) {
     const int row_block = range.first_row + b;
     if (rows == 1) {
@@ -426,9 +249,9 @@ constexpr FormatKernels kernels_of() {
   constexpr bool kReorders = turns_words<kFormat>();
   return {kFormat == WeightFormat::kBf16 ? kDirectBf16Rows : kDirectQuantisedRows,
           direct_backward_rows<kFormat>(),
-          direct_forward<kFormat>,
+          direct_forward<Avx2, kFormat>,
           direct_backward<kFormat>,
-          expand_forward<kFormat>,
+          expand_forward<Avx2, kFormat>,
           expand_backward<kFormat>,
           kReorders ? reorder<kPerWord, true> : nullptr,
           kReorders ? reorder<kPerWord, false> : nullptr};

@@ -13,6 +13,8 @@ namespace kt_expert {
 namespace {
 
 constexpr int kWordBytes = 4;
+// An AMX tile of int8 is two blocks deep; one that starts at the last block reads another block's length past the end.
+constexpr std::int64_t kReadAheadBytes = block_bytes(WeightFormat::kInt8);
 
 // Where a value lies: its 32-bit word inside the block and its place inside the word.
 struct Place {
@@ -196,8 +198,9 @@ std::int64_t PackedShape::scale_bytes_total() const {
 }
 
 PackedTensor::PackedTensor(int experts, const PackedShape& shape)
-    : shape_(shape),
-      blocks_(static_cast<std::size_t>(experts * shape.block_bytes_total())),
+    : experts_(experts),
+      shape_(shape),
+      blocks_(static_cast<std::size_t>(experts * shape.block_bytes_total() + kReadAheadBytes)),
       scales_(static_cast<std::size_t>(experts * shape.scale_bytes_total())) {}
 
 PackedMatrix PackedTensor::matrix(int expert) const {

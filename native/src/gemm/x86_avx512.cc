@@ -1,0 +1,69 @@
+// AVX-512 (F, BW, VL, DQ): products of fp32 rows and fp32 panels in 8 x 48 register tiles, sums over rows, and the
+// loops over contiguous floats.
+#include "gemm/x86_avx512.h"
+
+#include "gemm/activation_loops.h"
+#include "gemm/elementwise.h"
+#include "gemm/x86_avx512_decode.h"
+#include "gemm/x86_avx512_vector.h"
+
+namespace kt_expert {
+namespace {
+
+void expand_f32_nk(const float* source, std::int64_t stride, int columns, int depth, void* target) {
+  constexpr int kLanes = Avx512Vector::kLanes;
+  float* panel = static_cast<float*>(target);
+  for (int k = 0; k < depth; k += kLanes) {
+    const int count = std::min(kLanes, depth - k);
+    const __mmask16 inside = Avx512Vector::first(count);
+    __m512 block[kPanelColumns];
+#pragma GCC unroll 16
+    for (int n = 0; n < kPanelColumns; ++n) {
+      block[n] = n < columns ? _mm512_maskz_loadu_ps(inside, source + n * stride + k) : _mm512_setzero_ps();
+    }
+    transpose(block);
+#pragma GCC unroll 16
+    for (int j = 0; j < kLanes; ++j) {
+      if (j < count) _mm512_storeu_ps(panel + (k + j) * kPanelColumns, block[j]);
+    }
+  }
+}
+
+KernelTable make_table() {
+  KernelTable table{};
+  table.isa = Isa::kAvx512;
+  table.name = "avx512_8x48";
+  table.operand = OperandType::kF32;
+  table.tile_rows = Avx512::kMaxRows;
+  table.tile_panels = Avx512::kTilePanels;
+  table.depth_step = 1;
+  table.gathers = true;
+  for (WeightFormat format : all_weight_formats()) table.formats[static_cast<int>(format)] = avx512_format(format);
+  table.expand_f32_nk = expand_f32_nk;
+  table.expand_f32_kn = expand_kn_rows;
+  table.multiply = multiply_panels<Avx512>;
+  set_avx512_loops(table);
+  return table;
+}
+
+}  // namespace
+
+void set_avx512_loops(KernelTable& table) {
+  table.outer = outer_sum<Avx512>;
+  table.activate = loop_activate<Avx512Vector>;
+  table.activate_backward = loop_activate_backward<Avx512Vector>;
+  table.bf16_to_f32 = loop_bf16_to_f32;
+  table.f32_to_bf16 = loop_f32_to_bf16;
+  table.scale = loop_scale;
+  table.add_scaled = loop_add_scaled;
+  table.dot = loop_dot;
+  table.sum_squares = loop_sum_squares;
+  table.adamw = loop_adamw;
+}
+
+const KernelTable& avx512_kernels() {
+  static const KernelTable kTable = make_table();
+  return kTable;
+}
+
+}  // namespace kt_expert
