@@ -33,6 +33,8 @@ std::vector<Isa> tested_isas() {
   return isas;
 }
 
+bool emulated() { return std::getenv("KT_EXPERT_TEST_EMULATED") != nullptr; }
+
 void record_kernel(Isa isa, WeightFormat format) {
   ran().insert(std::string(isa_name(isa)) + "/" + weight_format_name(format));
 }

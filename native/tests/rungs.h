@@ -15,6 +15,8 @@
 namespace kt_expert {
 
 std::vector<Isa> tested_isas();
+// True under an emulator whose TDPBSSD takes signed bytes for unsigned (KT_EXPERT_TEST_EMULATED is set).
+bool emulated();
 void record_kernel(Isa isa, WeightFormat format);
 // Writes the report, where one is asked for.
 void write_report();

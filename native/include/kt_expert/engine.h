@@ -117,8 +117,11 @@ class Engine {
 
   int threads() const { return pool_.size(); }
   int nodes() const { return pool_.nodes(); }
+  // The rung for bf16 tokens, and the one for fp32 tokens: rungs that multiply bf16 would round those, so fp32 tokens
+  // are left to the AVX-512 rung.
   const char* isa() const;
   const char* kernel() const;
+  const char* fp32_kernel() const;
 
   // Returns a ticket unless nothing is saved, else null.
   std::unique_ptr<Ticket> forward(const ForwardArgs& args);
@@ -142,9 +145,12 @@ class Engine {
   class BackwardPass;
   class Arena;
 
+  const KernelTable& kernels_for_tokens(FloatType type) const;
   WorkerScratch worker_scratch(int worker);
 
   const KernelTable& kernels_;
+  const KernelTable& fp32_kernels_;
+  const std::int64_t worker_bytes_;
   ThreadPool pool_;
   AlignedBuffer<std::uint8_t> worker_scratch_;
   std::unique_ptr<Arena> arena_;

@@ -52,11 +52,11 @@ Engine::BackwardPass::Buffers Engine::BackwardPass::take(Carver& carver, const K
 
 std::int64_t Engine::BackwardPass::scratch_bytes(const KernelTable& kernels, const LayerSpec& layer,
                                                  const LoraSpec& lora, std::int64_t tokens, std::int64_t routes,
-                                                 int nodes) {
+                                                 int nodes, int workers) {
   // The larger of both ticket policies: a run may use either.
   Carver carver(nullptr);
   take(carver, kernels, layer, lora, tokens, routes, nodes, SavePolicy::kInputs, FloatType::kBf16);
-  HiddenPass::reserve(carver, kernels, layer, lora, tokens, routes, false);
+  HiddenPass::reserve(carver, kernels, layer, lora, tokens, routes, workers);
   return carver.used();
 }
 
@@ -65,14 +65,15 @@ void Engine::BackwardPass::run(Engine& engine, const BackwardArgs& args) {
   const Routing& routing = ticket.routing();
   const LayerSpec& layer = ticket.layer();
   const int nodes = static_cast<int>(args.weights->slices().size());
+  const KernelTable& kernels = engine.kernels_for_tokens(ticket.type());
   Carver carver(engine.arena_->reset(
-      scratch_bytes(engine.kernels_, layer, ticket.lora(), routing.tokens, routing.routes, nodes)));
-  const Buffers buffers = take(carver, engine.kernels_, layer, ticket.lora(), routing.tokens, routing.routes, nodes,
-                               ticket.policy(), args.dx.type);
+      scratch_bytes(kernels, layer, ticket.lora(), routing.tokens, routing.routes, nodes, engine.threads())));
+  const Buffers buffers =
+      take(carver, kernels, layer, ticket.lora(), routing.tokens, routing.routes, nodes, ticket.policy(), args.dx.type);
   HiddenStore saved = ticket.store();
   if (ticket.policy() == SavePolicy::kInputs) {
     saved = buffers.recomputed;
-    HiddenPass hidden(engine, *args.weights, args.lora, routing, args.token, carver, saved);
+    HiddenPass hidden(engine, ticket.type(), *args.weights, args.lora, routing, args.token, carver, saved);
     hidden.run(ticket.x());
     saved = hidden.kept();
     BackwardPass(engine, args, saved, buffers).run_phases();
@@ -83,7 +84,7 @@ void Engine::BackwardPass::run(Engine& engine, const BackwardArgs& args) {
 
 Engine::BackwardPass::BackwardPass(Engine& engine, const BackwardArgs& args, const HiddenStore& saved,
                                    const Buffers& buffers)
-    : Pass(engine, *args.weights, args.lora, args.ticket->routing(), args.token),
+    : Pass(engine, args.ticket->type(), *args.weights, args.lora, args.ticket->routing(), args.token),
       args_(args),
       saved_(saved),
       buffers_(buffers),
@@ -129,7 +130,7 @@ void Engine::BackwardPass::project_dy() {
   if (rank == 0) return;
   for_each_row_task([&](const RowTask& task, int worker) {
     const F32Matrix b{adapter_->expert(LoraTensor::kBDown, task.expert), rank, RightLayout::kKN};
-    const LoraInput input{dy_rows(task), b, layer_.hidden};
+    const LoraInput input{kernels_, dy_rows(task), b, layer_.hidden};
     project_lora(task, &input, 1, lora_.scale_down, buffers_.dy_b_down, worker);
   });
 }
@@ -166,8 +167,7 @@ void Engine::BackwardPass::hidden_block(const RowTask& task, const LayerWeights:
   const int rank = lora_.rank_down;
   if (rank > 0) {
     const float* a = adapter_->expert(LoraTensor::kADown, task.expert) + global_first;
-    multiply_f32(kernels_, buffers_.dy_b_down.from(task.first), task.count, {a, layer_.intermediate, RightLayout::kKN},
-                 columns, rank, d_h, kTaskColumns, scratch.panels);
+    multiply_lora(task, buffers_.dy_b_down, {a, layer_.intermediate, RightLayout::kKN}, columns, d_h, worker);
   }
   for (int m = 0; m < task.count; ++m) {
     const std::int64_t in_block = static_cast<std::int64_t>(m) * kTaskColumns;
@@ -233,21 +233,32 @@ float Engine::BackwardPass::dot_with_dy(const float* bias, std::int64_t token) c
   return sum;
 }
 
+// In fp32 on every rung: these few products make the gradients of A, where a rounded d_gate would show.
 void Engine::BackwardPass::project_hidden() {
   if (lora_.rank_gate == 0 && lora_.rank_up == 0) return;
   for_each_row_task([&](const RowTask& task, int worker) {
-    const auto input = [&](LoraTensor b, int rank, const OperandRows& rows) {
-      return LoraInput{
-          rows.from(task.first), {adapter_->expert(b, task.expert), rank, RightLayout::kKN}, layer_.intermediate};
+    const auto input = [&](LoraTensor b, int rank, const OperandRows& operands, const float* f32) {
+      const OuterRows rows = d_hidden_rows(operands, f32, task.first);
+      return LoraInput{engine_.fp32_kernels_,
+                       {rows.base, rows.stride, nullptr},
+                       {adapter_->expert(b, task.expert), rank, RightLayout::kKN},
+                       layer_.intermediate};
     };
-    LoraInput inputs[2];
-    int count = 0;
-    if (lora_.rank_gate > 0) inputs[count++] = input(LoraTensor::kBGate, lora_.rank_gate, buffers_.d_gate);
-    if (lora_.tied) inputs[count++] = input(LoraTensor::kBUp, lora_.rank_up, buffers_.d_up);
-    if (count > 0) project_lora(task, inputs, count, lora_.scale_gate, buffers_.d_gate_b, worker);
-    if (lora_.tied || lora_.rank_up == 0) return;
-    const LoraInput up = input(LoraTensor::kBUp, lora_.rank_up, buffers_.d_up);
-    project_lora(task, &up, 1, lora_.scale_up, buffers_.d_up_b, worker);
+    const auto gate = [&] { return input(LoraTensor::kBGate, lora_.rank_gate, buffers_.d_gate, buffers_.d_gate_f32); };
+    const auto up = [&] { return input(LoraTensor::kBUp, lora_.rank_up, buffers_.d_up, buffers_.d_up_f32); };
+    if (lora_.tied) {
+      const LoraInput both[] = {gate(), up()};
+      project_lora(task, both, 2, lora_.scale_gate, buffers_.d_gate_b, worker);
+      return;
+    }
+    if (lora_.rank_gate > 0) {
+      const LoraInput one = gate();
+      project_lora(task, &one, 1, lora_.scale_gate, buffers_.d_gate_b, worker);
+    }
+    if (lora_.rank_up > 0) {
+      const LoraInput one = up();
+      project_lora(task, &one, 1, lora_.scale_up, buffers_.d_up_b, worker);
+    }
   });
 }
 
@@ -289,9 +300,8 @@ void Engine::BackwardPass::input_rows(const RowTask& task, const LayerWeights::S
   };
   const auto lora = [&](LoraTensor a, const LoraRows& rows) {
     if (!first_slice || rows.rank == 0) return;
-    multiply_f32(kernels_, rows.from(task.first), task.count,
-                 {adapter_->expert(a, task.expert) + first_column, layer_.hidden, RightLayout::kKN}, columns, rows.rank,
-                 block, kTaskColumns, scratch.panels);
+    multiply_lora(task, rows, {adapter_->expert(a, task.expert) + first_column, layer_.hidden, RightLayout::kKN},
+                  columns, block, worker);
   };
   if (has_gate(layer_.activation.kind)) base(Projection::kGate, buffers_.d_gate);
   base(Projection::kUp, buffers_.d_up);

@@ -9,7 +9,7 @@ class Engine::BackwardPass : private Engine::Pass {
  public:
   static void run(Engine& engine, const BackwardArgs& args);
   static std::int64_t scratch_bytes(const KernelTable& kernels, const LayerSpec& layer, const LoraSpec& lora,
-                                    std::int64_t tokens, std::int64_t routes, int nodes);
+                                    std::int64_t tokens, std::int64_t routes, int nodes, int workers);
 
  private:
   struct Buffers {

@@ -39,8 +39,6 @@ std::int64_t lay_out(const LayerSpec& layer, const LoraSpec& lora, std::int64_t 
   place(routes * rank_stride(lora.rank_gate), placed.x_a_gate);
   place(lora.tied ? 0 : routes * rank_stride(lora.rank_up), placed.x_a_up);
   place(routes * rank_stride(lora.rank_down), placed.h_a_down);
-  // The last rows are read in tiles, whose slack may lie past them.
-  used += kRowSlack * rank_stride(std::max({lora.rank_gate, lora.rank_up, lora.rank_down}));
   if (store != nullptr) *store = placed;
   return used;
 }
@@ -65,17 +63,24 @@ std::int64_t Ticket::bytes() const {
 
 Engine::Engine(int threads, const std::string& isa, int nodes)
     : kernels_(kernels_for(choose_isa(isa))),
+      fp32_kernels_(kernels_.operand == OperandType::kF32 ? kernels_ : kernels_for(Isa::kAvx512)),
+      worker_bytes_(std::max(WorkerScratch::bytes(kernels_), WorkerScratch::bytes(fp32_kernels_))),
       pool_(threads, nodes),
-      worker_scratch_(static_cast<std::size_t>(WorkerScratch::bytes(kernels_) * threads)),
+      worker_scratch_(static_cast<std::size_t>(worker_bytes_ * threads)),
       arena_(std::make_unique<Arena>()) {}
 
 Engine::~Engine() = default;
 
 const char* Engine::isa() const { return isa_name(kernels_.isa); }
 const char* Engine::kernel() const { return kernels_.name; }
+const char* Engine::fp32_kernel() const { return fp32_kernels_.name; }
+
+const KernelTable& Engine::kernels_for_tokens(FloatType type) const {
+  return type == FloatType::kF32 ? fp32_kernels_ : kernels_;
+}
 
 WorkerScratch Engine::worker_scratch(int worker) {
-  return WorkerScratch::at(kernels_, worker_scratch_.data() + worker * WorkerScratch::bytes(kernels_));
+  return WorkerScratch::at(worker_scratch_.data() + worker * worker_bytes_);
 }
 
 std::unique_ptr<Ticket> Engine::forward(const ForwardArgs& args) {
@@ -111,8 +116,12 @@ std::int64_t Engine::ticket_bytes(const LayerSpec& layer, const LoraSpec& lora, 
 
 std::int64_t Engine::scratch_bytes(const LayerSpec& layer, const LoraSpec& lora, std::int64_t tokens, int top_k) const {
   const std::int64_t routes = tokens * top_k;
-  return std::max(ForwardPass::scratch_bytes(kernels_, layer, lora, tokens, routes, nodes()),
-                  BackwardPass::scratch_bytes(kernels_, layer, lora, tokens, routes, nodes()));
+  std::int64_t most = 0;
+  for (const KernelTable* kernels : {&kernels_, &fp32_kernels_}) {
+    most = std::max({most, ForwardPass::scratch_bytes(*kernels, layer, lora, tokens, routes, nodes(), threads()),
+                     BackwardPass::scratch_bytes(*kernels, layer, lora, tokens, routes, nodes(), threads())});
+  }
+  return most;
 }
 
 }  // namespace kt_expert

@@ -4,16 +4,16 @@
 namespace kt_expert {
 
 Engine::ForwardPass::ForwardPass(Engine& engine, const ForwardArgs& args, Carver& carver, const HiddenStore& store)
-    : HiddenPass(engine, *args.weights, args.lora, args.routing, args.token, carver, store), args_(args) {
+    : HiddenPass(engine, args.x.type, *args.weights, args.lora, args.routing, args.token, carver, store), args_(args) {
   sums_ =
       TokenSums::take(carver, routing_.tokens, layer_.hidden, static_cast<int>(weights_.slices().size()), args.y.type);
 }
 
 std::int64_t Engine::ForwardPass::scratch_bytes(const KernelTable& kernels, const LayerSpec& layer,
                                                 const LoraSpec& lora, std::int64_t tokens, std::int64_t routes,
-                                                int nodes) {
+                                                int nodes, int workers) {
   Carver carver(nullptr);
-  HiddenPass::reserve(carver, kernels, layer, lora, tokens, routes, false);
+  HiddenPass::reserve(carver, kernels, layer, lora, tokens, routes, workers);
   TokenSums::take(carver, tokens, layer.hidden, nodes, FloatType::kBf16);
   return carver.used();
 }
@@ -21,8 +21,9 @@ std::int64_t Engine::ForwardPass::scratch_bytes(const KernelTable& kernels, cons
 std::unique_ptr<Ticket> Engine::ForwardPass::run(Engine& engine, const ForwardArgs& args) {
   const LayerSpec& layer = args.weights->spec();
   const LoraSpec lora = args.lora == nullptr ? LoraSpec{} : args.lora->lora();
-  const std::int64_t needed = scratch_bytes(engine.kernels_, layer, lora, args.routing.tokens, args.routing.routes,
-                                            static_cast<int>(args.weights->slices().size()));
+  const std::int64_t needed =
+      scratch_bytes(engine.kernels_for_tokens(args.x.type), layer, lora, args.routing.tokens, args.routing.routes,
+                    static_cast<int>(args.weights->slices().size()), engine.threads());
   Carver carver(engine.arena_->reset(needed));
   std::unique_ptr<Ticket> ticket;
   HiddenStore store;
@@ -73,14 +74,19 @@ void Engine::ForwardPass::down_rows(const RowTask& task, const LayerWeights::Sli
   for (int m = 0; first_slice && bias != nullptr && m < task.count; ++m) {
     std::copy_n(bias + first_column, columns, block + static_cast<std::int64_t>(m) * kTaskColumns);
   }
-  multiply_forward(kernels_, h().from_column(task.first, slice.first), task.count,
-                   slice.matrix(Projection::kDown, task.expert), first_column / kBlockRows, padded / kBlockRows, block,
-                   kTaskColumns, scratch.panels);
+  const PackedMatrix matrix = slice.matrix(Projection::kDown, task.expert);
+  const int first_block = first_column / kBlockRows, blocks = padded / kBlockRows;
+  if (in_integers()) {
+    kernels_.integer->multiply(h_codes().from(task.first, slice.first), task.count, matrix, first_block, blocks, block,
+                               kTaskColumns);
+  } else {
+    multiply_forward(kernels_, h().from_column(task.first, slice.first), task.count, matrix, first_block, blocks, block,
+                     kTaskColumns, scratch.panels);
+  }
   const int rank = lora_.rank_down;
   if (first_slice && rank > 0) {
     const float* b = adapter_->expert(LoraTensor::kBDown, task.expert) + static_cast<std::int64_t>(first_column) * rank;
-    multiply_f32(kernels_, h_a_down().from(task.first), task.count, {b, rank, RightLayout::kNK}, columns, rank, block,
-                 kTaskColumns, scratch.panels);
+    multiply_lora(task, h_a_down(), {b, rank, RightLayout::kNK}, columns, block, worker);
   }
   for (int m = 0; m < task.count; ++m) {
     const std::size_t row = static_cast<std::size_t>(task.first + m);

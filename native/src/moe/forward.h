@@ -9,7 +9,7 @@ class Engine::ForwardPass : private Engine::HiddenPass {
  public:
   static std::unique_ptr<Ticket> run(Engine& engine, const ForwardArgs& args);
   static std::int64_t scratch_bytes(const KernelTable& kernels, const LayerSpec& layer, const LoraSpec& lora,
-                                    std::int64_t tokens, std::int64_t routes, int nodes);
+                                    std::int64_t tokens, std::int64_t routes, int nodes, int workers);
 
  private:
   ForwardPass(Engine& engine, const ForwardArgs& args, Carver& carver, const HiddenStore& store);

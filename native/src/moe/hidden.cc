@@ -4,16 +4,16 @@
 
 namespace kt_expert {
 
-Engine::HiddenPass::HiddenPass(Engine& engine, const LayerWeights& weights, const LoraTensors* adapter,
+Engine::HiddenPass::HiddenPass(Engine& engine, FloatType type, const LayerWeights& weights, const LoraTensors* adapter,
                                const Routing& routing, const CancelToken* token, Carver& carver,
                                const HiddenStore& store)
-    : Pass(engine, weights, adapter, routing, token), store_(store) {
-  buffers_ = take(carver, kernels_, layer_, lora_, routing.tokens, routing.routes, store);
+    : Pass(engine, type, weights, adapter, routing, token), store_(store) {
+  buffers_ = take(carver, kernels_, layer_, lora_, routing.tokens, routing.routes, pool_.size(), store);
 }
 
 Engine::HiddenPass::Buffers Engine::HiddenPass::take(Carver& carver, const KernelTable& kernels, const LayerSpec& layer,
                                                      const LoraSpec& lora, std::int64_t tokens, std::int64_t routes,
-                                                     const HiddenStore& store) {
+                                                     int workers, const HiddenStore& store) {
   Buffers buffers;
   buffers.x = OperandRows::take(carver, kernels, tokens, layer.hidden);
   if (!kernels.gathers) buffers.gathered = OperandRows::take(carver, kernels, routes, layer.hidden);
@@ -21,23 +21,47 @@ Engine::HiddenPass::Buffers Engine::HiddenPass::take(Carver& carver, const Kerne
   buffers.x_a_gate = LoraRows::take(carver, kernels, routes, lora.rank_gate, store.x_a_gate);
   buffers.x_a_up = lora.tied ? buffers.x_a_gate : LoraRows::take(carver, kernels, routes, lora.rank_up, store.x_a_up);
   buffers.h_a_down = LoraRows::take(carver, kernels, routes, lora.rank_down, store.h_a_down);
+  if (kernels.integer != nullptr) {
+    buffers.x_codes = IntegerBuffer::take(carver, routes, layer.hidden);
+    buffers.h_codes = IntegerBuffer::take(carver, routes, layer.intermediate);
+    buffers.plain_rows = carver.take<float>(std::int64_t{workers} * std::max(layer.hidden, layer.intermediate));
+  }
   return buffers;
 }
 
 void Engine::HiddenPass::reserve(Carver& carver, const KernelTable& kernels, const LayerSpec& layer,
-                                 const LoraSpec& lora, std::int64_t tokens, std::int64_t routes, bool keeps_lora) {
-  float kept = 0.0f;
-  HiddenStore store;
-  if (keeps_lora) store.x_a_gate = store.x_a_up = store.h_a_down = &kept;
-  take(carver, kernels, layer, lora, tokens, routes, store);
+                                 const LoraSpec& lora, std::int64_t tokens, std::int64_t routes, int workers) {
+  take(carver, kernels, layer, lora, tokens, routes, workers, HiddenStore{});
 }
 
 void Engine::HiddenPass::run(TokensIn x) {
   load_operands(x, buffers_.x);
   gather();
+  if (in_integers()) quantise(buffers_.x, routing_.row_token.data(), layer_.hidden, buffers_.x_codes);
   project_x();
   gate_up();
+  if (in_integers()) quantise(buffers_.h, nullptr, layer_.intermediate, buffers_.h_codes);
   project_h();
+}
+
+void Engine::HiddenPass::quantise(const OperandRows& source, const std::int32_t* row_of, std::int64_t width,
+                                  const IntegerBuffer& target) {
+  const std::int64_t padded = align_up(width, kIntegerDepthAlign),
+                     widest = std::max(layer_.hidden, layer_.intermediate);
+  for_each_piece(routing_.routes, [&](std::int64_t first, std::int64_t last, int worker) {
+    for (std::int64_t row = first; row < last; ++row) {
+      const std::uint8_t* from = source.row(row_of == nullptr ? row : row_of[row]);
+      const float* values = reinterpret_cast<const float*>(from);
+      if (kernels_.operand == OperandType::kBf16) {
+        float* plain = buffers_.plain_rows + worker * widest;
+        kernels_.bf16_to_f32(reinterpret_cast<const bf16_t*>(from), plain, width);
+        values = plain;
+      }
+      std::int8_t* codes = target.codes + row * target.stride;
+      target.scales[row] = kernels_.integer->quantise(values, width, codes);
+      std::fill(codes + width, codes + padded, std::int8_t{0});
+    }
+  });
 }
 
 LeftRows Engine::HiddenPass::x_rows(const RowTask& task) const {
@@ -62,7 +86,7 @@ void Engine::HiddenPass::project_x() {
     const auto project = [&](LoraTensor a, float scale, const LoraRows& target) {
       if (target.rank == 0) return;
       const F32Matrix matrix{adapter_->expert(a, task.expert), layer_.hidden, RightLayout::kNK};
-      const LoraInput input{x_rows(task), matrix, layer_.hidden};
+      const LoraInput input{kernels_, x_rows(task), matrix, layer_.hidden};
       project_lora(task, &input, 1, scale, target, worker);
     };
     project(LoraTensor::kAGate, lora_.scale_gate, buffers_.x_a_gate);
@@ -101,15 +125,21 @@ void Engine::HiddenPass::project_column_block(const RowTask& task, const LayerWe
       std::copy_n(bias + global_first, columns, block + static_cast<std::int64_t>(m) * kTaskColumns);
     }
   }
-  multiply_forward(kernels_, x_rows(task), task.count, slice.matrix(projection, task.expert), first_column / kBlockRows,
-                   padded / kBlockRows, block, kTaskColumns, scratch.panels);
+  const PackedMatrix matrix = slice.matrix(projection, task.expert);
+  const int first_block = first_column / kBlockRows, blocks = padded / kBlockRows;
+  if (in_integers()) {
+    kernels_.integer->multiply(buffers_.x_codes.from(task.first, 0), task.count, matrix, first_block, blocks, block,
+                               kTaskColumns);
+  } else {
+    multiply_forward(kernels_, x_rows(task), task.count, matrix, first_block, blocks, block, kTaskColumns,
+                     scratch.panels);
+  }
   const bool is_gate = projection == Projection::kGate;
   const LoraRows& x_a = is_gate ? buffers_.x_a_gate : buffers_.x_a_up;
   if (x_a.rank == 0) return;
   const float* b = adapter_->expert(is_gate ? LoraTensor::kBGate : LoraTensor::kBUp, task.expert);
-  multiply_f32(kernels_, x_a.from(task.first), task.count,
-               {b + static_cast<std::int64_t>(global_first) * x_a.rank, x_a.rank, RightLayout::kNK}, columns, x_a.rank,
-               block, kTaskColumns, scratch.panels);
+  multiply_lora(task, x_a, {b + static_cast<std::int64_t>(global_first) * x_a.rank, x_a.rank, RightLayout::kNK},
+                columns, block, worker);
 }
 
 void Engine::HiddenPass::gate_up_block(const RowTask& task, const LayerWeights::Slice& slice, int first_column,
@@ -138,7 +168,7 @@ void Engine::HiddenPass::project_h() {
   if (lora_.rank_down == 0) return;
   for_each_row_task([&](const RowTask& task, int worker) {
     const F32Matrix matrix{adapter_->expert(LoraTensor::kADown, task.expert), layer_.intermediate, RightLayout::kNK};
-    const LoraInput input{buffers_.h.from(task.first), matrix, layer_.intermediate};
+    const LoraInput input{kernels_, buffers_.h.from(task.first), matrix, layer_.intermediate};
     project_lora(task, &input, 1, lora_.scale_down, buffers_.h_a_down, worker);
   });
 }

@@ -36,7 +36,8 @@ struct SliceShape {
 // Slices of I as even as whole scale groups allow.
 std::vector<SliceShape> slice_shapes(const LayerSpec& spec, WeightFormat format, int nodes) {
   require_size("the number of memory nodes", nodes, kMaxNodes);
-  const int unit = std::max(kRowAlign, scale_group(format));
+  // int8 may be multiplied in steps of 64 depths, which must not reach into another slice.
+  const int unit = std::max({kRowAlign, scale_group(format), format == WeightFormat::kInt8 ? 64 : 0});
   const std::int64_t units = (spec.intermediate + unit - 1) / unit;
   std::vector<SliceShape> slices;
   for (int node = 0; node < nodes; ++node) {

@@ -13,23 +13,23 @@ std::vector<RowTask> row_tasks(const Routing& routing) {
 
 std::int64_t WorkerScratch::bytes(const KernelTable& kernels) {
   Carver carver(nullptr);
-  carver.take<std::uint8_t>(panel_scratch_bytes(kernels));
   for (int b = 0; b < 2; ++b) carver.take<float>((kTaskRows + kRowSlack) * kTaskColumns);
+  carver.take<std::uint8_t>(panel_scratch_bytes(kernels));
   return carver.used();
 }
 
-WorkerScratch WorkerScratch::at(const KernelTable& kernels, std::uint8_t* base) {
+WorkerScratch WorkerScratch::at(std::uint8_t* base) {
   Carver carver(base);
   WorkerScratch scratch;
-  scratch.panels.panels = carver.take<std::uint8_t>(panel_scratch_bytes(kernels));
   for (float*& block : scratch.blocks) block = carver.take<float>((kTaskRows + kRowSlack) * kTaskColumns);
+  scratch.panels.panels = carver.take<std::uint8_t>(0);
   return scratch;
 }
 
-Engine::Pass::Pass(Engine& engine, const LayerWeights& weights, const LoraTensors* adapter, const Routing& routing,
-                   const CancelToken* token)
+Engine::Pass::Pass(Engine& engine, FloatType type, const LayerWeights& weights, const LoraTensors* adapter,
+                   const Routing& routing, const CancelToken* token)
     : engine_(engine),
-      kernels_(engine.kernels_),
+      kernels_(engine.kernels_for_tokens(type)),
       pool_(engine.pool_),
       token_(token),
       weights_(weights),
@@ -108,7 +108,7 @@ void Engine::Pass::project_lora(const RowTask& task, const LoraInput* inputs, in
     for (int i = 0; i < count; ++i) {
       F32Matrix part = inputs[i].matrix;
       part.data += part.layout == RightLayout::kNK ? n0 * part.stride : n0;
-      multiply_f32(kernels_, inputs[i].rows, task.count, part, columns, inputs[i].depth, block, kTaskColumns,
+      multiply_f32(inputs[i].kernels, inputs[i].rows, task.count, part, columns, inputs[i].depth, block, kTaskColumns,
                    scratch.panels);
     }
     for (int m = 0; m < task.count; ++m) {
@@ -117,10 +117,25 @@ void Engine::Pass::project_lora(const RowTask& task, const LoraInput* inputs, in
       kernels_.scale(scale, row, columns);
     }
   }
-  if (target.operands.data == nullptr) return;
+  if (target.term_count() == 1) return;
+  const std::int64_t padded = align_up(target.rank, kDepthAlign);
+  float* rest = scratch.blocks[1];
   for (int m = 0; m < task.count; ++m) {
-    store_operands(kernels_, target.row(task.first + m), target.rank, align_up(target.rank, kDepthAlign),
-                   target.operands.row(task.first + m));
+    const std::int64_t row = task.first + m;
+    std::copy_n(target.row(row), target.rank, rest);
+    for (const OperandRows& term : target.terms) {
+      store_operands(kernels_, rest, target.rank, padded, term.row(row));
+      const bf16_t* stored = reinterpret_cast<const bf16_t*>(term.row(row));
+      for (int j = 0; j < target.rank; ++j) rest[j] -= bf16_to_float(stored[j]);
+    }
+  }
+}
+
+void Engine::Pass::multiply_lora(const RowTask& task, const LoraRows& rows, const F32Matrix& matrix, int columns,
+                                 float* block, int worker) const {
+  for (int term = 0; term < rows.term_count(); ++term) {
+    multiply_f32(kernels_, rows.from(task.first, term), task.count, matrix, columns, rows.rank, block, kTaskColumns,
+                 scratch_of(worker).panels);
   }
 }
 

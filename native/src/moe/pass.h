@@ -66,6 +66,24 @@ inline void store_operands(const KernelTable& kernels, const float* values, std:
   }
 }
 
+// Rows quantised for a rung that multiplies in integers, in the order of the routes.
+struct IntegerBuffer {
+  std::int8_t* codes = nullptr;
+  float* scales = nullptr;
+  std::int64_t stride = 0;
+
+  static IntegerBuffer take(Carver& carver, std::int64_t rows, std::int64_t width) {
+    IntegerBuffer buffer;
+    buffer.stride = align_up(width, kIntegerDepthAlign) + kIntegerDepthAlign;
+    buffer.codes = carver.take<std::int8_t>((rows + kRowSlack) * buffer.stride);
+    buffer.scales = carver.take<float>(rows);
+    return buffer;
+  }
+  IntegerRows from(std::int64_t first, std::int64_t column) const {
+    return {codes + first * stride + column, stride, scales + first, nullptr};
+  }
+};
+
 // Rows of one expert that one task works on.
 struct RowTask {
   int expert = 0;
@@ -81,24 +99,28 @@ inline int column_width(std::int64_t columns, std::int64_t tasks_per_block, int 
   return width;
 }
 
-// LoRA intermediates of all routes: fp32, and, where the rung multiplies bf16, as its operands too.
+// LoRA intermediates of all routes, in fp32. Where the rung multiplies bf16 they are its operands in two terms, what
+// bf16 holds of a value and what it leaves: rounding them once would cost gradients half of the numerics contract, and
+// flip the derivative of a clamped activation near its limit.
 struct LoraRows {
   int rank = 0;
   float* f32 = nullptr;  // [routes, rank_stride(rank)]
-  OperandRows operands;
+  OperandRows terms[2];
 
   static LoraRows take(Carver& carver, const KernelTable& kernels, std::int64_t routes, int rank, float* kept) {
     LoraRows rows;
     rows.rank = rank;
     if (rank == 0) return rows;
-    const std::int64_t floats = (routes + kRowSlack) * rank_stride(rank);
-    rows.f32 = kept != nullptr ? kept : carver.take<float>(floats);
-    if (kernels.operand != OperandType::kF32) rows.operands = OperandRows::take(carver, kernels, routes, rank);
+    rows.f32 = kept != nullptr ? kept : carver.take<float>(routes * rank_stride(rank));
+    if (kernels.operand == OperandType::kBf16) {
+      for (OperandRows& term : rows.terms) term = OperandRows::take(carver, kernels, routes, rank);
+    }
     return rows;
   }
+  int term_count() const { return terms[0].data == nullptr ? 1 : 2; }
   const float* row(std::int64_t index) const { return f32 + index * rank_stride(rank); }
-  LeftRows from(std::int64_t first) const {
-    if (operands.data != nullptr) return operands.from(first);
+  LeftRows from(std::int64_t first, int term) const {
+    if (terms[term].data != nullptr) return terms[term].from(first);
     return {row(first), rank_stride(rank), nullptr};
   }
   OuterRows outer(std::int64_t first) const { return {row(first), rank_stride(rank), nullptr}; }
@@ -110,13 +132,14 @@ struct WorkerScratch {
   float* blocks[2] = {nullptr, nullptr};
 
   static std::int64_t bytes(const KernelTable& kernels);
-  static WorkerScratch at(const KernelTable& kernels, std::uint8_t* base);
+  static WorkerScratch at(std::uint8_t* base);
 };
 
 // One operation in progress on an engine.
 class Engine::Pass {
  protected:
-  Pass(Engine& engine, const LayerWeights& weights, const LoraTensors* adapter, const Routing& routing,
+  // `type` is the tokens': it decides the rung.
+  Pass(Engine& engine, FloatType type, const LayerWeights& weights, const LoraTensors* adapter, const Routing& routing,
        const CancelToken* token);
 
   WorkerScratch scratch_of(int worker) const { return engine_.worker_scratch(worker); }
@@ -145,6 +168,7 @@ class Engine::Pass {
   const float* load_f32(TokensIn in, float* copy) const;
 
   struct LoraInput {
+    const KernelTable& kernels;  // whose operands the rows are
     LeftRows rows;
     F32Matrix matrix;
     int depth;
@@ -152,6 +176,10 @@ class Engine::Pass {
   // target = scale * sum of the inputs' products with their matrices, for the rows of one task.
   void project_lora(const RowTask& task, const LoraInput* inputs, int count, float scale, const LoraRows& target,
                     int worker) const;
+
+  // block += the task's rows of a LoRA intermediate times a matrix of its rank.
+  void multiply_lora(const RowTask& task, const LoraRows& rows, const F32Matrix& matrix, int columns, float* block,
+                     int worker) const;
 
   // Sums of one column block: cleared before, converted to the output after; with several nodes `finish_sums` adds the
   // parts once all blocks are done.

@@ -1,0 +1,171 @@
+// The numerics contract and the promises of reproducibility, on every rung.
+#include <doctest/doctest.h>
+
+#include <cmath>
+#include <string>
+
+#include "layer_reference.h"
+#include "rungs.h"
+
+namespace kt_expert {
+namespace {
+
+// Relative L2 of the numerics contract with bf16 tokens, where one rounding costs about 1.7e-3.
+constexpr double kBf16Bound = 3e-3;
+// With fp32 tokens and fp32 arithmetic only the order of summation differs from double precision.
+constexpr double kFp32Bound = 5e-6;
+// Sums of several memory nodes against those of one.
+constexpr double kNodesBound = 1e-5;
+// Activations in eight bits: two roundings of 1/254 of a row's largest magnitude, which is three to four deviations.
+constexpr double kIntegerBound = 3e-2;
+
+LayerSpec layer(int experts, int hidden, int intermediate, ActivationSpec activation = {}, bool bias = false) {
+  LayerSpec spec;
+  spec.experts = experts;
+  spec.hidden = hidden;
+  spec.intermediate = intermediate;
+  spec.activation = activation;
+  spec.has_bias = bias;
+  return spec;
+}
+
+const LoraSpec kSplit{false, 4, 3, 5, 2.0f, 1.5f, 0.5f};
+const LoraSpec kTied{true, 4, 4, 8, 2.0f, 2.0f, 1.0f};
+const LoraSpec kUngated{false, 0, 6, 2, 0.0f, 0.5f, 2.0f};
+const LoraSpec kDownOnly{false, 0, 0, 16, 0.0f, 0.0f, 1.0f};
+const LoraSpec kWide{true, 40, 40, 150, 0.2f, 0.2f, 0.1f};
+
+std::vector<LayerCase> cases() {
+  return {
+      {"tile-aligned", layer(4, 64, 32), kSplit, 40, 2},
+      {"ragged", layer(5, 37, 29), kSplit, 23, 3},
+      {"ragged-tied", layer(5, 37, 29), kTied, 23, 3},
+      {"empty-experts", layer(8, 33, 17), kTied, 19, 2, WeightFormat::kBf16, 4},
+      {"no-tokens", layer(4, 32, 16), kSplit, 0, 2},
+      {"one-token", layer(6, 40, 24), kSplit, 1, 3},
+      {"one-route", layer(2, 17, 5), kTied, 1, 1},
+      {"many-rows", layer(2, 70, 45), kTied, 230, 1},
+      {"gpt-oss", layer(4, 45, 30, {Activation::kGptOss, 1.702f, 1.0f}, true), kTied, 31, 2},
+      {"clamped-silu", layer(4, 45, 30, {Activation::kClampedSilu, 1.0f, 0.8f}), kTied, 31, 2},
+      {"gelu-tanh", layer(3, 40, 33, {Activation::kGeluTanh}, true), kSplit, 17, 2},
+      {"relu2", layer(3, 40, 33, {Activation::kRelu2}, true), kUngated, 17, 2},
+      {"down-only", layer(4, 48, 40), kDownOnly, 21, 2},
+      {"wide-lora", layer(3, 48, 40), kWide, 21, 2},
+      {"no-adapter", layer(4, 48, 40), LoraSpec{}, 21, 2},
+  };
+}
+
+bool bf16_operands(Isa isa, FloatType type) {
+  return type == FloatType::kBf16 && kernels_for(isa).operand == OperandType::kBf16;
+}
+
+// Rungs that round activations do so with int8 weights only.
+bool rounds(Isa isa, WeightFormat format) { return rounds_activations(isa) && format == WeightFormat::kInt8; }
+
+template <typename Body>
+void for_each_isa(const Body& body) {
+  for (Isa isa : tested_isas()) {
+    CAPTURE(std::string(isa_name(isa)));
+    body(isa);
+  }
+}
+
+void check_contract(Isa isa, const LayerCase& spec, FloatType type) {
+  Engine engine(2, isa_name(isa), 1);
+  const LayerInputs inputs = make_inputs(spec, 11);
+  const LayerResult got = run_engine(engine, inputs, type, SavePolicy::kActivations);
+  const LayerResult expected = reference(inputs, load_weights(inputs, 1), bf16_operands(isa, type));
+  const double bound = rounds(isa, spec.format) ? kIntegerBound : type == FloatType::kBf16 ? kBf16Bound : kFp32Bound;
+  const WorstError worst = worst_error(got, expected);
+  CAPTURE(worst.quantity);
+  CHECK(worst.error <= bound);
+}
+
+TEST_CASE("output and every gradient meet the contract") {
+  for_each_isa([](Isa isa) {
+    for (const LayerCase& spec : cases()) {
+      CAPTURE(spec.name);
+      for (const FloatType type : {FloatType::kBf16, FloatType::kF32}) {
+        CAPTURE(static_cast<int>(type));
+        check_contract(isa, spec, type);
+      }
+    }
+  });
+}
+
+TEST_CASE("every weight format meets the contract against its own weights") {
+  for_each_isa([](Isa isa) {
+    if (emulated() && isa == Isa::kAmxInt8) return;  // the emulator takes signed bytes for unsigned
+    for (WeightFormat format : all_weight_formats()) {
+      CAPTURE(std::string(weight_format_name(format)));
+      for (const int tokens : {1, 40}) {
+        LayerCase spec{"format", layer(3, 150, 140), kSplit, tokens, 2, format};
+        check_contract(isa, spec, FloatType::kBf16);
+      }
+    }
+  });
+}
+
+TEST_CASE("threads, company and recomputation do not change a bit") {
+  for_each_isa([](Isa isa) {
+    if (emulated() && isa == Isa::kAmxInt8) return;
+    for (const WeightFormat format : {WeightFormat::kBf16, WeightFormat::kInt8, WeightFormat::kMxfp4}) {
+      CAPTURE(std::string(weight_format_name(format)));
+      for (const FloatType type : {FloatType::kBf16, FloatType::kF32}) {
+        const LayerInputs inputs = make_inputs({"bits", layer(4, 70, 44), kTied, 47, 2, format}, 12);
+        Engine one(1, isa_name(isa), 1), five(5, isa_name(isa), 1);
+        const LayerResult expected = run_engine(one, inputs, type, SavePolicy::kActivations);
+        CHECK(same_bits(run_engine(five, inputs, type, SavePolicy::kActivations), expected));
+        CHECK(same_bits(run_engine(five, inputs, type, SavePolicy::kInputs), expected));
+        const std::size_t width = static_cast<std::size_t>(inputs.spec.layer.hidden);
+        for (const int first : {0, 1, 20}) {
+          const int count = first == 20 ? 27 : first + 1;
+          const LayerResult alone =
+              run_engine(one, select_tokens(inputs, first, count), type, SavePolicy::kActivations);
+          const auto begin = static_cast<std::ptrdiff_t>(static_cast<std::size_t>(first) * width);
+          CHECK(std::equal(alone.y.begin(), alone.y.end(), expected.y.begin() + begin));
+          CHECK(std::equal(alone.dx.begin(), alone.dx.end(), expected.dx.begin() + begin));
+        }
+      }
+    }
+  });
+}
+
+TEST_CASE("memory nodes agree, and each number of them with itself to the bit") {
+  for_each_isa([](Isa isa) {
+    if (emulated() && isa == Isa::kAmxInt8) return;
+    for (WeightFormat format : all_weight_formats()) {
+      CAPTURE(std::string(weight_format_name(format)));
+      const LayerInputs inputs = make_inputs({"nodes", layer(3, 40, 700), kSplit, 9, 2, format}, 13);
+      Engine single(2, isa_name(isa), 1);
+      const LayerResult expected = run_engine(single, inputs, FloatType::kF32, SavePolicy::kActivations);
+      for (const int nodes : {2, 3, 5}) {
+        CAPTURE(nodes);
+        Engine split(3, isa_name(isa), nodes), again(7, isa_name(isa), nodes);
+        const LayerResult got = run_engine(split, inputs, FloatType::kF32, SavePolicy::kActivations);
+        CHECK(worst_error(got, expected).error <= kNodesBound);
+        CHECK(same_bits(run_engine(again, inputs, FloatType::kF32, SavePolicy::kActivations), got));
+      }
+    }
+  });
+}
+
+TEST_CASE("more nodes than slices of I still compute") {
+  const LayerInputs inputs = make_inputs({"small", layer(3, 20, 10), kSplit, 9, 2}, 14);
+  Engine engine(2, "scalar", 5);
+  const LayerResult got = run_engine(engine, inputs, FloatType::kF32, SavePolicy::kActivations);
+  CHECK(worst_error(got, reference(inputs, load_weights(inputs, 1), false)).error <= kFp32Bound);
+}
+
+TEST_CASE("tickets take the bytes announced") {
+  const LayerInputs inputs = make_inputs({"size", layer(5, 37, 29), kTied, 23, 3}, 15);
+  for (const SavePolicy policy : {SavePolicy::kActivations, SavePolicy::kInputs}) {
+    const Routing routing = build_routing({inputs.ids.data(), inputs.ids.size()},
+                                          {inputs.route_weights.data(), inputs.route_weights.size()}, 23, 3, 5);
+    const Ticket ticket(inputs.spec.layer, kTied, routing, FloatType::kBf16, policy);
+    CHECK(ticket.bytes() == Engine::ticket_bytes(inputs.spec.layer, kTied, 23, 3, FloatType::kBf16, policy));
+  }
+}
+
+}  // namespace
+}  // namespace kt_expert
