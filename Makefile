@@ -13,7 +13,10 @@ DEMO_FLAGS ?=
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: setup demo test check format native-test python-test bench clean system-packages
+# Bochs and a kernel, built once from Debian's packages and named after what went in.
+EMULATOR_CACHE ?= build/emulator
+
+.PHONY: setup demo test check format native-test emulated python-test bench clean system-packages
 
 setup: $(STAMP)
 
@@ -33,7 +36,7 @@ $(STAMP): pyproject.toml $(NATIVE_SOURCES) $(PROTO_SOURCES) | $(VENV)/.torch
 demo: $(STAMP)
 	$(BIN)/python deploy/demo/run.py $(DEMO_FLAGS)
 
-test: check native-test python-test
+test: check native-test emulated python-test
 	$(MAKE) demo DEMO_FLAGS="--out build/demo-small --base-steps 40 --steps 6"
 
 check: $(STAMP)
@@ -55,11 +58,15 @@ native-test: $(STAMP) system-packages
 	cmake --build $(NATIVE_BUILD)
 	ctest --test-dir $(NATIVE_BUILD) --output-on-failure --no-tests=error
 
+# The same binary on this CPU and, for instruction sets it lacks, on an emulated one.
+emulated: native-test
+	PYTHONPATH=tests $(BIN)/python -m emulated $(NATIVE_BUILD)/tests/kt_expert_native_tests $(EMULATOR_CACHE)
+
 python-test: $(STAMP) system-packages
 	$(BIN)/python -m pytest
 
 bench: $(STAMP)
-	kt-expert bench layer --json build/bench.json
+	kt-expert bench kernels --json build/bench.json
 
 clean:
 	rm -rf build

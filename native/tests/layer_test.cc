@@ -136,7 +136,7 @@ TEST_CASE("memory nodes agree, and each number of them with itself to the bit") 
     if (emulated() && isa == Isa::kAmxInt8) return;
     for (WeightFormat format : all_weight_formats()) {
       CAPTURE(std::string(weight_format_name(format)));
-      const LayerInputs inputs = make_inputs({"nodes", layer(3, 40, 700), kSplit, 9, 2, format}, 13);
+      const LayerInputs inputs = make_inputs({"nodes", layer(2, 24, 630), kSplit, 5, 2, format}, 13);
       Engine single(2, isa_name(isa), 1);
       const LayerResult expected = run_engine(single, inputs, FloatType::kF32, SavePolicy::kActivations);
       for (const int nodes : {2, 3, 5}) {

@@ -12,6 +12,10 @@
 namespace kt_expert {
 namespace {
 
+std::string kernel_name(Isa isa, WeightFormat format) {
+  return std::string(isa_name(isa)) + "/" + weight_format_name(format);
+}
+
 std::set<std::string>& ran() {
   static std::set<std::string> names;
   return names;
@@ -36,14 +40,23 @@ std::vector<Isa> tested_isas() {
 bool emulated() { return std::getenv("KT_EXPERT_TEST_EMULATED") != nullptr; }
 
 void record_kernel(Isa isa, WeightFormat format) {
-  ran().insert(std::string(isa_name(isa)) + "/" + weight_format_name(format));
+  ran().insert(kernel_name(isa, format));
 }
 
 void write_report() {
   const char* path = std::getenv("KT_EXPERT_TEST_REPORT");
   if (path == nullptr) return;
   std::ofstream report(path);
-  for (const std::string& name : ran()) report << name << "\n";
+  for (const std::string& name : ran()) report << "kernel " << name << "\n";
+}
+
+std::vector<std::string> all_kernels() {
+  std::vector<std::string> names;
+#define KT_KERNEL(enumerator, table) \
+  for (WeightFormat format : all_weight_formats()) names.push_back(kernel_name(Isa::enumerator, format));
+#include "gemm/registry.inc"
+#undef KT_KERNEL
+  return names;
 }
 
 void for_each_rung(const std::function<void(const KernelTable&)>& body) {

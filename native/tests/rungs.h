@@ -1,7 +1,7 @@
 // Which rungs and formats a test visits, and the record of those that ran.
 //
 // A "kernel" is one rung's way with one weight format. The binary visits every rung this machine has, or the ones
-// named in KT_EXPERT_TEST_ISAS; what ran is written to the file KT_EXPERT_TEST_REPORT names, one "isa/format" a line,
+// named in KT_EXPERT_TEST_ISAS; what ran is written to the file KT_EXPERT_TEST_REPORT names, one "kernel isa/format" a line,
 // so that a run here and a run in the emulator can be added up.
 #pragma once
 
@@ -18,6 +18,8 @@ std::vector<Isa> tested_isas();
 // True under an emulator whose TDPBSSD takes signed bytes for unsigned (KT_EXPERT_TEST_EMULATED is set).
 bool emulated();
 void record_kernel(Isa isa, WeightFormat format);
+// "isa/format" of every kernel there is, whether this machine has it or not.
+std::vector<std::string> all_kernels();
 // Writes the report, where one is asked for.
 void write_report();
 

@@ -133,6 +133,11 @@ class Engine {
   // Sum of squares of scale * (sum over ranks of gradients).
   double gradient_square_sum(double scale, const std::vector<const LoraTensors*>& gradients);
 
+  // What this machine gives the engine's threads together, measured now: the peak of the rung's multiply-adds
+  // (flop per second) and of reading memory (bytes per second, from 256 MiB).
+  double measure_peak_flops();
+  double measure_read_bandwidth();
+
   static std::int64_t ticket_bytes(const LayerSpec& layer, const LoraSpec& lora, std::int64_t tokens, int top_k,
                                    FloatType type, SavePolicy policy);
   // Peak scratch of one forward or backward beside tickets and outputs.

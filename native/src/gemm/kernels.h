@@ -131,6 +131,11 @@ struct KernelTable {
   double (*sum_squares)(const float* values, std::int64_t count);
   void (*adamw)(const struct AdamWStep& step, const float* gradient, float* parameter, float* exp_avg,
                 float* exp_avg_sq, std::int64_t count);
+
+  // What the rung's products are bound by: multiply-adds without memory (returns the flop done in `rounds`), and memory
+  // without arithmetic (`count` floats, a multiple of 128).
+  double (*burn)(std::int64_t rounds);
+  void (*read)(const float* source, std::int64_t count);
 };
 
 struct AdamWStep {

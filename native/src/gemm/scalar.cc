@@ -3,6 +3,7 @@
 #include <cmath>
 
 #include "gemm/elementwise.h"
+#include "gemm/peaks.h"
 
 namespace kt_expert {
 namespace {
@@ -153,6 +154,16 @@ void activate_backward(const ActivationSpec& spec, const float* gate, const floa
   }
 }
 
+struct OneFloat {
+  static constexpr int kLanes = 1;
+  float v;
+  static OneFloat set(float value) { return {value}; }
+  static OneFloat load(const float* source) { return {*source}; }
+  void store(float* target) const { *target = v; }
+  static OneFloat fma(OneFloat a, OneFloat b, OneFloat c) { return {a.v * b.v + c.v}; }
+  friend OneFloat operator+(OneFloat a, OneFloat b) { return {a.v + b.v}; }
+};
+
 KernelTable make_table() {
   KernelTable table{};
   table.isa = Isa::kScalar;
@@ -179,6 +190,8 @@ KernelTable make_table() {
   table.dot = loop_dot;
   table.sum_squares = loop_sum_squares;
   table.adamw = loop_adamw;
+  table.burn = burn_fma<OneFloat>;
+  table.read = read_floats<OneFloat>;
   return table;
 }
 

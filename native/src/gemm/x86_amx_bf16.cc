@@ -36,6 +36,18 @@ void multiply_blocks(const LeftRows& a, int rows, const PackedMatrix& w, const B
   }
 }
 
+double burn(std::int64_t rounds) {
+  constexpr int kChains = 4, kFlopEach = 2 * kTileRows * kTileRows * kTileDepth;
+  HardwareTiles<false> tiles;  // configured tiles are zero
+  for (std::int64_t round = 0; round < rounds; ++round) {
+    tiles.dot<0, 4, 6>();
+    tiles.dot<1, 4, 7>();
+    tiles.dot<2, 5, 6>();
+    tiles.dot<3, 5, 7>();
+  }
+  return static_cast<double>(kChains * kFlopEach) * static_cast<double>(rounds);
+}
+
 KernelTable make_table() {
   KernelTable table{};
   table.isa = Isa::kAmxBf16;
@@ -58,6 +70,7 @@ KernelTable make_table() {
   table.expand_f32_kn = expand_tiles_kn;
   table.multiply = multiply;
   set_avx512_loops(table);
+  table.burn = burn;
   return table;
 }
 

@@ -6,6 +6,7 @@
 
 #include "gemm/activation_loops.h"
 #include "gemm/elementwise.h"
+#include "gemm/peaks.h"
 #include "gemm/tile_loops.h"
 #include "gemm/x86_avx2_decode.h"
 #include "gemm/x86_avx2_vector.h"
@@ -58,6 +59,8 @@ KernelTable make_table() {
   table.dot = loop_dot;
   table.sum_squares = loop_sum_squares;
   table.adamw = loop_adamw;
+  table.burn = burn_fma<Avx2Vector>;
+  table.read = read_floats<Avx2Vector>;
   return table;
 }
 

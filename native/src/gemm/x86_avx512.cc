@@ -4,6 +4,7 @@
 
 #include "gemm/activation_loops.h"
 #include "gemm/elementwise.h"
+#include "gemm/peaks.h"
 #include "gemm/x86_avx512_decode.h"
 #include "gemm/x86_avx512_vector.h"
 
@@ -59,6 +60,8 @@ void set_avx512_loops(KernelTable& table) {
   table.dot = loop_dot;
   table.sum_squares = loop_sum_squares;
   table.adamw = loop_adamw;
+  table.burn = burn_fma<Avx512Vector>;
+  table.read = read_floats<Avx512Vector>;
 }
 
 const KernelTable& avx512_kernels() {

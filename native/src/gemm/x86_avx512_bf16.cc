@@ -79,6 +79,23 @@ void multiply_blocks(const LeftRows& a, int rows, const PackedMatrix& w, const B
   }
 }
 
+double burn(std::int64_t rounds) {
+  constexpr int kChains = 12, kFlopEach = 2 * 2 * 16;
+  __m512 sum[kChains];
+  const __m512bh values = reinterpret_cast<__m512bh>(_mm512_set1_epi16(0x3F00));
+#pragma GCC unroll 16
+  for (int i = 0; i < kChains; ++i) sum[i] = _mm512_setzero_ps();
+  for (std::int64_t round = 0; round < rounds; ++round) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kChains; ++i) sum[i] = _mm512_dpbf16_ps(sum[i], values, values);
+  }
+  float lanes[16];
+  for (int i = 1; i < kChains; ++i) sum[0] = _mm512_add_ps(sum[0], sum[i]);
+  _mm512_storeu_ps(lanes, sum[0]);
+  asm volatile("" : : "r"(lanes) : "memory");  // the sums are needed
+  return static_cast<double>(kChains * kFlopEach) * static_cast<double>(rounds);
+}
+
 KernelTable make_table() {
   KernelTable table{};
   table.isa = Isa::kAvx512Bf16;
@@ -101,6 +118,7 @@ KernelTable make_table() {
   table.expand_f32_kn = expand_pairs_kn;
   table.multiply = multiply;
   set_avx512_loops(table);
+  table.burn = burn;
   return table;
 }
 
