@@ -39,9 +39,7 @@ std::vector<Isa> tested_isas() {
 
 bool emulated() { return std::getenv("KT_EXPERT_TEST_EMULATED") != nullptr; }
 
-void record_kernel(Isa isa, WeightFormat format) {
-  ran().insert(kernel_name(isa, format));
-}
+void record_kernel(Isa isa, WeightFormat format) { ran().insert(kernel_name(isa, format)); }
 
 void write_report() {
   const char* path = std::getenv("KT_EXPERT_TEST_REPORT");

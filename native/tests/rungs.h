@@ -1,8 +1,8 @@
 // Which rungs and formats a test visits, and the record of those that ran.
 //
 // A "kernel" is one rung's way with one weight format. The binary visits every rung this machine has, or the ones
-// named in KT_EXPERT_TEST_ISAS; what ran is written to the file KT_EXPERT_TEST_REPORT names, one "kernel isa/format" a line,
-// so that a run here and a run in the emulator can be added up.
+// named in KT_EXPERT_TEST_ISAS; what ran is written to the file KT_EXPERT_TEST_REPORT names, one "kernel isa/format" a
+// line, so that a run here and a run in the emulator can be added up.
 #pragma once
 
 #include <functional>

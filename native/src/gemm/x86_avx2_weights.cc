@@ -14,23 +14,21 @@ KT_INLINE __m256 load_two(const std::uint8_t* low, const std::uint8_t* high) {
                               _mm_loadu_ps(reinterpret_cast<const float*>(high)), 1);
 }
 
-// 8 x 8 words turned: `words` points at the first of eight depth steps of eight rows; t[n] gets row n's eight words.
-KT_INLINE void turn_words(const std::uint8_t* words, __m256i (&t)[kHalfRows]) {
-  constexpr int kQuarterBytes = kWordRowBytes / 4;  // four rows
-#pragma GCC unroll 2
-  for (int quarter = 0; quarter < 2; ++quarter) {
-    const std::uint8_t* at = words + quarter * kQuarterBytes;
-    const __m256 r0 = load_two(at, at + 4 * kWordRowBytes);
-    const __m256 r1 = load_two(at + kWordRowBytes, at + 5 * kWordRowBytes);
-    const __m256 r2 = load_two(at + 2 * kWordRowBytes, at + 6 * kWordRowBytes);
-    const __m256 r3 = load_two(at + 3 * kWordRowBytes, at + 7 * kWordRowBytes);
-    const __m256 low01 = _mm256_unpacklo_ps(r0, r1), high01 = _mm256_unpackhi_ps(r0, r1);
-    const __m256 low23 = _mm256_unpacklo_ps(r2, r3), high23 = _mm256_unpackhi_ps(r2, r3);
-    t[4 * quarter] = _mm256_castps_si256(_mm256_shuffle_ps(low01, low23, 0x44));
-    t[4 * quarter + 1] = _mm256_castps_si256(_mm256_shuffle_ps(low01, low23, 0xEE));
-    t[4 * quarter + 2] = _mm256_castps_si256(_mm256_shuffle_ps(high01, high23, 0x44));
-    t[4 * quarter + 3] = _mm256_castps_si256(_mm256_shuffle_ps(high01, high23, 0xEE));
-  }
+constexpr int kQuarterRows = 4;
+constexpr int kQuarterBytes = kQuarterRows * 4;
+
+// Eight depth steps of four rows turned: t[n] gets row n's eight words.
+KT_INLINE void turn_quarter(const std::uint8_t* at, __m256i (&t)[kQuarterRows]) {
+  const __m256 r0 = load_two(at, at + 4 * kWordRowBytes);
+  const __m256 r1 = load_two(at + kWordRowBytes, at + 5 * kWordRowBytes);
+  const __m256 r2 = load_two(at + 2 * kWordRowBytes, at + 6 * kWordRowBytes);
+  const __m256 r3 = load_two(at + 3 * kWordRowBytes, at + 7 * kWordRowBytes);
+  const __m256 low01 = _mm256_unpacklo_ps(r0, r1), high01 = _mm256_unpackhi_ps(r0, r1);
+  const __m256 low23 = _mm256_unpacklo_ps(r2, r3), high23 = _mm256_unpackhi_ps(r2, r3);
+  t[0] = _mm256_castps_si256(_mm256_shuffle_ps(low01, low23, 0x44));
+  t[1] = _mm256_castps_si256(_mm256_shuffle_ps(low01, low23, 0xEE));
+  t[2] = _mm256_castps_si256(_mm256_shuffle_ps(high01, high23, 0x44));
+  t[3] = _mm256_castps_si256(_mm256_shuffle_ps(high01, high23, 0xEE));
 }
 
 // bf16, int8 and fp8 turn whole words and read them after; a group of eight words spans kGroupDepth depths, whose
@@ -62,23 +60,31 @@ KT_INLINE void read_turned(const Reader<kFormat>& reader, const std::uint8_t* wo
 template <WeightFormat kFormat>
 KT_INLINE void expand_words(const std::uint8_t* words, const std::uint8_t* scales, int half,
                             float* const (&panels)[2]) {
+  constexpr bool kTwoGroups = values_per_word(kFormat) == 2;
   const RowReader<kFormat> reader(scales);
-  __m256i t[kHalfRows];
-  const auto store = [&](auto place, float* panel) KT_LAMBDA_INLINE {
-#pragma GCC unroll 8
-    for (int n = 0; n < kHalfRows; ++n) {
-      const int row = half * kHalfRows + n;
-      _mm256_storeu_ps(panel + n * kPanelColumns, reader.template read<place.value>(t[n], row));
-      _mm256_storeu_ps(panel + n * kPanelColumns + kWordGroup, reader.template read<place.value + 1>(t[n], row));
+#pragma GCC unroll 2
+  for (int quarter = 0; quarter < 2; ++quarter) {
+#pragma GCC unroll 2
+    for (int p = 0; p < 2; ++p) {
+      __m256i t[kQuarterRows];
+      turn_quarter(words + quarter * kQuarterBytes + (kTwoGroups ? p * group_bytes<kFormat>() : 0), t);
+      float* target = panels[p] + quarter * kQuarterRows * kPanelColumns;
+      const auto store = [&](auto place) KT_LAMBDA_INLINE {
+#pragma GCC unroll 4
+        for (int n = 0; n < kQuarterRows; ++n) {
+          const int row = half * kHalfRows + quarter * kQuarterRows + n;
+          _mm256_storeu_ps(target + n * kPanelColumns, reader.template read<place.value>(t[n], row));
+          _mm256_storeu_ps(target + n * kPanelColumns + kWordGroup, reader.template read<place.value + 1>(t[n], row));
+        }
+      };
+      if constexpr (kTwoGroups) {
+        store(std::integral_constant<int, 0>{});
+      } else if (p == 0) {
+        store(std::integral_constant<int, 0>{});
+      } else {
+        store(std::integral_constant<int, 2>{});
+      }
     }
-  };
-  turn_words(words, t);
-  store(std::integral_constant<int, 0>{}, panels[0]);
-  if constexpr (values_per_word(kFormat) == 2) {
-    turn_words(words + group_bytes<kFormat>(), t);
-    store(std::integral_constant<int, 0>{}, panels[1]);
-  } else {
-    store(std::integral_constant<int, 2>{}, panels[1]);
   }
 }
 
@@ -118,38 +124,40 @@ void expand_backward(const PackedMatrix& w, int depth_block, int first_row, int 
   }
 }
 
-// Eight rows of W times one group of depths, added to kRows rows of C; a[m] points at the eight values of row m.
+// Eight rows of W times one depth block, added to kRows rows of C; a[m] points at the eight values of row m. Groups
+// take turns after four rows: a column's sum is a chain of dependent additions, and chains wait for each other in
+// order.
 template <WeightFormat kFormat, int kRows>
-KT_INLINE void backward_group(const float* const (&a)[kRows], const std::uint8_t* words, const std::uint8_t* scales,
+KT_INLINE void backward_words(const float* const (&a)[kRows], const std::uint8_t* words, const std::uint8_t* scales,
                               int half, float* c, std::int64_t c_stride) {
-  constexpr int kSums = group_depth<kFormat>() / kWordGroup;
+  constexpr int kPerWord = values_per_word(kFormat), kGroups = kBlockDepth / group_depth<kFormat>();
+  constexpr int kSums = kGroups * kPerWord;
+  const RowReader<kFormat> reader(scales);
   __m256 sum[kRows][kSums];
 #pragma GCC unroll 4
   for (int m = 0; m < kRows; ++m) {
 #pragma GCC unroll 4
     for (int i = 0; i < kSums; ++i) sum[m][i] = _mm256_loadu_ps(c + m * c_stride + i * kWordGroup);
   }
-  const auto add = [&](int n, auto i, __m256 weights) KT_LAMBDA_INLINE {
+#pragma GCC unroll 2
+  for (int quarter = 0; quarter < 2; ++quarter) {
+#pragma GCC unroll 2
+    for (int group = 0; group < kGroups; ++group) {
+      __m256i t[kQuarterRows];
+      turn_quarter(words + group * group_bytes<kFormat>() + quarter * kQuarterBytes, t);
 #pragma GCC unroll 4
-    for (int m = 0; m < kRows; ++m) {
-      sum[m][i.value] = _mm256_fmadd_ps(_mm256_broadcast_ss(a[m] + n), weights, sum[m][i.value]);
+      for (int n = 0; n < kQuarterRows; ++n) {
+        const int row = quarter * kQuarterRows + n;
+        unroll<kPerWord>([&](auto i) KT_LAMBDA_INLINE {
+          const __m256 weights = reader.template read<i.value>(t[n], half * kHalfRows + row);
+#pragma GCC unroll 4
+          for (int m = 0; m < kRows; ++m) {
+            __m256& target = sum[m][group * kPerWord + i.value];
+            target = _mm256_fmadd_ps(_mm256_broadcast_ss(a[m] + row), weights, target);
+          }
+        });
+      }
     }
-  };
-  if constexpr (turns_words<kFormat>()) {
-    const RowReader<kFormat> reader(scales);
-    __m256i t[kHalfRows];
-    turn_words(words, t);
-#pragma GCC unroll 8
-    for (int n = 0; n < kHalfRows; ++n) {
-      unroll<kSums>([&](auto i)
-                        KT_LAMBDA_INLINE { add(n, i, reader.template read<i.value>(t[n], half * kHalfRows + n)); });
-    }
-  } else {
-    const Reader<kFormat> reader(scales, half);
-    __m256 t[kHalfRows];
-    read_turned<kFormat>(reader, words, t);
-#pragma GCC unroll 8
-    for (int n = 0; n < kHalfRows; ++n) add(n, std::integral_constant<int, 0>{}, t[n]);
   }
 #pragma GCC unroll 4
   for (int m = 0; m < kRows; ++m) {
@@ -158,33 +166,58 @@ KT_INLINE void backward_group(const float* const (&a)[kRows], const std::uint8_t
   }
 }
 
-// One row block of W, all columns. Half a block of rows at a time over all columns: the sums of one group are a chain
-// of only eight additions before the next, independent, group begins.
+// The same for a 4-bit format, in groups of eight depths.
 template <WeightFormat kFormat, int kRows>
-void backward_rows(const float* const* rows, const PackedMatrix& w, int row_block, const BlockRange& range, float* c,
-                   std::int64_t c_stride) {
-  constexpr int kGroups = kBlockDepth / group_depth<kFormat>();
+KT_INLINE void backward_nibbles(const float* const (&a)[kRows], const std::uint8_t* words, const std::uint8_t* scales,
+                                int half, float* c, std::int64_t c_stride) {
+  const Reader<kFormat> reader(scales, half);
+#pragma GCC unroll 4
+  for (int group = 0; group < kBlockDepth / kWordGroup; ++group) {
+    float* target = c + group * kWordGroup;
+    __m256 t[kHalfRows], sum[kRows];
+    read_turned<kFormat>(reader, words + group * group_bytes<kFormat>(), t);
+#pragma GCC unroll 4
+    for (int m = 0; m < kRows; ++m) sum[m] = _mm256_loadu_ps(target + m * c_stride);
+#pragma GCC unroll 8
+    for (int n = 0; n < kHalfRows; ++n) {
+#pragma GCC unroll 4
+      for (int m = 0; m < kRows; ++m) sum[m] = _mm256_fmadd_ps(_mm256_broadcast_ss(a[m] + n), t[n], sum[m]);
+    }
+#pragma GCC unroll 4
+    for (int m = 0; m < kRows; ++m) _mm256_storeu_ps(target + m * c_stride, sum[m]);
+  }
+}
+
+// Row blocks read side by side: each is a stream of its own for the hardware's prefetchers, and one stream alone does
+// not keep enough of memory busy.
+constexpr int kStreams = 2;
+
+// Up to kStreams row blocks of W, all columns.
+template <WeightFormat kFormat, int kRows>
+void backward_rows(const float* const* rows, const PackedMatrix& w, int row_block, int streams, const BlockRange& range,
+                   float* c, std::int64_t c_stride) {
   // Far enough to hide memory's latency, near enough to stay in the first-level cache.
-  constexpr int kAheadBlocks = 4096 / block_bytes(kFormat);
-  const std::uint8_t* first = block_at<kFormat>(w, row_block, range.first_depth);
-  const std::int64_t next_row = (static_cast<std::int64_t>(w.depth_blocks) - range.depth_blocks) * block_bytes(kFormat);
-  for (int half = 0; half < 2; ++half) {
-    const float* a[kRows];
+  constexpr int kAheadBlocks = 1024 / block_bytes(kFormat);
+  const std::int64_t row_bytes = static_cast<std::int64_t>(w.depth_blocks) * block_bytes(kFormat);
+  const std::int64_t next_rows = streams * row_bytes - std::int64_t{range.depth_blocks} * block_bytes(kFormat);
+  const std::uint8_t* column = block_at<kFormat>(w, row_block, range.first_depth);
+  for (int j = 0; j < range.depth_blocks; ++j, column += block_bytes(kFormat)) {
+    const std::int64_t ahead =
+        kAheadBlocks * block_bytes(kFormat) + (j + kAheadBlocks < range.depth_blocks ? 0 : next_rows);
+    float* target = c + static_cast<std::int64_t>(j) * kBlockDepth;
+    for (int stream = 0; stream < streams; ++stream) {
+      const std::uint8_t* words = column + stream * row_bytes;
+      const std::uint8_t* scales = scales_at<kFormat>(w, row_block + stream, range.first_depth + j);
+      prefetch(words + ahead, block_bytes(kFormat));
+      for (int half = 0; half < 2; ++half, words += kWordRowBytes / 2) {
+        const float* a[kRows];
 #pragma GCC unroll 4
-    for (int m = 0; m < kRows; ++m) a[m] = rows[m] + half * kHalfRows;
-    const std::uint8_t* words = first + half * kWordRowBytes / 2;
-    float* target = c;
-    for (int j = 0; j < range.depth_blocks; ++j) {
-      if (half == 0) {
-        const std::int64_t skipped = j + kAheadBlocks < range.depth_blocks ? 0 : next_row;
-        prefetch(words + kAheadBlocks * block_bytes(kFormat) + skipped, block_bytes(kFormat));
-      }
-      const std::uint8_t* scales = scales_at<kFormat>(w, row_block, range.first_depth + j);
-#pragma GCC unroll 4
-      for (int group = 0; group < kGroups; ++group) {
-        backward_group<kFormat, kRows>(a, words, scales, half, target, c_stride);
-        words += group_bytes<kFormat>();
-        target += group_depth<kFormat>();
+        for (int m = 0; m < kRows; ++m) a[m] = rows[m] + stream * kBlockRows + half * kHalfRows;
+        if constexpr (turns_words<kFormat>()) {
+          backward_words<kFormat, kRows>(a, words, scales, half, target, c_stride);
+        } else {
+          backward_nibbles<kFormat, kRows>(a, words, scales, half, target, c_stride);
+        }
       }
     }
   }
@@ -196,27 +229,18 @@ constexpr int direct_backward_rows() {
   return group_depth<kFormat>() > 16 ? 2 : 4;
 }
 
-// The blocks of one group of rows are contiguous along the depth: rows outermost reads memory in order, and C, a few
-// rows of one task's columns, stays in the first-level cache.
 template <WeightFormat kFormat>
 void direct_backward(const LeftRows& a, int rows, const PackedMatrix& w, const BlockRange& range, float* c,
                      std::int64_t c_stride) {
-  const float* row[direct_backward_rows<kFormat>()];
+  constexpr int kMost = direct_backward_rows<kFormat>();
+  const float* row[kMost];
   for (int m = 0; m < rows; ++m) row[m] = f32_row(a, m);
-  for (int b = 0; b < range.row_blocks; ++b) {
-    const int row_block = range.first_row + b;
-    if (rows == 1) {
-      backward_rows<kFormat, 1>(row, w, row_block, range, c, c_stride);
-    } else if (rows == 2) {
-      backward_rows<kFormat, 2>(row, w, row_block, range, c, c_stride);
-    } else if constexpr (direct_backward_rows<kFormat>() > 2) {
-      if (rows == 3) {
-        backward_rows<kFormat, 3>(row, w, row_block, range, c, c_stride);
-      } else {
-        backward_rows<kFormat, 4>(row, w, row_block, range, c, c_stride);
-      }
-    }
-    for (int m = 0; m < rows; ++m) row[m] += kBlockRows;
+  for (int b = 0; b < range.row_blocks; b += kStreams) {
+    const int streams = std::min(kStreams, range.row_blocks - b);
+    with_constant<kMost>(rows, [&](auto count) {
+      backward_rows<kFormat, count.value>(row, w, range.first_row + b, streams, range, c, c_stride);
+    });
+    for (int m = 0; m < rows; ++m) row[m] += kStreams * kBlockRows;
   }
 }
 

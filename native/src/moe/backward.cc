@@ -138,7 +138,7 @@ void Engine::BackwardPass::project_dy() {
 void Engine::BackwardPass::hidden_gradients() {
   const std::vector<LayerWeights::Slice>& slices = weights_.slices();
   const std::int64_t rows = static_cast<std::int64_t>(row_tasks_.size());
-  const int width = column_width(slices.front().count, rows, pool_.size() / static_cast<int>(slices.size()) + 1);
+  const int width = column_width(slices.front().count, rows);
   std::vector<std::int64_t> counts;
   for (const LayerWeights::Slice& slice : slices) counts.push_back(rows * ceil_div(slice.count, width));
   pool_.run_on_nodes(
@@ -162,7 +162,7 @@ void Engine::BackwardPass::hidden_block(const RowTask& task, const LayerWeights:
   const int global_first = slice.first + first_column;
   clear_block(d_h, task.count, static_cast<int>(padded));
   multiply_backward(kernels_, dy_rows(task), task.count, slice.matrix(Projection::kDown, task.expert),
-                    first_column / kBlockDepth, static_cast<int>(padded) / kBlockDepth, d_h, kTaskColumns,
+                    first_column / kBlockDepth, static_cast<int>(padded) / kBlockDepth, d_h, block_stride_,
                     scratch.panels);
   const int rank = lora_.rank_down;
   if (rank > 0) {
@@ -170,7 +170,7 @@ void Engine::BackwardPass::hidden_block(const RowTask& task, const LayerWeights:
     multiply_lora(task, buffers_.dy_b_down, {a, layer_.intermediate, RightLayout::kKN}, columns, d_h, worker);
   }
   for (int m = 0; m < task.count; ++m) {
-    const std::int64_t in_block = static_cast<std::int64_t>(m) * kTaskColumns;
+    const std::int64_t in_block = std::int64_t{m} * block_stride_;
     finish_hidden_row(task.first + m, global_first, columns, padded, d_h + in_block, h + in_block);
   }
 }
@@ -264,8 +264,7 @@ void Engine::BackwardPass::project_hidden() {
 
 void Engine::BackwardPass::input_gradients() {
   const std::vector<LayerWeights::Slice>& slices = weights_.slices();
-  const int nodes = static_cast<int>(slices.size());
-  const int width = column_width(layer_.hidden, 1, pool_.size() / nodes + 1);
+  const int width = column_width(layer_.hidden, 1);
   pool_.run_on_nodes(
       std::vector<std::int64_t>(slices.size(), ceil_div(layer_.hidden, width)),
       [&](int node, std::int64_t task, int worker) {
@@ -296,7 +295,7 @@ void Engine::BackwardPass::input_rows(const RowTask& task, const LayerWeights::S
   const auto base = [&](Projection projection, const OperandRows& rows) {
     multiply_backward(kernels_, rows.from_column(task.first, slice.first), task.count,
                       slice.matrix(projection, task.expert), first_column / kBlockDepth, padded / kBlockDepth, block,
-                      kTaskColumns, scratch.panels);
+                      block_stride_, scratch.panels);
   };
   const auto lora = [&](LoraTensor a, const LoraRows& rows) {
     if (!first_slice || rows.rank == 0) return;
@@ -309,7 +308,7 @@ void Engine::BackwardPass::input_rows(const RowTask& task, const LayerWeights::S
   lora(LoraTensor::kAUp, buffers_.d_up_b);
   for (int m = 0; m < task.count; ++m) {
     const std::size_t row = static_cast<std::size_t>(task.first + m);
-    kernels_.add_scaled(1.0f, block + static_cast<std::int64_t>(m) * kTaskColumns,
+    kernels_.add_scaled(1.0f, block_row(block, m),
                         sums + routing_.row_token[row] * static_cast<std::int64_t>(layer_.hidden) + first_column,
                         columns);
   }

@@ -40,8 +40,7 @@ std::unique_ptr<Ticket> Engine::ForwardPass::run(Engine& engine, const ForwardAr
 
 void Engine::ForwardPass::down() {
   const std::vector<LayerWeights::Slice>& slices = weights_.slices();
-  const int nodes = static_cast<int>(slices.size());
-  const int width = column_width(layer_.hidden, 1, pool_.size() / nodes + 1);
+  const int width = column_width(layer_.hidden, 1);
   const std::int64_t per_node = ceil_div(layer_.hidden, width);
   pool_.run_on_nodes(
       std::vector<std::int64_t>(slices.size(), per_node),
@@ -72,16 +71,16 @@ void Engine::ForwardPass::down_rows(const RowTask& task, const LayerWeights::Sli
   clear_block(block, task.count, padded);
   const float* bias = weights_.bias(Projection::kDown, task.expert);
   for (int m = 0; first_slice && bias != nullptr && m < task.count; ++m) {
-    std::copy_n(bias + first_column, columns, block + static_cast<std::int64_t>(m) * kTaskColumns);
+    std::copy_n(bias + first_column, columns, block_row(block, m));
   }
   const PackedMatrix matrix = slice.matrix(Projection::kDown, task.expert);
   const int first_block = first_column / kBlockRows, blocks = padded / kBlockRows;
   if (in_integers()) {
     kernels_.integer->multiply(h_codes().from(task.first, slice.first), task.count, matrix, first_block, blocks, block,
-                               kTaskColumns);
+                               block_stride_);
   } else {
     multiply_forward(kernels_, h().from_column(task.first, slice.first), task.count, matrix, first_block, blocks, block,
-                     kTaskColumns, scratch.panels);
+                     block_stride_, scratch.panels);
   }
   const int rank = lora_.rank_down;
   if (first_slice && rank > 0) {
@@ -90,7 +89,7 @@ void Engine::ForwardPass::down_rows(const RowTask& task, const LayerWeights::Sli
   }
   for (int m = 0; m < task.count; ++m) {
     const std::size_t row = static_cast<std::size_t>(task.first + m);
-    kernels_.add_scaled(routing_.row_weight[row], block + static_cast<std::int64_t>(m) * kTaskColumns,
+    kernels_.add_scaled(routing_.row_weight[row], block_row(block, m),
                         sums + routing_.row_token[row] * static_cast<std::int64_t>(layer_.hidden) + first_column,
                         columns);
   }

@@ -97,7 +97,7 @@ void Engine::HiddenPass::project_x() {
 void Engine::HiddenPass::gate_up() {
   const std::vector<LayerWeights::Slice>& slices = weights_.slices();
   const std::int64_t rows = static_cast<std::int64_t>(row_tasks_.size());
-  const int width = column_width(slices.front().count, rows, pool_.size() / static_cast<int>(slices.size()) + 1);
+  const int width = column_width(slices.front().count, rows);
   std::vector<std::int64_t> counts;
   for (const LayerWeights::Slice& slice : slices) counts.push_back(rows * ceil_div(slice.count, width));
   pool_.run_on_nodes(
@@ -122,16 +122,16 @@ void Engine::HiddenPass::project_column_block(const RowTask& task, const LayerWe
   clear_block(block, task.count, padded);
   if (const float* bias = weights_.bias(projection, task.expert); bias != nullptr) {
     for (int m = 0; m < task.count; ++m) {
-      std::copy_n(bias + global_first, columns, block + static_cast<std::int64_t>(m) * kTaskColumns);
+      std::copy_n(bias + global_first, columns, block_row(block, m));
     }
   }
   const PackedMatrix matrix = slice.matrix(projection, task.expert);
   const int first_block = first_column / kBlockRows, blocks = padded / kBlockRows;
   if (in_integers()) {
     kernels_.integer->multiply(buffers_.x_codes.from(task.first, 0), task.count, matrix, first_block, blocks, block,
-                               kTaskColumns);
+                               block_stride_);
   } else {
-    multiply_forward(kernels_, x_rows(task), task.count, matrix, first_block, blocks, block, kTaskColumns,
+    multiply_forward(kernels_, x_rows(task), task.count, matrix, first_block, blocks, block, block_stride_,
                      scratch.panels);
   }
   const bool is_gate = projection == Projection::kGate;
@@ -153,7 +153,7 @@ void Engine::HiddenPass::gate_up_block(const RowTask& task, const LayerWeights::
   const int global_first = slice.first + first_column;
   const std::int64_t padded = align_up(columns, kBlockDepth);
   for (int m = 0; m < task.count; ++m) {
-    const std::int64_t in_block = static_cast<std::int64_t>(m) * kTaskColumns;
+    const std::int64_t in_block = std::int64_t{m} * block_stride_;
     const std::int64_t kept = (static_cast<std::int64_t>(task.first) + m) * layer_.intermediate + global_first;
     if (store_.gate != nullptr && gated) std::copy_n(gate + in_block, columns, store_.gate + kept);
     if (store_.up != nullptr) std::copy_n(up + in_block, columns, store_.up + kept);

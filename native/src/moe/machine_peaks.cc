@@ -41,9 +41,8 @@ double Engine::measure_read_bandwidth() {
   constexpr std::int64_t kFloats = std::int64_t{64} << 20, kTaskFloats = std::int64_t{1} << 18;
   constexpr int kSweeps = 4;
   AlignedBuffer<float> memory(static_cast<std::size_t>(kFloats));
-  pool_.run(kFloats / kTaskFloats, [&](std::int64_t task, int) {
-    std::fill_n(memory.data() + task * kTaskFloats, kTaskFloats, 1.0f);
-  });
+  pool_.run(kFloats / kTaskFloats,
+            [&](std::int64_t task, int) { std::fill_n(memory.data() + task * kTaskFloats, kTaskFloats, 1.0f); });
   const auto begun = Clock::now();
   pool_.run(kSweeps * kFloats / kTaskFloats, [&](std::int64_t task, int) {
     kernels_.read(memory.data() + task % (kFloats / kTaskFloats) * kTaskFloats, kTaskFloats);

@@ -13,7 +13,7 @@ std::vector<RowTask> row_tasks(const Routing& routing) {
 
 std::int64_t WorkerScratch::bytes(const KernelTable& kernels) {
   Carver carver(nullptr);
-  for (int b = 0; b < 2; ++b) carver.take<float>((kTaskRows + kRowSlack) * kTaskColumns);
+  for (int b = 0; b < 2; ++b) carver.take<float>(kBlockFloats);
   carver.take<std::uint8_t>(panel_scratch_bytes(kernels));
   return carver.used();
 }
@@ -21,7 +21,7 @@ std::int64_t WorkerScratch::bytes(const KernelTable& kernels) {
 WorkerScratch WorkerScratch::at(std::uint8_t* base) {
   Carver carver(base);
   WorkerScratch scratch;
-  for (float*& block : scratch.blocks) block = carver.take<float>((kTaskRows + kRowSlack) * kTaskColumns);
+  for (float*& block : scratch.blocks) block = carver.take<float>(kBlockFloats);
   scratch.panels.panels = carver.take<std::uint8_t>(0);
   return scratch;
 }
@@ -37,7 +37,22 @@ Engine::Pass::Pass(Engine& engine, FloatType type, const LayerWeights& weights, 
       adapter_(adapter),
       lora_(adapter == nullptr ? LoraSpec{} : adapter->lora()),
       routing_(routing),
-      row_tasks_(row_tasks(routing)) {}
+      row_tasks_(row_tasks(routing)) {
+  int most_rows = 0;
+  for (const RowTask& task : row_tasks_) most_rows = std::max(most_rows, task.count);
+  block_stride_ = most_rows <= kFewRows ? kFewRowsColumns : kTaskColumns;
+}
+
+int Engine::Pass::column_width(std::int64_t columns, std::int64_t tasks_per_block) const {
+  const std::int64_t workers = ceil_div(pool_.size(), static_cast<std::int64_t>(weights_.slices().size()));
+  int width = block_stride_;
+  while (width > kLeastColumns && ceil_div(columns, width) * tasks_per_block < kTasksPerWorker * workers) width /= 2;
+  return width;
+}
+
+void Engine::Pass::clear_block(float* block, int rows, int columns) const {
+  for (int m = 0; m < rows; ++m) std::fill_n(block_row(block, m), columns, 0.0f);
+}
 
 void Engine::Pass::load_operands(TokensIn in, const OperandRows& target) const {
   const std::int64_t width = layer_.hidden, padded = align_up(width, kDepthAlign);
@@ -101,19 +116,19 @@ void Engine::Pass::project_lora(const RowTask& task, const LoraInput* inputs, in
   const WorkerScratch scratch = scratch_of(worker);
   float* block = scratch.blocks[0];
   const std::int64_t stride = rank_stride(target.rank);
-  for (int n0 = 0; n0 < target.rank; n0 += kTaskColumns) {
-    const int columns = std::min(kTaskColumns, target.rank - n0);
+  for (int n0 = 0; n0 < target.rank; n0 += block_stride_) {
+    const int columns = std::min(block_stride_, target.rank - n0);
     const int padded = static_cast<int>(align_up(columns, kRankAlign));
     clear_block(block, task.count, padded);
     for (int i = 0; i < count; ++i) {
       F32Matrix part = inputs[i].matrix;
       part.data += part.layout == RightLayout::kNK ? n0 * part.stride : n0;
-      multiply_f32(inputs[i].kernels, inputs[i].rows, task.count, part, columns, inputs[i].depth, block, kTaskColumns,
+      multiply_f32(inputs[i].kernels, inputs[i].rows, task.count, part, columns, inputs[i].depth, block, block_stride_,
                    scratch.panels);
     }
     for (int m = 0; m < task.count; ++m) {
       float* row = target.f32 + (task.first + m) * stride + n0;
-      std::copy_n(block + static_cast<std::int64_t>(m) * kTaskColumns, padded, row);
+      std::copy_n(block_row(block, m), padded, row);
       kernels_.scale(scale, row, columns);
     }
   }
@@ -134,7 +149,7 @@ void Engine::Pass::project_lora(const RowTask& task, const LoraInput* inputs, in
 void Engine::Pass::multiply_lora(const RowTask& task, const LoraRows& rows, const F32Matrix& matrix, int columns,
                                  float* block, int worker) const {
   for (int term = 0; term < rows.term_count(); ++term) {
-    multiply_f32(kernels_, rows.from(task.first, term), task.count, matrix, columns, rows.rank, block, kTaskColumns,
+    multiply_f32(kernels_, rows.from(task.first, term), task.count, matrix, columns, rows.rank, block, block_stride_,
                  scratch_of(worker).panels);
   }
 }

@@ -15,11 +15,17 @@
 
 namespace kt_expert {
 
-constexpr int kTaskColumns = 128;   // widest column block of a task
-constexpr int kLeastColumns = 32;   // narrowest: one block of the weights' depth
-constexpr int kTaskRows = 192;      // rows of a block: two blocks of 192 x 128 fp32 stay in a 512 KiB L2 beside a panel
+// Blocks of C in a worker's scratch: many rows and few columns, two of which stay in a 512 KiB L2 beside a panel, or
+// few rows and many columns, so that weights are read in long stretches.
+constexpr int kTaskColumns = 128;
+constexpr int kTaskRows = 192;
+constexpr int kFewRows = 16;
+constexpr int kFewRowsColumns = 512;
+constexpr std::int64_t kBlockFloats = std::int64_t{kTaskRows + kRowSlack} * kTaskColumns;
+static_assert((kFewRows + kRowSlack) * kFewRowsColumns <= kBlockFloats, "both shapes fit");
+constexpr int kLeastColumns = 32;   // one block of the weights' depth
 constexpr int kPieceRows = 64;      // rows of an elementwise task: long enough to hide the hand-out of tasks
-constexpr int kTasksPerWorker = 4;  // enough for the last one not to be waited for long
+constexpr int kTasksPerWorker = 2;  // at least, so that one slow core is not waited for long
 constexpr int kRankAlign = kPanelColumns;
 
 inline std::int64_t ceil_div(std::int64_t extent, std::int64_t width) { return (extent + width - 1) / width; }
@@ -92,13 +98,6 @@ struct RowTask {
 };
 std::vector<RowTask> row_tasks(const Routing& routing);
 
-// The widest column block that still gives every worker a few tasks.
-inline int column_width(std::int64_t columns, std::int64_t tasks_per_block, int workers) {
-  int width = kTaskColumns;
-  while (width > kLeastColumns && ceil_div(columns, width) * tasks_per_block < kTasksPerWorker * workers) width /= 2;
-  return width;
-}
-
 // LoRA intermediates of all routes, in fp32. Where the rung multiplies bf16 they are its operands in two terms, what
 // bf16 holds of a value and what it leaves: rounding them once would cost gradients half of the numerics contract, and
 // flip the derivative of a clamped activation near its limit.
@@ -126,7 +125,7 @@ struct LoraRows {
   OuterRows outer(std::int64_t first) const { return {row(first), rank_stride(rank), nullptr}; }
 };
 
-// Scratch of one worker: panels, and two blocks of kTaskRows (and slack) x kTaskColumns fp32.
+// Scratch of one worker: panels, and two blocks of C.
 struct WorkerScratch {
   PanelScratch panels;
   float* blocks[2] = {nullptr, nullptr};
@@ -143,6 +142,10 @@ class Engine::Pass {
        const CancelToken* token);
 
   WorkerScratch scratch_of(int worker) const { return engine_.worker_scratch(worker); }
+  // The widest column block that still gives every worker of a node a few tasks.
+  int column_width(std::int64_t columns, std::int64_t tasks_per_block) const;
+  float* block_row(float* block, std::int64_t row) const { return block + row * block_stride_; }
+  void clear_block(float* block, int rows, int columns) const;
 
   // Runs body(row task, worker) for every row task.
   template <typename Body>
@@ -197,10 +200,7 @@ class Engine::Pass {
   LoraSpec lora_;
   const Routing& routing_;
   std::vector<RowTask> row_tasks_;
+  int block_stride_;  // of blocks of C, and the widest task
 };
-
-inline void clear_block(float* block, int rows, int columns) {
-  for (int m = 0; m < rows; ++m) std::fill_n(block + static_cast<std::int64_t>(m) * kTaskColumns, columns, 0.0f);
-}
 
 }  // namespace kt_expert
