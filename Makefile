@@ -16,7 +16,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # Bochs and a kernel, built once from Debian's packages and named after what went in.
 EMULATOR_CACHE ?= build/emulator
 
-.PHONY: setup demo test check format native-test emulated python-test bench clean system-packages
+.PHONY: setup demo test check format native-test sanitize emulated python-test bench clean system-packages
 
 setup: $(STAMP)
 
@@ -57,6 +57,14 @@ native-test: $(STAMP) system-packages
 	cmake -S native -B $(NATIVE_BUILD) -G Ninja -DKT_EXPERT_BUILD_MODULE=OFF -DKT_EXPERT_BUILD_TESTS=ON > /dev/null
 	cmake --build $(NATIVE_BUILD)
 	ctest --test-dir $(NATIVE_BUILD) --output-on-failure --no-tests=error
+
+# Memory errors and undefined behaviour, then data races.
+sanitize: $(STAMP) system-packages
+	for kinds in address,undefined thread; do \
+	  cmake -S native -B build/native-$$kinds -G Ninja -DKT_EXPERT_BUILD_MODULE=OFF -DKT_EXPERT_BUILD_TESTS=ON \
+	    -DKT_EXPERT_SANITIZE=$$kinds > /dev/null && cmake --build build/native-$$kinds && \
+	  UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 build/native-$$kinds/tests/kt_expert_native_tests || exit 1; \
+	done
 
 # The same binary on this CPU and, for instruction sets it lacks, on an emulated one.
 emulated: native-test

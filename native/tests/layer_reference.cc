@@ -165,6 +165,7 @@ class ExpertReference {
 
 std::vector<std::uint8_t> token_bytes(const std::vector<float>& values, FloatType type) {
   std::vector<std::uint8_t> bytes(values.size() * static_cast<std::size_t>(size_of(type)));
+  if (values.empty()) return bytes;
   if (type == FloatType::kF32) {
     std::memcpy(bytes.data(), values.data(), bytes.size());
   } else {
