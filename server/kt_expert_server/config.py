@@ -15,6 +15,7 @@ DEFAULT_LISTEN = "127.0.0.1:7443"
 DEFAULT_METRICS_LISTEN = "127.0.0.1:9464"
 WEIGHT_FORMATS = tuple(native.list_weight_formats())
 DEFAULT_WEIGHT_FORMAT = "bf16"
+ISA_VARIABLE = "KT_EXPERT_ISA"  # forces an instruction set
 _ADDRESS = re.compile(r"^(?P<host>[^:\s]+|\[[0-9a-fA-F:]+\]):(?P<port>\d{1,5})$")
 _MAX_PORT = 65535
 

@@ -116,7 +116,7 @@ def make_case(shape: Shape, lora: Lora = NO_LORA, *, seed: int = 0, used_experts
     biases = {}
     if shape.bias:
         biases = {name: normal(e, size, std=0.3).float().double() for name, size in (("gate", i), ("up", i), ("down", h))}
-    adapter = {name: normal(*size, std=size[2] ** -0.5).float().double() for name, size in lora_shapes(shape, lora).items()}
+    adapter = {name: as_bf16(normal(*size, std=size[2] ** -0.5)) for name, size in lora_shapes(shape, lora).items()}
     experts = used_experts or e
     scores = torch.rand(shape.tokens, experts, generator=generator)
     ids = scores.topk(shape.top_k, dim=-1).indices

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -30,15 +31,35 @@ def test_plan_prints_and_refuses(qwen3_checkpoint: Path, capsys: pytest.CaptureF
 
 
 def test_bench_writes_its_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = tmp_path / "bench.json"
-    assert main(["bench", "layer", "--shape", "tiny", "--tokens", "1,8", "--repeats", "1", "--json", str(path)]) == 0
+    path, plot = tmp_path / "bench.json", tmp_path / "bench.png"
+    command = ["bench", "kernels", "--shape", "tiny", "--tokens", "1,8", "--rank", "0,8", "--format", "bf16,int4-g32"]
+    assert main([*command, "--against", "torch", "--repeats", "1", "--json", str(path), "--plot", str(plot)]) == 0
     figures = json.loads(path.read_text())
-    assert [(row["tokens"], row["direction"]) for row in figures["rows"]] == [
-        (1, "forward"),
-        (1, "backward"),
-        (8, "forward"),
-        (8, "backward"),
-    ]
-    assert all(row["seconds"] > 0 for row in figures["rows"])
-    assert main(["bench", "layer", "--shape", "1,2"]) == 2
-    assert "is neither one of" in capsys.readouterr().err
+    assert {"isa", "threads", "fma_peak_gflops", "read_gbs", "rows"} <= set(figures)
+    keys = {(row["tokens"], row["format"], row["rank"], row["pass"]) for row in figures["rows"]}
+    assert keys == set(product((1, 8), ("bf16", "int4-g32"), (0, 8), ("forward", "backward")))
+    for row in figures["rows"]:
+        assert row["seconds"] > 0
+        assert row["gflops"] > 0
+        assert row["bound_fraction"] > 0
+        peers = {"torch_fp32_lora"} | ({"torch_fp32"} if row["pass"] == "forward" else set())
+        assert set(row["versus"]) == peers | ({"bf16"} if row["format"] != "bf16" else set())
+    assert plot.stat().st_size > 0
+    capsys.readouterr()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--shape", "1,2"], "is neither one of"),
+        (["--shape", "2,8,8,3"], "routes a token to 3 of 2 experts"),
+        (["--format", "int3"], "'int3' is not available"),
+        (["--tokens", "0"], "'0' is not a list of numbers of at least 1"),
+        (["--against", "tinygrad"], "peer 'tinygrad' is not known"),
+        (["--against", "kt-kernel"], "needs --kt-kernel-python"),
+        (["--shape", "tiny", "--against", "kt-kernel", "--kt-kernel-python", "/no/python"], "cannot be started"),
+    ],
+)
+def test_bench_names_what_it_cannot_do(options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "kernels", *options]) == 2
+    assert message in capsys.readouterr().err

@@ -30,6 +30,8 @@ inline bool isa_supported(Isa isa) { return isa_obstacle(isa).empty(); }
 // The highest rung this machine supports that keeps activations as they are, or `forced` (a name; empty means none).
 // Throws Unsupported where the forced one cannot run here: a slower rung is never substituted silently.
 Isa choose_isa(const std::string& forced);
+// Why choose_isa(forced) chose what it chose, in words for a person.
+std::string explain_choice(const std::string& forced);
 
 // Every rung, lowest first.
 std::vector<Isa> all_isas();

@@ -122,6 +122,8 @@ class Engine {
   const char* isa() const;
   const char* kernel() const;
   const char* fp32_kernel() const;
+  // Why this rung.
+  const std::string& reason() const { return reason_; }
 
   // Returns a ticket unless nothing is saved, else null.
   std::unique_ptr<Ticket> forward(const ForwardArgs& args);
@@ -153,6 +155,7 @@ class Engine {
   const KernelTable& kernels_for_tokens(FloatType type) const;
   WorkerScratch worker_scratch(int worker);
 
+  const std::string reason_;
   const KernelTable& kernels_;
   const KernelTable& fp32_kernels_;
   const std::int64_t worker_bytes_;

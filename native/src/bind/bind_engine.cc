@@ -119,6 +119,7 @@ void bind_engine(py::module_& module) {
       .def_property_readonly("isa", &Engine::isa)
       .def_property_readonly("kernel", &Engine::kernel)
       .def_property_readonly("fp32_kernel", &Engine::fp32_kernel)
+      .def_property_readonly("reason", &Engine::reason)
       .def("measure_peak_flops", &Engine::measure_peak_flops, py::call_guard<py::gil_scoped_release>())
       .def("measure_read_bandwidth", &Engine::measure_read_bandwidth, py::call_guard<py::gil_scoped_release>())
       .def("forward", &forward, py::arg("weights"), py::arg("adapter").none(true), py::arg("x"),

@@ -8,9 +8,9 @@
 namespace kt_expert {
 namespace {
 
-std::vector<std::pair<std::string, bool>> list_isas() {
-  std::vector<std::pair<std::string, bool>> rungs;
-  for (Isa isa : all_isas()) rungs.emplace_back(isa_name(isa), isa_supported(isa));
+std::vector<std::pair<std::string, std::string>> list_isas() {
+  std::vector<std::pair<std::string, std::string>> rungs;
+  for (Isa isa : all_isas()) rungs.emplace_back(isa_name(isa), isa_obstacle(isa));
   return rungs;
 }
 
@@ -40,5 +40,5 @@ PYBIND11_MODULE(_core, module) {
   kt_expert::bind_lora(module);
   kt_expert::bind_engine(module);
   module.def("list_weight_formats", &kt_expert::list_weight_formats, "Every form weights can be held in.");
-  module.def("list_isas", &kt_expert::list_isas, "Every rung of the instruction-set ladder and whether it runs here.");
+  module.def("list_isas", &kt_expert::list_isas, "Every rung of the instruction-set ladder and what keeps it from running here, empty where nothing does.");
 }

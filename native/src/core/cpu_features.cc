@@ -128,4 +128,15 @@ Isa choose_isa(const std::string& forced) {
   return best;
 }
 
+std::string explain_choice(const std::string& forced) {
+  if (!forced.empty()) return "asked for by name";
+  const Isa chosen = choose_isa(forced);
+  for (Isa isa : all_isas()) {
+    if (isa > chosen && !rounds_activations(isa)) {
+      return std::string("the highest this machine offers; ") + isa_name(isa) + ": " + isa_obstacle(isa);
+    }
+  }
+  return "the highest there is";
+}
+
 }  // namespace kt_expert

@@ -62,7 +62,8 @@ std::int64_t Ticket::bytes() const {
 }
 
 Engine::Engine(int threads, const std::string& isa, int nodes)
-    : kernels_(kernels_for(choose_isa(isa))),
+    : reason_(explain_choice(isa)),
+      kernels_(kernels_for(choose_isa(isa))),
       fp32_kernels_(kernels_.operand == OperandType::kF32 ? kernels_ : kernels_for(Isa::kAvx512)),
       worker_bytes_(std::max(WorkerScratch::bytes(kernels_), WorkerScratch::bytes(fp32_kernels_))),
       pool_(threads, nodes),

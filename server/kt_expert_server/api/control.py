@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, TypeVar
 
 import grpc
+import kt_expert_native as native
 from kt_expert_proto.frame import MAX_PAYLOAD_BYTES, PROTOCOL_VERSION
 from kt_expert_proto.v1 import service_pb2 as pb
 from kt_expert_proto.v1 import service_pb2_grpc
@@ -24,7 +25,7 @@ from kt_expert_server.runtime.registry import Registry, initialise
 from kt_expert_server.runtime.run import Member
 
 Context = grpc.aio.ServicerContext[Any, Any]
-_KERNEL_REASON = "the highest instruction set this machine offers, or the one KT_EXPERT_ISA names"
+_ROUNDING_ISAS = ("avx512_vnni", "amx_int8")
 Response = TypeVar("Response")
 
 
@@ -301,7 +302,7 @@ class ControlService(service_pb2_grpc.ExpertServicer):
                     isa=engine.isa,
                     kernel=engine.kernel,
                     weight_format=loaded.weights.weight_format,
-                    reason=_KERNEL_REASON,
+                    reason=_kernel_reason(engine, loaded.weights.weight_format),
                 )
                 for layer, loaded in layers.items()
             ],
@@ -316,3 +317,12 @@ class ControlService(service_pb2_grpc.ExpertServicer):
 
     async def _answer(self, method: str, context: Context, body: Callable[[], Awaitable[Response]]) -> Response:
         return await self._guard.unary(method, context, body)
+
+
+def _kernel_reason(engine: native.Engine, weight_format: str) -> str:
+    reason = engine.reason
+    if engine.fp32_kernel != engine.kernel:
+        reason += f"; fp32 tokens run on {engine.fp32_kernel}"
+    if weight_format == "int8" and engine.isa in _ROUNDING_ISAS:
+        reason += "; activations are rounded to eight bits"
+    return reason

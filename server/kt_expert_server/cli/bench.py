@@ -15,11 +15,10 @@ from kt_expert_server.bench.kernels import Plan, measure
 from kt_expert_server.bench.peers import KtKernel, Peer, TorchLoop
 from kt_expert_server.bench.report import print_rows, write_plot
 from kt_expert_server.bench.shapes import PUBLISHED, LayerShape, parse_shape
-from kt_expert_server.config import DEFAULT_WEIGHT_FORMAT, WEIGHT_FORMATS, available_cores, available_memory
+from kt_expert_server.config import DEFAULT_WEIGHT_FORMAT, ISA_VARIABLE, WEIGHT_FORMATS, available_cores, available_memory
 from kt_expert_server.errors import InvalidRequest
 
 PEERS = ("torch", "kt-kernel")
-_ISA_VARIABLE = "KT_EXPERT_ISA"
 _FP32_OVER_BF16 = 2
 _FILE_WIDTH = 140  # of tables that do not go to a terminal
 _MEMORY_SHARE = 0.6  # of what this process may use, for weights
@@ -50,7 +49,7 @@ def run(options: argparse.Namespace) -> int:
     shape = _that_fits(asked, formats, peer_names)
     plan = Plan(shape, _numbers(options.tokens, "--tokens", 1), _numbers(options.rank, "--rank", 0), formats, options.repeats)
     try:
-        engine = native.Engine(options.threads, os.environ.get(_ISA_VARIABLE, ""))
+        engine = native.Engine(options.threads, os.environ.get(ISA_VARIABLE, ""))
     except native.NativeError as error:
         raise InvalidRequest(str(error)) from error
     console.print(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import platform
 import sys
 from importlib.metadata import PackageNotFoundError, version
@@ -10,8 +11,8 @@ from pathlib import Path
 
 import kt_expert_native as native
 
-from kt_expert_server.config import DEFAULT_WEIGHT_FORMAT, available_cores, available_memory
-from kt_expert_server.errors import ServerError
+from kt_expert_server.config import DEFAULT_WEIGHT_FORMAT, ISA_VARIABLE, available_cores, available_memory
+from kt_expert_server.errors import InvalidRequest, ServerError
 from kt_expert_server.model.index import plan_model
 from kt_expert_server.model.memory_plan import format_bytes, plan_memory
 
@@ -33,12 +34,17 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _print_host(problems: list[str]) -> None:
-    engine = native.Engine(1)
+    try:
+        engine = native.Engine(1, os.environ.get(ISA_VARIABLE, ""))
+    except native.NativeError as error:
+        raise InvalidRequest(str(error)) from error
     print(f"{'kt-expert':22}{version('kt-expert')}, Python {platform.python_version()}, {platform.platform()}")
     print(f"{'processor':22}{_processor()}")
-    for name, runs_here in native.list_isas():
-        print(f"{'  ' + name:22}{'available' if runs_here else 'not offered by this CPU or kernel'}")
-    print(f"{'kernel in use':22}{engine.kernel} ({engine.isa}); KT_EXPERT_ISA forces another")
+    for name, obstacle in native.list_isas():
+        print(f"{'  ' + name:22}{obstacle or 'available'}")
+    print(f"{'kernel in use':22}{engine.kernel}: {engine.reason}; {ISA_VARIABLE} forces another")
+    if engine.fp32_kernel != engine.kernel:
+        print(f"{'  for fp32 tokens':22}{engine.fp32_kernel}")
     print(f"{'cores':22}{available_cores()} for this process")
     print(f"{'memory':22}{format_bytes(available_memory())} for this process")
     print(f"{'huge pages':22}{_huge_pages()}")

@@ -18,6 +18,7 @@ from kt_expert_server.config import (
     DEFAULT_LISTEN,
     DEFAULT_METRICS_LISTEN,
     DEFAULT_WEIGHT_FORMAT,
+    ISA_VARIABLE,
     WEIGHT_FORMATS,
     Address,
     ServerConfig,
@@ -29,7 +30,6 @@ from kt_expert_server.model.index import ModelPlan, plan_model
 from kt_expert_server.model.memory_plan import plan_memory
 from kt_expert_server.server import Server
 
-ISA_VARIABLE = "KT_EXPERT_ISA"
 _GIB = 1024**3
 _DEFAULT_SHUTDOWN_TIMEOUT_S = 60.0
 _PLAIN_REPORTS = 10  # lines a load prints where there is no terminal

@@ -33,7 +33,7 @@ CASES = {
 }
 
 
-@pytest.fixture(params=[name for name, runs_here in native.list_isas() if runs_here])
+@pytest.fixture(params=[name for name, obstacle in native.list_isas() if not obstacle])
 def engine(request: pytest.FixtureRequest) -> native.Engine:
     return native.Engine(2, request.param)
 

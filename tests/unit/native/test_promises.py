@@ -11,7 +11,7 @@ from golden.reference import Case, Lora, Shape, golden, make_case, relative_erro
 
 LORA = Lora(True, 4, 4, 6, 2.0, 2.0, 1.0)
 SHAPE = Shape(6, 70, 44, 61, 3)
-ISAS = [name for name, runs_here in native.list_isas() if runs_here]
+ISAS = [name for name, obstacle in native.list_isas() if not obstacle]
 
 
 def same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:
