@@ -16,7 +16,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # Bochs and a kernel, built once from Debian's packages and named after what went in.
 EMULATOR_CACHE ?= build/emulator
 
-.PHONY: setup demo test check format native-test sanitize emulated python-test bench clean system-packages
+.PHONY: setup demo test check format native-test sanitize fuzz emulated python-test bench clean system-packages
 
 setup: $(STAMP)
 
@@ -65,6 +65,15 @@ sanitize: $(STAMP) system-packages
 	    -DKT_EXPERT_SANITIZE=$$kinds > /dev/null && cmake --build build/native-$$kinds && \
 	  UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 build/native-$$kinds/tests/kt_expert_native_tests || exit 1; \
 	done
+
+# Coverage-guided fuzzing of what parses bytes, for FUZZ_SECONDS; needs Debian's clang-19.
+FUZZ_SECONDS ?= 60
+fuzz: $(STAMP)
+	cmake -S native -B build/native-fuzz -G Ninja -DCMAKE_CXX_COMPILER=clang++-19 -DKT_EXPERT_BUILD_MODULE=OFF \
+	  -DKT_EXPERT_BUILD_FUZZER=ON -DKT_EXPERT_SANITIZE=address,undefined > /dev/null
+	cmake --build build/native-fuzz
+	mkdir -p build/fuzz-corpus
+	build/native-fuzz/kt_expert_weights_fuzz -max_total_time=$(FUZZ_SECONDS) -max_len=4096 build/fuzz-corpus
 
 # The same binary on this CPU and, for instruction sets it lacks, on an emulated one.
 emulated: native-test

@@ -40,5 +40,6 @@ PYBIND11_MODULE(_core, module) {
   kt_expert::bind_lora(module);
   kt_expert::bind_engine(module);
   module.def("list_weight_formats", &kt_expert::list_weight_formats, "Every form weights can be held in.");
-  module.def("list_isas", &kt_expert::list_isas, "Every rung of the instruction-set ladder and what keeps it from running here, empty where nothing does.");
+  module.def("list_isas", &kt_expert::list_isas,
+             "Every rung of the instruction-set ladder and what keeps it from running here, empty where nothing does.");
 }
