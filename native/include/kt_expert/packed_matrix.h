@@ -18,7 +18,6 @@ struct PackedShape {
   int row_blocks() const { return (rows + kRowAlign - 1) / kRowAlign * (kRowAlign / kBlockRows); }
   int depth_blocks() const { return (depth + kBlockDepth - 1) / kBlockDepth; }
   int padded_rows() const { return row_blocks() * kBlockRows; }
-  int padded_depth() const { return depth_blocks() * kBlockDepth; }
   // Groups of depths with a scale of their own.
   int scale_groups() const;
   std::int64_t block_bytes_total() const;

@@ -72,5 +72,15 @@ void loop_adamw(const AdamWStep& step, const float* gradient, float* parameter, 
   }
 }
 
+void set_float_loops(KernelTable& table) {
+  table.bf16_to_f32 = loop_bf16_to_f32;
+  table.f32_to_bf16 = loop_f32_to_bf16;
+  table.scale = loop_scale;
+  table.add_scaled = loop_add_scaled;
+  table.dot = loop_dot;
+  table.sum_squares = loop_sum_squares;
+  table.adamw = loop_adamw;
+}
+
 }  // namespace
 }  // namespace kt_expert

@@ -12,9 +12,9 @@ namespace {
 // the same bits between slices as the registers would, so the choice does not show in a result.
 constexpr int kSliceDepth = 2048;
 constexpr int kShortSliceDepth = 128;
-constexpr int kFewRows = 16;
+constexpr int kShortSliceRows = 16;
 
-int slice_depth(int rows) { return rows <= kFewRows ? kShortSliceDepth : kSliceDepth; }
+int slice_depth(int rows) { return rows <= kShortSliceRows ? kShortSliceDepth : kSliceDepth; }
 
 constexpr int kPanelsPerBlock = kBlockDepth / kPanelColumns;
 

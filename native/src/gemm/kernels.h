@@ -75,12 +75,11 @@ struct FormatKernels {
   void (*to_column_order)(float* c, std::int64_t c_stride, int rows, int columns);
 };
 
-// Rows of A quantised to int8, one scale a row, zero up to a multiple of kIntegerDepthAlign. `rows` gathers, as above.
+// Rows of A quantised to int8, one scale a row, zero up to a multiple of kIntegerDepthAlign.
 struct IntegerRows {
   const std::int8_t* base = nullptr;
   std::int64_t stride = 0;
   const float* scales = nullptr;
-  const std::int32_t* rows = nullptr;
 };
 constexpr int kIntegerDepthAlign = 64;  // one TDPBSSD
 

@@ -42,25 +42,6 @@ void direct_backward(const LeftRows& a, int rows, const PackedMatrix& w, const B
   }
 }
 
-void expand_forward(const PackedMatrix& w, int row_block, int first_depth, int depth_blocks, void* panel) {
-  float* target = static_cast<float*>(panel);
-  for (int k = 0; k < depth_blocks * kBlockDepth; ++k) {
-    for (int n = 0; n < kPanelColumns; ++n) {
-      *target++ = decode_element(w, row_block * kBlockRows + n, first_depth * kBlockDepth + k);
-    }
-  }
-}
-
-void expand_backward(const PackedMatrix& w, int depth_block, int first_row, int row_blocks, void* panel0,
-                     void* panel1) {
-  float* targets[2] = {static_cast<float*>(panel0), static_cast<float*>(panel1)};
-  for (int n = 0; n < row_blocks * kBlockRows; ++n) {
-    for (int k = 0; k < kBlockDepth; ++k) {
-      *targets[k / kPanelColumns]++ = decode_element(w, first_row * kBlockRows + n, depth_block * kBlockDepth + k);
-    }
-  }
-}
-
 void expand_f32_nk(const float* source, std::int64_t stride, int columns, int depth, void* panel) {
   float* target = static_cast<float*>(panel);
   for (int k = 0; k < depth; ++k) {
@@ -175,7 +156,7 @@ KernelTable make_table() {
   table.gathers = true;
   for (FormatKernels& format : table.formats) {
     // A panel's slices would round between them; the sums here are in double from end to end.
-    format = {kAllRows, kAllRows, direct_forward, direct_backward, expand_forward, expand_backward, nullptr, nullptr};
+    format = {kAllRows, kAllRows, direct_forward, direct_backward, nullptr, nullptr, nullptr, nullptr};
   }
   table.expand_f32_nk = expand_f32_nk;
   table.expand_f32_kn = expand_f32_kn;
@@ -183,13 +164,7 @@ KernelTable make_table() {
   table.outer = outer;
   table.activate = activate;
   table.activate_backward = activate_backward;
-  table.bf16_to_f32 = loop_bf16_to_f32;
-  table.f32_to_bf16 = loop_f32_to_bf16;
-  table.scale = loop_scale;
-  table.add_scaled = loop_add_scaled;
-  table.dot = loop_dot;
-  table.sum_squares = loop_sum_squares;
-  table.adamw = loop_adamw;
+  set_float_loops(table);
   table.burn = burn_fma<OneFloat>;
   table.read = read_floats<OneFloat>;
   return table;

@@ -36,6 +36,35 @@ KT_INLINE void with_constant(int count, const Body& body) {
   body(std::integral_constant<int, kMax>{});
 }
 
+// Calls body(integral constant of the format).
+template <typename Body>
+auto with_format(WeightFormat format, const Body& body) {
+  switch (format) {
+    case WeightFormat::kBf16:
+      return body(std::integral_constant<WeightFormat, WeightFormat::kBf16>{});
+    case WeightFormat::kInt8:
+      return body(std::integral_constant<WeightFormat, WeightFormat::kInt8>{});
+    case WeightFormat::kInt4G32:
+      return body(std::integral_constant<WeightFormat, WeightFormat::kInt4G32>{});
+    case WeightFormat::kInt4G128:
+      return body(std::integral_constant<WeightFormat, WeightFormat::kInt4G128>{});
+    case WeightFormat::kFp8:
+      return body(std::integral_constant<WeightFormat, WeightFormat::kFp8>{});
+    case WeightFormat::kMxfp4:
+      return body(std::integral_constant<WeightFormat, WeightFormat::kMxfp4>{});
+    case WeightFormat::kNf4:
+      break;
+  }
+  return body(std::integral_constant<WeightFormat, WeightFormat::kNf4>{});
+}
+
+// Asks for memory that is used soon but not next in any stream the hardware follows.
+inline void prefetch(const std::uint8_t* first, std::int64_t bytes) {
+  constexpr int kLineBytes = 64;
+  asm("" : "+r"(first));  // one base for all lines: gcc would otherwise keep an address for each
+  for (std::int64_t at = 0; at < bytes; at += kLineBytes) __builtin_prefetch(first + at);
+}
+
 inline const float* f32_row(const LeftRows& a, std::int64_t row) {
   return static_cast<const float*>(a.base) + (a.rows == nullptr ? row : a.rows[row]) * a.stride;
 }

@@ -4,10 +4,7 @@
 
 #include <algorithm>
 
-#include "gemm/activation_loops.h"
-#include "gemm/elementwise.h"
-#include "gemm/peaks.h"
-#include "gemm/tile_loops.h"
+#include "gemm/vector_loops.h"
 #include "gemm/x86_avx2_decode.h"
 #include "gemm/x86_avx2_vector.h"
 
@@ -49,18 +46,7 @@ KernelTable make_table() {
   table.expand_f32_nk = expand_f32_nk;
   table.expand_f32_kn = expand_kn_rows;
   table.multiply = multiply_panels<Avx2>;
-  table.outer = outer_sum<Avx2>;
-  table.activate = loop_activate<Avx2Vector>;
-  table.activate_backward = loop_activate_backward<Avx2Vector>;
-  table.bf16_to_f32 = loop_bf16_to_f32;
-  table.f32_to_bf16 = loop_f32_to_bf16;
-  table.scale = loop_scale;
-  table.add_scaled = loop_add_scaled;
-  table.dot = loop_dot;
-  table.sum_squares = loop_sum_squares;
-  table.adamw = loop_adamw;
-  table.burn = burn_fma<Avx2Vector>;
-  table.read = read_floats<Avx2Vector>;
+  set_vector_loops<Avx2, Avx2Vector>(table);
   return table;
 }
 

@@ -14,15 +14,6 @@ FormatKernels avx2_format(WeightFormat format);
 
 namespace {
 
-// Asks for memory that is used soon but not next in any stream the hardware follows.
-inline void prefetch(const std::uint8_t* first, std::int64_t bytes) {
-  constexpr int kLineBytes = 64;
-  asm("" : "+r"(first));  // one base for all lines: gcc would otherwise keep an address for each
-  for (std::int64_t at = 0; at < bytes; at += kLineBytes) {
-    _mm_prefetch(reinterpret_cast<const char*>(first + at), _MM_HINT_T0);
-  }
-}
-
 // Rows become columns: 8 x 8 floats in registers.
 __attribute__((always_inline)) inline void transpose(__m256 (&r)[8]) {
   const __m256 t0 = _mm256_unpacklo_ps(r[0], r[1]), t1 = _mm256_unpackhi_ps(r[0], r[1]);

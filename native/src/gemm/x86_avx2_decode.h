@@ -34,6 +34,13 @@ struct Reader<WeightFormat::kBf16> {
   }
 };
 
+// The kDepth-th int8 of every word, as fp32.
+template <int kDepth>
+__m256 int8_codes(__m256i words) {
+  if constexpr (kDepth < 3) words = _mm256_slli_epi32(words, 24 - 8 * kDepth);
+  return _mm256_cvtepi32_ps(_mm256_srai_epi32(words, 24));
+}
+
 template <>
 struct Reader<WeightFormat::kInt8> {
   __m256 scale;
@@ -44,9 +51,7 @@ struct Reader<WeightFormat::kInt8> {
   }
   template <int kDepth>
   __m256 read(__m256i words) const {
-    __m256i value = words;
-    if constexpr (kDepth < 3) value = _mm256_slli_epi32(value, 24 - 8 * kDepth);
-    return _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_srai_epi32(value, 24)), scale);
+    return _mm256_mul_ps(int8_codes<kDepth>(words), scale);
   }
 };
 
@@ -139,14 +144,22 @@ struct Reader<WeightFormat::kNf4> {
 template <WeightFormat kFormat>
 struct RowReader;
 
-template <>
-struct RowReader<WeightFormat::kBf16> {
-  explicit RowReader(const std::uint8_t*) {}
+// Formats whose scales do not differ from row to row.
+template <WeightFormat kFormat>
+struct UniformRowReader : Reader<kFormat> {
+  explicit UniformRowReader(const std::uint8_t* scales) : Reader<kFormat>(scales, 0) {}
   template <int kDepth>
   __m256 read(__m256i words, int) const {
-    if constexpr (kDepth == 0) return _mm256_castsi256_ps(_mm256_slli_epi32(words, 16));
-    return _mm256_castsi256_ps(_mm256_and_si256(words, _mm256_set1_epi32(static_cast<int>(0xFFFF0000u))));
+    return Reader<kFormat>::template read<kDepth>(words);
   }
+};
+template <>
+struct RowReader<WeightFormat::kBf16> : UniformRowReader<WeightFormat::kBf16> {
+  using UniformRowReader::UniformRowReader;
+};
+template <>
+struct RowReader<WeightFormat::kFp8> : UniformRowReader<WeightFormat::kFp8> {
+  using UniformRowReader::UniformRowReader;
 };
 
 template <>
@@ -155,18 +168,7 @@ struct RowReader<WeightFormat::kInt8> {
   explicit RowReader(const std::uint8_t* stored) : scales(reinterpret_cast<const float*>(stored)) {}
   template <int kDepth>
   __m256 read(__m256i words, int row) const {
-    __m256i value = words;
-    if constexpr (kDepth < 3) value = _mm256_slli_epi32(value, 24 - 8 * kDepth);
-    return _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_srai_epi32(value, 24)), _mm256_broadcast_ss(scales + row));
-  }
-};
-
-template <>
-struct RowReader<WeightFormat::kFp8> : Reader<WeightFormat::kFp8> {
-  explicit RowReader(const std::uint8_t* scales) : Reader(scales, 0) {}
-  template <int kDepth>
-  __m256 read(__m256i words, int) const {
-    return Reader<WeightFormat::kFp8>::read<kDepth>(words);
+    return _mm256_mul_ps(int8_codes<kDepth>(words), _mm256_broadcast_ss(scales + row));
   }
 };
 

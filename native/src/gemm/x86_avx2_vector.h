@@ -37,7 +37,6 @@ struct Avx2Vector {
   // Where one operand is NaN, the second is returned.
   static Avx2Vector min(Avx2Vector a, Avx2Vector b) { return {_mm256_min_ps(a.v, b.v)}; }
   static Avx2Vector max(Avx2Vector a, Avx2Vector b) { return {_mm256_max_ps(a.v, b.v)}; }
-  static Avx2Vector sqrt(Avx2Vector a) { return {_mm256_sqrt_ps(a.v)}; }
   static Avx2Vector round(Avx2Vector a) {
     return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
   }

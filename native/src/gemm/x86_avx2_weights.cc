@@ -284,23 +284,7 @@ constexpr FormatKernels kernels_of() {
 }  // namespace
 
 FormatKernels avx2_format(WeightFormat format) {
-  switch (format) {
-    case WeightFormat::kBf16:
-      return kernels_of<WeightFormat::kBf16>();
-    case WeightFormat::kInt8:
-      return kernels_of<WeightFormat::kInt8>();
-    case WeightFormat::kInt4G32:
-      return kernels_of<WeightFormat::kInt4G32>();
-    case WeightFormat::kInt4G128:
-      return kernels_of<WeightFormat::kInt4G128>();
-    case WeightFormat::kFp8:
-      return kernels_of<WeightFormat::kFp8>();
-    case WeightFormat::kMxfp4:
-      return kernels_of<WeightFormat::kMxfp4>();
-    case WeightFormat::kNf4:
-      break;
-  }
-  return kernels_of<WeightFormat::kNf4>();
+  return with_format(format, [](auto constant) { return kernels_of<constant.value>(); });
 }
 
 }  // namespace kt_expert

@@ -2,9 +2,7 @@
 // loops over contiguous floats.
 #include "gemm/x86_avx512.h"
 
-#include "gemm/activation_loops.h"
-#include "gemm/elementwise.h"
-#include "gemm/peaks.h"
+#include "gemm/vector_loops.h"
 #include "gemm/x86_avx512_decode.h"
 #include "gemm/x86_avx512_vector.h"
 
@@ -16,13 +14,8 @@ void expand_f32_nk(const float* source, std::int64_t stride, int columns, int de
   float* panel = static_cast<float*>(target);
   for (int k = 0; k < depth; k += kLanes) {
     const int count = std::min(kLanes, depth - k);
-    const __mmask16 inside = Avx512Vector::first(count);
     __m512 block[kPanelColumns];
-#pragma GCC unroll 16
-    for (int n = 0; n < kPanelColumns; ++n) {
-      block[n] = n < columns ? _mm512_maskz_loadu_ps(inside, source + n * stride + k) : _mm512_setzero_ps();
-    }
-    transpose(block);
+    load_turned(source + k, stride, columns, count, block);
 #pragma GCC unroll 16
     for (int j = 0; j < kLanes; ++j) {
       if (j < count) _mm512_storeu_ps(panel + (k + j) * kPanelColumns, block[j]);
@@ -49,20 +42,7 @@ KernelTable make_table() {
 
 }  // namespace
 
-void set_avx512_loops(KernelTable& table) {
-  table.outer = outer_sum<Avx512>;
-  table.activate = loop_activate<Avx512Vector>;
-  table.activate_backward = loop_activate_backward<Avx512Vector>;
-  table.bf16_to_f32 = loop_bf16_to_f32;
-  table.f32_to_bf16 = loop_f32_to_bf16;
-  table.scale = loop_scale;
-  table.add_scaled = loop_add_scaled;
-  table.dot = loop_dot;
-  table.sum_squares = loop_sum_squares;
-  table.adamw = loop_adamw;
-  table.burn = burn_fma<Avx512Vector>;
-  table.read = read_floats<Avx512Vector>;
-}
+void set_avx512_loops(KernelTable& table) { set_vector_loops<Avx512, Avx512Vector>(table); }
 
 const KernelTable& avx512_kernels() {
   static const KernelTable kTable = make_table();

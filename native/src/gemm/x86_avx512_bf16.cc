@@ -105,15 +105,7 @@ KernelTable make_table() {
   table.tile_panels = kPanels;
   table.depth_step = kPairDepth;
   table.gathers = true;
-  for (WeightFormat format : all_weight_formats()) {
-    const PairExpanders expanders = pair_expanders(format);
-    FormatKernels& kernels = table.formats[static_cast<int>(format)];
-    kernels.expand_forward = expanders.forward;
-    kernels.expand_backward = expanders.backward;
-  }
-  FormatKernels& bf16 = table.formats[static_cast<int>(WeightFormat::kBf16)];
-  bf16.direct_forward = multiply_blocks;
-  bf16.direct_forward_rows = kAllRows;
+  set_pair_formats(table, multiply_blocks);
   table.expand_f32_nk = expand_pairs_nk;
   table.expand_f32_kn = expand_pairs_kn;
   table.multiply = multiply;

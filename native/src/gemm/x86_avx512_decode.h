@@ -167,11 +167,31 @@ KT_INLINE void read_turned(const Avx512Reader<kFormat>& reader, const std::uint8
   transpose(t);
 }
 
-inline void prefetch_bytes(const std::uint8_t* first, std::int64_t bytes) {
-  constexpr int kLineBytes = 64;
-  for (std::int64_t at = 0; at < bytes; at += kLineBytes) {
-    _mm_prefetch(reinterpret_cast<const char*>(first + at), _MM_HINT_T0);
+// The blocks of one column of blocks, turned: calls body(half, t) for both halves of each.
+template <WeightFormat kFormat, typename Body>
+KT_INLINE void for_each_turned_half(const PackedMatrix& w, int depth_block, int first_row, int row_blocks,
+                                    const Body& body) {
+  constexpr int kAheadRows = 4;  // row blocks, a stride apart that no prefetcher follows
+  for (int b = 0; b < row_blocks; ++b) {
+    const std::uint8_t* block = block_at<kFormat>(w, first_row + b, depth_block);
+    const Avx512Reader<kFormat> reader(scales_at<kFormat>(w, first_row + b, depth_block), 0);
+    prefetch(block_at<kFormat>(w, first_row + b + kAheadRows, depth_block), block_bytes(kFormat));
+    for (int half = 0; half < 2; ++half) {
+      __m512 t[kBlockRows];
+      read_turned<kFormat>(reader, block, half, t);
+      body(half, t);
+    }
   }
+}
+
+// Up to sixteen values of each of up to sixteen fp32 rows, turned, zero elsewhere: t[k] holds place k of every row.
+KT_INLINE void load_turned(const float* source, std::int64_t stride, int rows, int count, __m512 (&t)[16]) {
+  const __mmask16 inside = static_cast<__mmask16>((1u << count) - 1u);
+#pragma GCC unroll 16
+  for (int n = 0; n < 16; ++n) {
+    t[n] = n < rows ? _mm512_maskz_loadu_ps(inside, source + n * stride) : _mm512_setzero_ps();
+  }
+  transpose(t);
 }
 
 }  // namespace

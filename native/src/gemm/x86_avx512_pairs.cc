@@ -6,8 +6,6 @@
 namespace kt_expert {
 namespace {
 
-constexpr int kAheadRows = 4;  // row blocks, a stride apart that no prefetcher follows
-
 // One row of a panel: the even and the odd depth of sixteen columns side by side.
 KT_INLINE __m512i pair(__m512 even, __m512 odd) {
   const __m512i low = _mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(even)));
@@ -45,51 +43,16 @@ template <WeightFormat kFormat>
 void expand_backward(const PackedMatrix& w, int depth_block, int first_row, int row_blocks, void* panel0,
                      void* panel1) {
   std::uint8_t* panels[2] = {static_cast<std::uint8_t*>(panel0), static_cast<std::uint8_t*>(panel1)};
-  for (int b = 0; b < row_blocks; ++b) {
-    const std::uint8_t* block = block_at<kFormat>(w, first_row + b, depth_block);
-    const Avx512Reader<kFormat> reader(scales_at<kFormat>(w, first_row + b, depth_block), 0);
-    prefetch_bytes(block_at<kFormat>(w, first_row + b + kAheadRows, depth_block), block_bytes(kFormat));
-    for (int half = 0; half < 2; ++half) {
-      __m512 t[kBlockRows];
-      read_turned<kFormat>(reader, block, half, t);
+  for_each_turned_half<kFormat>(
+      w, depth_block, first_row, row_blocks, [&](int half, const __m512(&t)[kBlockRows]) KT_LAMBDA_INLINE {
 #pragma GCC unroll 8
-      for (int n = 0; n < kBlockRows; n += kPairDepth) {
-        const __m512i row = kFormat == WeightFormat::kBf16 ? pair_exact(t[n], t[n + 1]) : pair(t[n], t[n + 1]);
-        _mm512_storeu_si512(panels[half], row);
-        panels[half] += kWordRowBytes;
-      }
-    }
-  }
+        for (int n = 0; n < kBlockRows; n += kPairDepth) {
+          const __m512i row = kFormat == WeightFormat::kBf16 ? pair_exact(t[n], t[n + 1]) : pair(t[n], t[n + 1]);
+          _mm512_storeu_si512(panels[half], row);
+          panels[half] += kWordRowBytes;
+        }
+      });
 }
-
-template <WeightFormat kFormat>
-PairExpanders expanders_of() {
-  return {expand_forward<kFormat>, expand_backward<kFormat>};
-}
-
-}  // namespace
-
-PairExpanders pair_expanders(WeightFormat format) {
-  switch (format) {
-    case WeightFormat::kBf16:
-      return expanders_of<WeightFormat::kBf16>();
-    case WeightFormat::kInt8:
-      return expanders_of<WeightFormat::kInt8>();
-    case WeightFormat::kInt4G32:
-      return expanders_of<WeightFormat::kInt4G32>();
-    case WeightFormat::kInt4G128:
-      return expanders_of<WeightFormat::kInt4G128>();
-    case WeightFormat::kFp8:
-      return expanders_of<WeightFormat::kFp8>();
-    case WeightFormat::kMxfp4:
-      return expanders_of<WeightFormat::kMxfp4>();
-    case WeightFormat::kNf4:
-      break;
-  }
-  return expanders_of<WeightFormat::kNf4>();
-}
-
-namespace {
 
 int padded_depth(int depth, int step) { return (depth + step - 1) / step * step; }
 
@@ -100,13 +63,8 @@ void pairs_nk(const float* source, std::int64_t stride, int columns, int depth, 
   const int padded = padded_depth(depth, kDepthStep);
   for (int k = 0; k < padded; k += kLanes) {
     const int count = std::max(0, std::min(kLanes, depth - k));
-    const __mmask16 inside = static_cast<__mmask16>((1u << count) - 1u);
     __m512 block[kPanelColumns];
-#pragma GCC unroll 16
-    for (int n = 0; n < kPanelColumns; ++n) {
-      block[n] = n < columns ? _mm512_maskz_loadu_ps(inside, source + n * stride + k) : _mm512_setzero_ps();
-    }
-    transpose(block);
+    load_turned(source + k, stride, columns, count, block);
 #pragma GCC unroll 8
     for (int j = 0; j < kLanes; j += kPairDepth) {
       if (k + j < padded)
@@ -128,6 +86,19 @@ void pairs_kn(const float* source, std::int64_t stride, int columns, int depth, 
 }
 
 }  // namespace
+
+void set_pair_formats(KernelTable& table, decltype(FormatKernels::direct_forward) multiply_bf16_blocks) {
+  for (WeightFormat format : all_weight_formats()) {
+    FormatKernels& kernels = table.formats[static_cast<int>(format)];
+    with_format(format, [&](auto constant) {
+      kernels.expand_forward = expand_forward<constant.value>;
+      kernels.expand_backward = expand_backward<constant.value>;
+    });
+  }
+  FormatKernels& bf16 = table.formats[static_cast<int>(WeightFormat::kBf16)];
+  bf16.direct_forward = multiply_bf16_blocks;
+  bf16.direct_forward_rows = kAllRows;
+}
 
 void expand_pairs_nk(const float* source, std::int64_t stride, int columns, int depth, void* panel) {
   pairs_nk<kPairDepth>(source, stride, columns, depth, panel);

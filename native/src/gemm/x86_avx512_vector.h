@@ -31,7 +31,6 @@ struct Avx512Vector {
   // Where one operand is NaN, the second is returned.
   static Avx512Vector min(Avx512Vector a, Avx512Vector b) { return {_mm512_min_ps(a.v, b.v)}; }
   static Avx512Vector max(Avx512Vector a, Avx512Vector b) { return {_mm512_max_ps(a.v, b.v)}; }
-  static Avx512Vector sqrt(Avx512Vector a) { return {_mm512_sqrt_ps(a.v)}; }
   static Avx512Vector round(Avx512Vector a) {
     return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
   }

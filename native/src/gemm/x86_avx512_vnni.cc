@@ -50,14 +50,9 @@ void multiply(const IntegerRows& a, int rows, const PackedMatrix& w, int first_r
     const __m512 column_scale = _mm512_loadu_ps(scales_at<kFormat>(w, first_row + j, 0));
     for_each_tile(rows, kMaxRows, [&](int first, int count) {
       const std::int8_t* row[kMaxRows];
-      float scales[kMaxRows];
-      for (int m = 0; m < count; ++m) {
-        const std::int64_t at = a.rows == nullptr ? first + m : a.rows[first + m];
-        row[m] = a.base + at * a.stride;
-        scales[m] = a.scales[at];
-      }
+      for (int m = 0; m < count; ++m) row[m] = a.base + (first + m) * a.stride;
       with_constant<kMaxRows>(count, [&](auto height) {
-        tile<height.value>(row, scales, panel, w.depth_blocks * kBlockDepth, column_scale,
+        tile<height.value>(row, a.scales + first, panel, w.depth_blocks * kBlockDepth, column_scale,
                            c + first * c_stride + static_cast<std::int64_t>(j) * kBlockRows, c_stride);
       });
     });

@@ -5,24 +5,17 @@
 namespace kt_expert {
 namespace {
 
-constexpr int kAheadRows = 4;  // row blocks, a stride apart that no prefetcher follows
-
 template <WeightFormat kFormat>
 void expand_backward(const PackedMatrix& w, int depth_block, int first_row, int row_blocks, void* panel0,
                      void* panel1) {
   float* panels[2] = {static_cast<float*>(panel0), static_cast<float*>(panel1)};
-  for (int b = 0; b < row_blocks; ++b) {
-    const std::uint8_t* block = block_at<kFormat>(w, first_row + b, depth_block);
-    const Avx512Reader<kFormat> reader(scales_at<kFormat>(w, first_row + b, depth_block), 0);
-    prefetch_bytes(block_at<kFormat>(w, first_row + b + kAheadRows, depth_block), block_bytes(kFormat));
-    for (int half = 0; half < 2; ++half) {
-      __m512 t[kBlockRows];
-      read_turned<kFormat>(reader, block, half, t);
+  for_each_turned_half<kFormat>(w, depth_block, first_row, row_blocks,
+                                [&](int half, const __m512(&t)[kBlockRows]) KT_LAMBDA_INLINE {
 #pragma GCC unroll 16
-      for (int n = 0; n < kBlockRows; ++n) _mm512_storeu_ps(panels[half] + n * kPanelColumns, t[n]);
-      panels[half] += kBlockRows * kPanelColumns;
-    }
-  }
+                                  for (int n = 0; n < kBlockRows; ++n)
+                                    _mm512_storeu_ps(panels[half] + n * kPanelColumns, t[n]);
+                                  panels[half] += kBlockRows * kPanelColumns;
+                                });
 }
 
 // One row block of W, all columns; every group of sixteen columns is an independent chain of sixteen additions.
@@ -38,7 +31,7 @@ void backward_rows(const float* const* rows, const PackedMatrix& w, int row_bloc
     const std::uint8_t* block = block_at<kFormat>(w, row_block, range.first_depth + j);
     const Avx512Reader<kFormat> reader(scales_at<kFormat>(w, row_block, range.first_depth + j), 0);
     const std::int64_t skipped = j + kAheadBlocks < range.depth_blocks ? 0 : next_row;
-    prefetch_bytes(block + kAheadBlocks * block_bytes(kFormat) + skipped, block_bytes(kFormat));
+    prefetch(block + kAheadBlocks * block_bytes(kFormat) + skipped, block_bytes(kFormat));
     for (int half = 0; half < 2; ++half) {
       float* target = c + static_cast<std::int64_t>(j) * kBlockDepth + half * kPanelColumns;
       __m512 t[kBlockRows], sum[kRows];
@@ -88,23 +81,7 @@ FormatKernels kernels_of() {
 }  // namespace
 
 FormatKernels avx512_format(WeightFormat format) {
-  switch (format) {
-    case WeightFormat::kBf16:
-      return kernels_of<WeightFormat::kBf16>();
-    case WeightFormat::kInt8:
-      return kernels_of<WeightFormat::kInt8>();
-    case WeightFormat::kInt4G32:
-      return kernels_of<WeightFormat::kInt4G32>();
-    case WeightFormat::kInt4G128:
-      return kernels_of<WeightFormat::kInt4G128>();
-    case WeightFormat::kFp8:
-      return kernels_of<WeightFormat::kFp8>();
-    case WeightFormat::kMxfp4:
-      return kernels_of<WeightFormat::kMxfp4>();
-    case WeightFormat::kNf4:
-      break;
-  }
-  return kernels_of<WeightFormat::kNf4>();
+  return with_format(format, [](auto constant) { return kernels_of<constant.value>(); });
 }
 
 }  // namespace kt_expert

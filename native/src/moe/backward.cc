@@ -4,8 +4,6 @@
 
 #include <cstring>
 
-#include "kt_expert/error.h"
-
 namespace kt_expert {
 namespace {
 

@@ -56,7 +56,7 @@ void Engine::Pass::clear_block(float* block, int rows, int columns) const {
 
 void Engine::Pass::load_operands(TokensIn in, const OperandRows& target) const {
   const std::int64_t width = layer_.hidden, padded = align_up(width, kDepthAlign);
-  for_each_piece(routing_.tokens, [&](std::int64_t first, std::int64_t last, int worker) {
+  for_each_piece(routing_.tokens, [&](std::int64_t first, std::int64_t last, int) {
     for (std::int64_t t = first; t < last; ++t) {
       std::uint8_t* row = target.row(t);
       if (in.type == FloatType::kF32) {
@@ -71,7 +71,6 @@ void Engine::Pass::load_operands(TokensIn in, const OperandRows& target) const {
         std::fill(to + width, to + padded, 0.0f);
       }
     }
-    static_cast<void>(worker);
   });
 }
 

@@ -86,7 +86,7 @@ struct IntegerBuffer {
     return buffer;
   }
   IntegerRows from(std::int64_t first, std::int64_t column) const {
-    return {codes + first * stride + column, stride, scales + first, nullptr};
+    return {codes + first * stride + column, stride, scales + first};
   }
 };
 
