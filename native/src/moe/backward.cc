@@ -2,8 +2,6 @@
 // nothing is rounded for its sake: with p = W_down^T dy (+ LoRA), d_w = <h, p> (+ <bias_down, dy>) and d_h = w * p.
 #include "moe/backward.h"
 
-#include <cstring>
-
 namespace kt_expert {
 namespace {
 
@@ -23,8 +21,7 @@ Engine::BackwardPass::Buffers Engine::BackwardPass::take(Carver& carver, const K
     if (has_gate(layer.activation.kind)) buffers.recomputed.gate = carver.take<float>(hidden);
     buffers.recomputed.up = carver.take<float>(hidden);
   }
-  buffers.dy = OperandRows::take(carver, kernels, tokens, layer.hidden);
-  if (!kernels.gathers) buffers.gathered_dy = OperandRows::take(carver, kernels, routes, layer.hidden);
+  buffers.dy = TokenOperands::take(carver, kernels, tokens, routes, layer.hidden);
   if (has_gate(layer.activation.kind)) {
     buffers.d_gate = OperandRows::take(carver, kernels, routes, layer.intermediate);
     if (!fp32_operands) buffers.d_gate_f32 = carver.take<float>(hidden);
@@ -33,7 +30,7 @@ Engine::BackwardPass::Buffers Engine::BackwardPass::take(Carver& carver, const K
   if (!fp32_operands) buffers.d_up_f32 = carver.take<float>(hidden);
   if (lora.any()) {
     buffers.x_f32 = carver.take<float>(tokens * layer.hidden);
-    buffers.dy_f32 = carver.take<float>(tokens * layer.hidden);
+    if (!fp32_operands) buffers.dy_f32 = carver.take<float>(tokens * layer.hidden);
   }
   if (lora.rank_down > 0) {
     buffers.h_f32 = carver.take<float>(hidden);
@@ -91,7 +88,7 @@ Engine::BackwardPass::BackwardPass(Engine& engine, const BackwardArgs& args, con
 void Engine::BackwardPass::run_phases() {
   load();
   project_dy();
-  hidden_gradients();
+  for_each_hidden_block([&](const BlockTask& at) { hidden_block(at); });
   finish_route_gradients();
   project_hidden();
   input_gradients();
@@ -103,24 +100,14 @@ void Engine::BackwardPass::run_phases() {
 
 void Engine::BackwardPass::load() {
   load_operands(args_.dy, buffers_.dy);
-  if (!kernels_.gathers) {
-    const std::size_t bytes =
-        static_cast<std::size_t>(align_up(layer_.hidden, kDepthAlign) * operand_bytes(kernels_.operand));
-    for_each_piece(routing_.routes, [&](std::int64_t first, std::int64_t last, int) {
-      for (std::int64_t row = first; row < last; ++row) {
-        std::memcpy(buffers_.gathered_dy.row(row), buffers_.dy.row(routing_.row_token[static_cast<std::size_t>(row)]),
-                    bytes);
-      }
-    });
-  }
   if (!lora_.any()) return;
-  x_ = load_f32(args_.ticket->x(), buffers_.x_f32);
-  dy_ = load_f32(args_.dy, buffers_.dy_f32);
-}
-
-LeftRows Engine::BackwardPass::dy_rows(const RowTask& task) const {
-  if (kernels_.gathers) return buffers_.dy.from(0, routing_.row_token.data() + task.first);
-  return buffers_.gathered_dy.from(task.first);
+  x_ = {load_f32(args_.ticket->x(), buffers_.x_f32), layer_.hidden, nullptr};
+  const OperandRows& dy = buffers_.dy.tokens;
+  if (kernels_.operand == OperandType::kF32) {
+    dy_ = {dy.f32(), dy.stride, nullptr};
+  } else {
+    dy_ = {load_f32(args_.dy, buffers_.dy_f32), layer_.hidden, nullptr};
+  }
 }
 
 void Engine::BackwardPass::project_dy() {
@@ -128,48 +115,28 @@ void Engine::BackwardPass::project_dy() {
   if (rank == 0) return;
   for_each_row_task([&](const RowTask& task, int worker) {
     const F32Matrix b{adapter_->expert(LoraTensor::kBDown, task.expert), rank, RightLayout::kKN};
-    const LoraInput input{kernels_, dy_rows(task), b, layer_.hidden};
+    const LoraInput input{kernels_, buffers_.dy.of(task, routing_), b, layer_.hidden};
     project_lora(task, &input, 1, lora_.scale_down, buffers_.dy_b_down, worker);
   });
 }
 
-void Engine::BackwardPass::hidden_gradients() {
-  const std::vector<LayerWeights::Slice>& slices = weights_.slices();
-  const std::int64_t rows = static_cast<std::int64_t>(row_tasks_.size());
-  const int width = column_width(slices.front().count, rows);
-  std::vector<std::int64_t> counts;
-  for (const LayerWeights::Slice& slice : slices) counts.push_back(rows * ceil_div(slice.count, width));
-  pool_.run_on_nodes(
-      counts,
-      [&](int node, std::int64_t task, int worker) {
-        const LayerWeights::Slice& slice = slices[static_cast<std::size_t>(node)];
-        const std::int64_t per_row = ceil_div(slice.count, width);
-        const int first = static_cast<int>(task % per_row) * width;
-        hidden_block(row_tasks_[static_cast<std::size_t>(task / per_row)], slice, first,
-                     std::min(width, slice.count - first), worker);
-      },
-      token_);
-}
-
-void Engine::BackwardPass::hidden_block(const RowTask& task, const LayerWeights::Slice& slice, int first_column,
-                                        int columns, int worker) {
-  const WorkerScratch scratch = scratch_of(worker);
+void Engine::BackwardPass::hidden_block(const BlockTask& at) {
+  const RowTask& task = at.rows;
+  const WorkerScratch scratch = scratch_of(at.worker);
   float* d_h = scratch.blocks[0];
   float* h = scratch.blocks[1];
-  const std::int64_t padded = align_up(columns, kBlockDepth);
-  const int global_first = slice.first + first_column;
-  clear_block(d_h, task.count, static_cast<int>(padded));
-  multiply_backward(kernels_, dy_rows(task), task.count, slice.matrix(Projection::kDown, task.expert),
-                    first_column / kBlockDepth, static_cast<int>(padded) / kBlockDepth, d_h, block_stride_,
-                    scratch.panels);
-  const int rank = lora_.rank_down;
-  if (rank > 0) {
-    const float* a = adapter_->expert(LoraTensor::kADown, task.expert) + global_first;
-    multiply_lora(task, buffers_.dy_b_down, {a, layer_.intermediate, RightLayout::kKN}, columns, d_h, worker);
+  const int first = at.intermediate_column(), padded = at.depth_blocks() * kBlockDepth;
+  clear_block(d_h, task.count, padded);
+  multiply_backward(kernels_, buffers_.dy.of(task, routing_), task.count,
+                    at.slice.matrix(Projection::kDown, task.expert), at.first_column / kBlockDepth, at.depth_blocks(),
+                    d_h, block_stride_, scratch.panels);
+  if (lora_.rank_down > 0) {
+    const float* a = adapter_->expert(LoraTensor::kADown, task.expert) + first;
+    multiply_lora(task, buffers_.dy_b_down, {a, layer_.intermediate, RightLayout::kKN}, at.columns, d_h, at.worker);
   }
   for (int m = 0; m < task.count; ++m) {
     const std::int64_t in_block = std::int64_t{m} * block_stride_;
-    finish_hidden_row(task.first + m, global_first, columns, padded, d_h + in_block, h + in_block);
+    finish_hidden_row(task.first + m, first, at.columns, padded, d_h + in_block, h + in_block);
   }
 }
 
@@ -261,55 +228,27 @@ void Engine::BackwardPass::project_hidden() {
 }
 
 void Engine::BackwardPass::input_gradients() {
-  const std::vector<LayerWeights::Slice>& slices = weights_.slices();
-  const int width = column_width(layer_.hidden, 1);
-  pool_.run_on_nodes(
-      std::vector<std::int64_t>(slices.size(), ceil_div(layer_.hidden, width)),
-      [&](int node, std::int64_t task, int worker) {
-        const int first = static_cast<int>(task) * width;
-        input_block(node, first, std::min(width, layer_.hidden - first), worker);
-      },
-      token_);
-  finish_sums(buffers_.dx, args_.dx);
+  sum_over_routes(
+      buffers_.dx, args_.dx, [&](const BlockTask& at, float* block) { input_block(at, block); },
+      [](std::size_t) { return 1.0f; });
 }
 
-void Engine::BackwardPass::input_block(int node, int first_column, int columns, int worker) {
-  const LayerWeights::Slice& slice = weights_.slices()[static_cast<std::size_t>(node)];
-  float* sums = buffers_.dx.part(node, args_.dx);
-  clear_columns(buffers_.dx, sums, first_column, columns);
-  for (const RowTask& task : row_tasks_) {
-    if (token_ != nullptr) token_->check();
-    if (slice.count > 0) input_rows(task, slice, node == 0, first_column, columns, sums, worker);
-  }
-  finish_columns(buffers_.dx, args_.dx, first_column, columns);
-}
-
-void Engine::BackwardPass::input_rows(const RowTask& task, const LayerWeights::Slice& slice, bool first_slice,
-                                      int first_column, int columns, float* sums, int worker) {
-  const WorkerScratch scratch = scratch_of(worker);
-  float* block = scratch.blocks[0];
-  const int padded = static_cast<int>(align_up(columns, kBlockDepth));
-  clear_block(block, task.count, padded);
+void Engine::BackwardPass::input_block(const BlockTask& at, float* block) const {
+  const RowTask& task = at.rows;
   const auto base = [&](Projection projection, const OperandRows& rows) {
-    multiply_backward(kernels_, rows.from_column(task.first, slice.first), task.count,
-                      slice.matrix(projection, task.expert), first_column / kBlockDepth, padded / kBlockDepth, block,
-                      block_stride_, scratch.panels);
+    multiply_backward(kernels_, rows.from_column(task.first, at.slice.first), task.count,
+                      at.slice.matrix(projection, task.expert), at.first_column / kBlockDepth, at.depth_blocks(), block,
+                      block_stride_, scratch_of(at.worker).panels);
   };
   const auto lora = [&](LoraTensor a, const LoraRows& rows) {
-    if (!first_slice || rows.rank == 0) return;
-    multiply_lora(task, rows, {adapter_->expert(a, task.expert) + first_column, layer_.hidden, RightLayout::kKN},
-                  columns, block, worker);
+    if (!is_first(at.slice) || rows.rank == 0) return;
+    const float* matrix = adapter_->expert(a, task.expert) + at.first_column;
+    multiply_lora(task, rows, {matrix, layer_.hidden, RightLayout::kKN}, at.columns, block, at.worker);
   };
   if (has_gate(layer_.activation.kind)) base(Projection::kGate, buffers_.d_gate);
   base(Projection::kUp, buffers_.d_up);
   lora(LoraTensor::kAGate, buffers_.d_gate_b);
   lora(LoraTensor::kAUp, buffers_.d_up_b);
-  for (int m = 0; m < task.count; ++m) {
-    const std::size_t row = static_cast<std::size_t>(task.first + m);
-    kernels_.add_scaled(1.0f, block_row(block, m),
-                        sums + routing_.row_token[row] * static_cast<std::int64_t>(layer_.hidden) + first_column,
-                        columns);
-  }
 }
 
 void Engine::BackwardPass::write_d_weights() const {

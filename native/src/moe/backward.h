@@ -14,11 +14,11 @@ class Engine::BackwardPass : private Engine::Pass {
  private:
   struct Buffers {
     HiddenStore recomputed;  // only where the ticket kept x alone
-    OperandRows dy, gathered_dy;
+    TokenOperands dy;
     OperandRows d_gate, d_up;     // [routes, I]
     float* x_f32 = nullptr;       // [tokens, H]
-    float* dy_f32 = nullptr;      // [tokens, H]
-    float* d_gate_f32 = nullptr;  // [routes, I], null where the operands are fp32 themselves
+    float* dy_f32 = nullptr;      // [tokens, H], as the next two null where the operands are fp32 themselves
+    float* d_gate_f32 = nullptr;  // [routes, I]
     float* d_up_f32 = nullptr;
     float* h_f32 = nullptr;         // [routes, I], for the gradient of A_down
     LoraRows dy_b_down;             // scale * dy B_down, later times the routing weight
@@ -33,19 +33,16 @@ class Engine::BackwardPass : private Engine::Pass {
 
   BackwardPass(Engine& engine, const BackwardArgs& args, const HiddenStore& saved, const Buffers& buffers);
   void run_phases();
-  LeftRows dy_rows(const RowTask& task) const;
+
   void load();
   void project_dy();
-  void hidden_gradients();
-  void hidden_block(const RowTask& task, const LayerWeights::Slice& slice, int first_column, int columns, int worker);
+  void hidden_block(const BlockTask& at);
   void finish_hidden_row(std::int64_t row, int first_column, int columns, std::int64_t padded, float* d_h, float* h);
   void finish_route_gradients();
   float dot_with_dy(const float* bias, std::int64_t token) const;
   void project_hidden();
   void input_gradients();
-  void input_block(int node, int first_column, int columns, int worker);
-  void input_rows(const RowTask& task, const LayerWeights::Slice& slice, bool first_slice, int first_column,
-                  int columns, float* sums, int worker);
+  void input_block(const BlockTask& at, float* block) const;
   void lora_gradients();
   void lora_gradient(int expert, LoraTensor tensor);
   void write_d_weights() const;
@@ -55,8 +52,7 @@ class Engine::BackwardPass : private Engine::Pass {
   HiddenStore saved_;
   Buffers buffers_;
   std::int64_t parts_per_row_;
-  const float* x_ = nullptr;
-  const float* dy_ = nullptr;
+  OuterRows x_, dy_;  // [tokens, H]
 };
 
 }  // namespace kt_expert

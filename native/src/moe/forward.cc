@@ -39,60 +39,23 @@ std::unique_ptr<Ticket> Engine::ForwardPass::run(Engine& engine, const ForwardAr
 }
 
 void Engine::ForwardPass::down() {
-  const std::vector<LayerWeights::Slice>& slices = weights_.slices();
-  const int width = column_width(layer_.hidden, 1);
-  const std::int64_t per_node = ceil_div(layer_.hidden, width);
-  pool_.run_on_nodes(
-      std::vector<std::int64_t>(slices.size(), per_node),
-      [&](int node, std::int64_t task, int worker) {
-        const int first = static_cast<int>(task) * width;
-        down_block(node, first, std::min(width, layer_.hidden - first), worker);
-      },
-      token_);
-  finish_sums(sums_, args_.y);
+  sum_over_routes(
+      sums_, args_.y, [&](const BlockTask& at, float* block) { down_block(at, block); },
+      [&](std::size_t row) { return routing_.row_weight[row]; });
 }
 
-void Engine::ForwardPass::down_block(int node, int first_column, int columns, int worker) {
-  const LayerWeights::Slice& slice = weights_.slices()[static_cast<std::size_t>(node)];
-  float* sums = sums_.part(node, args_.y);
-  clear_columns(sums_, sums, first_column, columns);
-  for (const RowTask& task : row_tasks_) {
-    if (token_ != nullptr) token_->check();
-    if (slice.count > 0) down_rows(task, slice, node == 0, first_column, columns, sums, worker);
-  }
-  finish_columns(sums_, args_.y, first_column, columns);
-}
-
-void Engine::ForwardPass::down_rows(const RowTask& task, const LayerWeights::Slice& slice, bool first_slice,
-                                    int first_column, int columns, float* sums, int worker) {
-  const WorkerScratch scratch = scratch_of(worker);
-  float* block = scratch.blocks[0];
-  const int padded = static_cast<int>(align_up(columns, kPanelColumns));
-  clear_block(block, task.count, padded);
+void Engine::ForwardPass::down_block(const BlockTask& at, float* block) const {
+  const RowTask& task = at.rows;
+  const bool first_slice = is_first(at.slice);
   const float* bias = weights_.bias(Projection::kDown, task.expert);
   for (int m = 0; first_slice && bias != nullptr && m < task.count; ++m) {
-    std::copy_n(bias + first_column, columns, block_row(block, m));
+    std::copy_n(bias + at.first_column, at.columns, block_row(block, m));
   }
-  const PackedMatrix matrix = slice.matrix(Projection::kDown, task.expert);
-  const int first_block = first_column / kBlockRows, blocks = padded / kBlockRows;
-  if (in_integers()) {
-    kernels_.integer->multiply(h_codes().from(task.first, slice.first), task.count, matrix, first_block, blocks, block,
-                               block_stride_);
-  } else {
-    multiply_forward(kernels_, h().from_column(task.first, slice.first), task.count, matrix, first_block, blocks, block,
-                     block_stride_, scratch.panels);
-  }
+  multiply_hidden(at, block);
   const int rank = lora_.rank_down;
-  if (first_slice && rank > 0) {
-    const float* b = adapter_->expert(LoraTensor::kBDown, task.expert) + static_cast<std::int64_t>(first_column) * rank;
-    multiply_lora(task, h_a_down(), {b, rank, RightLayout::kNK}, columns, block, worker);
-  }
-  for (int m = 0; m < task.count; ++m) {
-    const std::size_t row = static_cast<std::size_t>(task.first + m);
-    kernels_.add_scaled(routing_.row_weight[row], block_row(block, m),
-                        sums + routing_.row_token[row] * static_cast<std::int64_t>(layer_.hidden) + first_column,
-                        columns);
-  }
+  if (!first_slice || rank == 0) return;
+  const float* b = adapter_->expert(LoraTensor::kBDown, task.expert) + std::int64_t{at.first_column} * rank;
+  multiply_lora(task, h_a_down(), {b, rank, RightLayout::kNK}, at.columns, block, at.worker);
 }
 
 }  // namespace kt_expert

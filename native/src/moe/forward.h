@@ -14,9 +14,7 @@ class Engine::ForwardPass : private Engine::HiddenPass {
  private:
   ForwardPass(Engine& engine, const ForwardArgs& args, Carver& carver, const HiddenStore& store);
   void down();
-  void down_block(int node, int first_column, int columns, int worker);
-  void down_rows(const RowTask& task, const LayerWeights::Slice& slice, bool first_slice, int first_column, int columns,
-                 float* sums, int worker);
+  void down_block(const BlockTask& at, float* block) const;
 
   const ForwardArgs& args_;
   TokenSums sums_;

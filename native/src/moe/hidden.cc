@@ -1,7 +1,5 @@
 #include "moe/hidden.h"
 
-#include <cstring>
-
 namespace kt_expert {
 
 Engine::HiddenPass::HiddenPass(Engine& engine, FloatType type, const LayerWeights& weights, const LoraTensors* adapter,
@@ -15,8 +13,7 @@ Engine::HiddenPass::Buffers Engine::HiddenPass::take(Carver& carver, const Kerne
                                                      const LoraSpec& lora, std::int64_t tokens, std::int64_t routes,
                                                      int workers, const HiddenStore& store) {
   Buffers buffers;
-  buffers.x = OperandRows::take(carver, kernels, tokens, layer.hidden);
-  if (!kernels.gathers) buffers.gathered = OperandRows::take(carver, kernels, routes, layer.hidden);
+  buffers.x = TokenOperands::take(carver, kernels, tokens, routes, layer.hidden);
   buffers.h = OperandRows::take(carver, kernels, routes, layer.intermediate);
   buffers.x_a_gate = LoraRows::take(carver, kernels, routes, lora.rank_gate, store.x_a_gate);
   buffers.x_a_up = lora.tied ? buffers.x_a_gate : LoraRows::take(carver, kernels, routes, lora.rank_up, store.x_a_up);
@@ -36,10 +33,9 @@ void Engine::HiddenPass::reserve(Carver& carver, const KernelTable& kernels, con
 
 void Engine::HiddenPass::run(TokensIn x) {
   load_operands(x, buffers_.x);
-  gather();
-  if (in_integers()) quantise(buffers_.x, routing_.row_token.data(), layer_.hidden, buffers_.x_codes);
+  if (in_integers()) quantise(buffers_.x.tokens, routing_.row_token.data(), layer_.hidden, buffers_.x_codes);
   project_x();
-  gate_up();
+  for_each_hidden_block([&](const BlockTask& at) { gate_up_block(at); });
   if (in_integers()) quantise(buffers_.h, nullptr, layer_.intermediate, buffers_.h_codes);
   project_h();
 }
@@ -64,29 +60,13 @@ void Engine::HiddenPass::quantise(const OperandRows& source, const std::int32_t*
   });
 }
 
-LeftRows Engine::HiddenPass::x_rows(const RowTask& task) const {
-  if (kernels_.gathers) return buffers_.x.from(0, routing_.row_token.data() + task.first);
-  return buffers_.gathered.from(task.first);
-}
-
-void Engine::HiddenPass::gather() {
-  if (kernels_.gathers) return;
-  const std::size_t bytes =
-      static_cast<std::size_t>(align_up(layer_.hidden, kDepthAlign) * operand_bytes(kernels_.operand));
-  for_each_piece(routing_.routes, [&](std::int64_t first, std::int64_t last, int) {
-    for (std::int64_t row = first; row < last; ++row) {
-      std::memcpy(buffers_.gathered.row(row), buffers_.x.row(routing_.row_token[static_cast<std::size_t>(row)]), bytes);
-    }
-  });
-}
-
 void Engine::HiddenPass::project_x() {
   if (lora_.rank_gate == 0 && lora_.rank_up == 0) return;
   for_each_row_task([&](const RowTask& task, int worker) {
     const auto project = [&](LoraTensor a, float scale, const LoraRows& target) {
       if (target.rank == 0) return;
       const F32Matrix matrix{adapter_->expert(a, task.expert), layer_.hidden, RightLayout::kNK};
-      const LoraInput input{kernels_, x_rows(task), matrix, layer_.hidden};
+      const LoraInput input{kernels_, buffers_.x.of(task, routing_), matrix, layer_.hidden};
       project_lora(task, &input, 1, scale, target, worker);
     };
     project(LoraTensor::kAGate, lora_.scale_gate, buffers_.x_a_gate);
@@ -94,73 +74,58 @@ void Engine::HiddenPass::project_x() {
   });
 }
 
-void Engine::HiddenPass::gate_up() {
-  const std::vector<LayerWeights::Slice>& slices = weights_.slices();
-  const std::int64_t rows = static_cast<std::int64_t>(row_tasks_.size());
-  const int width = column_width(slices.front().count, rows);
-  std::vector<std::int64_t> counts;
-  for (const LayerWeights::Slice& slice : slices) counts.push_back(rows * ceil_div(slice.count, width));
-  pool_.run_on_nodes(
-      counts,
-      [&](int node, std::int64_t task, int worker) {
-        const LayerWeights::Slice& slice = slices[static_cast<std::size_t>(node)];
-        const std::int64_t per_row = ceil_div(slice.count, width);
-        const int first = static_cast<int>(task % per_row) * width;
-        gate_up_block(row_tasks_[static_cast<std::size_t>(task / per_row)], slice, first,
-                      std::min(width, slice.count - first), worker);
-      },
-      token_);
+void Engine::HiddenPass::multiply_base(const BlockTask& at, Projection projection, const LeftRows& rows,
+                                       const IntegerRows& codes, float* block) const {
+  const PackedMatrix matrix = at.slice.matrix(projection, at.rows.expert);
+  const int first_block = at.first_column / kBlockRows;
+  if (in_integers()) {
+    kernels_.integer->multiply(codes, at.rows.count, matrix, first_block, at.row_blocks(), block, block_stride_);
+  } else {
+    multiply_forward(kernels_, rows, at.rows.count, matrix, first_block, at.row_blocks(), block, block_stride_,
+                     scratch_of(at.worker).panels);
+  }
+}
+
+void Engine::HiddenPass::multiply_hidden(const BlockTask& at, float* block) const {
+  multiply_base(at, Projection::kDown, buffers_.h.from_column(at.rows.first, at.slice.first),
+                in_integers() ? buffers_.h_codes.from(at.rows.first, at.slice.first) : IntegerRows{}, block);
 }
 
 // block = x W^T (+ bias, + LoRA) for a block of columns; columns past the slice's come out zero.
-void Engine::HiddenPass::project_column_block(const RowTask& task, const LayerWeights::Slice& slice,
-                                              Projection projection, int first_column, int columns, float* block,
-                                              int worker) const {
-  const WorkerScratch scratch = scratch_of(worker);
-  const int padded = static_cast<int>(align_up(columns, kBlockDepth));
-  const int global_first = slice.first + first_column;
-  clear_block(block, task.count, padded);
+void Engine::HiddenPass::project_block(const BlockTask& at, Projection projection, float* block) const {
+  const RowTask& task = at.rows;
+  clear_block(block, task.count, at.depth_blocks() * kBlockDepth);
   if (const float* bias = weights_.bias(projection, task.expert); bias != nullptr) {
     for (int m = 0; m < task.count; ++m) {
-      std::copy_n(bias + global_first, columns, block_row(block, m));
+      std::copy_n(bias + at.intermediate_column(), at.columns, block_row(block, m));
     }
   }
-  const PackedMatrix matrix = slice.matrix(projection, task.expert);
-  const int first_block = first_column / kBlockRows, blocks = padded / kBlockRows;
-  if (in_integers()) {
-    kernels_.integer->multiply(buffers_.x_codes.from(task.first, 0), task.count, matrix, first_block, blocks, block,
-                               block_stride_);
-  } else {
-    multiply_forward(kernels_, x_rows(task), task.count, matrix, first_block, blocks, block, block_stride_,
-                     scratch.panels);
-  }
+  multiply_base(at, projection, buffers_.x.of(task, routing_),
+                in_integers() ? buffers_.x_codes.from(task.first, 0) : IntegerRows{}, block);
   const bool is_gate = projection == Projection::kGate;
   const LoraRows& x_a = is_gate ? buffers_.x_a_gate : buffers_.x_a_up;
   if (x_a.rank == 0) return;
   const float* b = adapter_->expert(is_gate ? LoraTensor::kBGate : LoraTensor::kBUp, task.expert);
-  multiply_lora(task, x_a, {b + static_cast<std::int64_t>(global_first) * x_a.rank, x_a.rank, RightLayout::kNK},
-                columns, block, worker);
+  b += static_cast<std::int64_t>(at.intermediate_column()) * x_a.rank;
+  multiply_lora(task, x_a, {b, x_a.rank, RightLayout::kNK}, at.columns, block, at.worker);
 }
 
-void Engine::HiddenPass::gate_up_block(const RowTask& task, const LayerWeights::Slice& slice, int first_column,
-                                       int columns, int worker) {
-  const WorkerScratch scratch = scratch_of(worker);
+void Engine::HiddenPass::gate_up_block(const BlockTask& at) {
+  const WorkerScratch scratch = scratch_of(at.worker);
   float* gate = scratch.blocks[0];
   float* up = scratch.blocks[1];
   const bool gated = has_gate(layer_.activation.kind);
-  if (gated) project_column_block(task, slice, Projection::kGate, first_column, columns, gate, worker);
-  project_column_block(task, slice, Projection::kUp, first_column, columns, up, worker);
-  const int global_first = slice.first + first_column;
-  const std::int64_t padded = align_up(columns, kBlockDepth);
-  for (int m = 0; m < task.count; ++m) {
-    const std::int64_t in_block = std::int64_t{m} * block_stride_;
-    const std::int64_t kept = (static_cast<std::int64_t>(task.first) + m) * layer_.intermediate + global_first;
-    if (store_.gate != nullptr && gated) std::copy_n(gate + in_block, columns, store_.gate + kept);
-    if (store_.up != nullptr) std::copy_n(up + in_block, columns, store_.up + kept);
-    kernels_.activate(layer_.activation, gate + in_block, up + in_block, up + in_block, columns);
-    std::uint8_t* target =
-        buffers_.h.row(task.first + m) + static_cast<std::int64_t>(global_first) * operand_bytes(kernels_.operand);
-    store_operands(kernels_, up + in_block, columns, padded, target);
+  if (gated) project_block(at, Projection::kGate, gate);
+  project_block(at, Projection::kUp, up);
+  const std::int64_t first = at.intermediate_column(), padded = align_up(at.columns, kBlockDepth);
+  for (int m = 0; m < at.rows.count; ++m) {
+    const std::int64_t in_block = std::int64_t{m} * block_stride_, row = std::int64_t{at.rows.first} + m;
+    const std::int64_t kept = row * layer_.intermediate + first;
+    if (store_.gate != nullptr && gated) std::copy_n(gate + in_block, at.columns, store_.gate + kept);
+    if (store_.up != nullptr) std::copy_n(up + in_block, at.columns, store_.up + kept);
+    kernels_.activate(layer_.activation, gate + in_block, up + in_block, up + in_block, at.columns);
+    std::uint8_t* target = buffers_.h.row(row) + first * operand_bytes(kernels_.operand);
+    store_operands(kernels_, up + in_block, at.columns, padded, target);
   }
 }
 

@@ -21,12 +21,12 @@ void Engine::BackwardPass::lora_gradients() {
 void Engine::BackwardPass::lora_gradient(int expert, LoraTensor tensor) {
   const LoraShape shape = lora_shape(layer_, lora_, tensor);
   if (shape.rows == 0) return;
-  const std::int64_t first = routing_.begin_of(expert), hidden = layer_.hidden;
+  const std::int64_t first = routing_.begin_of(expert);
   const std::int32_t* tokens = routing_.row_token.data() + first;
   const auto kept = [&](const float* rows, int rank) {
     return OuterRows{rows + first * rank_stride(rank), rank_stride(rank), nullptr};
   };
-  const OuterRows x{x_, hidden, tokens}, dy{dy_, hidden, tokens};
+  const OuterRows x{x_.base, x_.stride, tokens}, dy{dy_.base, dy_.stride, tokens};
   OuterRows left, right;
   switch (tensor) {
     case LoraTensor::kAGate:

@@ -1,5 +1,7 @@
 #include "moe/pass.h"
 
+#include <cstring>
+
 namespace kt_expert {
 
 std::vector<RowTask> row_tasks(const Routing& routing) {
@@ -54,11 +56,11 @@ void Engine::Pass::clear_block(float* block, int rows, int columns) const {
   for (int m = 0; m < rows; ++m) std::fill_n(block_row(block, m), columns, 0.0f);
 }
 
-void Engine::Pass::load_operands(TokensIn in, const OperandRows& target) const {
+void Engine::Pass::load_operands(TokensIn in, const TokenOperands& target) const {
   const std::int64_t width = layer_.hidden, padded = align_up(width, kDepthAlign);
   for_each_piece(routing_.tokens, [&](std::int64_t first, std::int64_t last, int) {
     for (std::int64_t t = first; t < last; ++t) {
-      std::uint8_t* row = target.row(t);
+      std::uint8_t* row = target.tokens.row(t);
       if (in.type == FloatType::kF32) {
         store_operands(kernels_, static_cast<const float*>(in.data) + t * width, width, padded, row);
       } else if (kernels_.operand == OperandType::kBf16) {
@@ -70,6 +72,14 @@ void Engine::Pass::load_operands(TokensIn in, const OperandRows& target) const {
         kernels_.bf16_to_f32(static_cast<const bf16_t*>(in.data) + t * width, to, width);
         std::fill(to + width, to + padded, 0.0f);
       }
+    }
+  });
+  if (target.gathered.data == nullptr) return;
+  const std::size_t bytes = static_cast<std::size_t>(padded * operand_bytes(kernels_.operand));
+  for_each_piece(routing_.routes, [&](std::int64_t first, std::int64_t last, int) {
+    for (std::int64_t row = first; row < last; ++row) {
+      const std::int32_t token = routing_.row_token[static_cast<std::size_t>(row)];
+      std::memcpy(target.gathered.row(row), target.tokens.row(token), bytes);
     }
   });
 }

@@ -98,6 +98,37 @@ struct RowTask {
 };
 std::vector<RowTask> row_tasks(const Routing& routing);
 
+// Token rows as operands: once a token, and, where the rung does not follow row indices, once a route too.
+struct TokenOperands {
+  OperandRows tokens, gathered;
+
+  static TokenOperands take(Carver& carver, const KernelTable& kernels, std::int64_t tokens, std::int64_t routes,
+                            std::int64_t width) {
+    TokenOperands operands;
+    operands.tokens = OperandRows::take(carver, kernels, tokens, width);
+    if (!kernels.gathers) operands.gathered = OperandRows::take(carver, kernels, routes, width);
+    return operands;
+  }
+  LeftRows of(const RowTask& task, const Routing& routing) const {
+    if (gathered.data != nullptr) return gathered.from(task.first);
+    return tokens.from(0, routing.row_token.data() + task.first);
+  }
+};
+
+// A block of C: a task's rows and some columns, over one slice of the weights, by one worker.
+struct BlockTask {
+  const RowTask& rows;
+  const LayerWeights::Slice& slice;
+  int first_column;  // of the slice's I, or of H
+  int columns;
+  int worker;
+
+  int intermediate_column() const { return slice.first + first_column; }
+  // Whole blocks of weights, and what they are counted in.
+  int row_blocks() const { return static_cast<int>(ceil_div(columns, kBlockRows)); }
+  int depth_blocks() const { return static_cast<int>(ceil_div(columns, kBlockDepth)); }
+};
+
 // LoRA intermediates of all routes, in fp32. Where the rung multiplies bf16 they are its operands in two terms, what
 // bf16 holds of a value and what it leaves: rounding them once would cost gradients half of the numerics contract, and
 // flip the derivative of a clamped activation near its limit.
@@ -165,8 +196,54 @@ class Engine::Pass {
         token_);
   }
 
+  // Runs body(block task) for every row task and every block of the intermediate columns.
+  template <typename Body>
+  void for_each_hidden_block(const Body& body) const {
+    const std::vector<LayerWeights::Slice>& slices = weights_.slices();
+    const std::int64_t rows = static_cast<std::int64_t>(row_tasks_.size());
+    const int width = column_width(slices.front().count, rows);
+    std::vector<std::int64_t> counts;
+    for (const LayerWeights::Slice& slice : slices) counts.push_back(rows * ceil_div(slice.count, width));
+    pool_.run_on_nodes(
+        counts,
+        [&](int node, std::int64_t task, int worker) {
+          const LayerWeights::Slice& slice = slices[static_cast<std::size_t>(node)];
+          const std::int64_t per_row = ceil_div(slice.count, width);
+          const int first = static_cast<int>(task % per_row) * width;
+          body(BlockTask{row_tasks_[static_cast<std::size_t>(task / per_row)], slice, first,
+                         std::min(width, slice.count - first), worker});
+        },
+        token_);
+  }
+  // out[token] = sum over its routes of factor(row) * their rows of the block that fill(block task, block) adds to.
+  template <typename Fill, typename Factor>
+  void sum_over_routes(const TokenSums& sums, const TokensOut& out, const Fill& fill, const Factor& factor) const {
+    const std::vector<LayerWeights::Slice>& slices = weights_.slices();
+    const int width = column_width(layer_.hidden, 1);
+    pool_.run_on_nodes(
+        std::vector<std::int64_t>(slices.size(), ceil_div(layer_.hidden, width)),
+        [&](int node, std::int64_t task, int worker) {
+          const LayerWeights::Slice& slice = slices[static_cast<std::size_t>(node)];
+          const int first = static_cast<int>(task) * width, columns = std::min(width, layer_.hidden - first);
+          float* part = sums.part(node, out);
+          clear_columns(sums, part, first, columns);
+          for (const RowTask& rows : row_tasks_) {
+            if (token_ != nullptr) token_->check();
+            if (slice.count == 0) continue;
+            float* block = scratch_of(worker).blocks[0];
+            clear_block(block, rows.count, static_cast<int>(align_up(columns, kBlockDepth)));
+            fill(BlockTask{rows, slice, first, columns, worker}, block);
+            add_rows(rows, block, factor, part + first, columns);
+          }
+          finish_columns(sums, out, first, columns);
+        },
+        token_);
+    finish_sums(sums, out);
+  }
+  bool is_first(const LayerWeights::Slice& slice) const { return &slice == &weights_.slices().front(); }
+
   // Token rows as operands of the rung.
-  void load_operands(TokensIn in, const OperandRows& target) const;
+  void load_operands(TokensIn in, const TokenOperands& target) const;
   // Token rows in fp32, [tokens, H]: `in` itself or a converted copy.
   const float* load_f32(TokensIn in, float* copy) const;
 
@@ -187,6 +264,14 @@ class Engine::Pass {
   // Sums of one column block: cleared before, converted to the output after; with several nodes `finish_sums` adds the
   // parts once all blocks are done.
   void clear_columns(const TokenSums& sums, float* part, int first_column, int columns) const;
+  template <typename Factor>
+  void add_rows(const RowTask& rows, const float* block, const Factor& factor, float* target, int columns) const {
+    for (int m = 0; m < rows.count; ++m) {
+      const std::size_t row = static_cast<std::size_t>(rows.first + m);
+      kernels_.add_scaled(factor(row), block + std::int64_t{m} * block_stride_,
+                          target + routing_.row_token[row] * static_cast<std::int64_t>(layer_.hidden), columns);
+    }
+  }
   void finish_columns(const TokenSums& sums, const TokensOut& out, int first_column, int columns) const;
   void finish_sums(const TokenSums& sums, const TokensOut& out) const;
 
