@@ -76,8 +76,8 @@ TEST_CASE("integer products are exact up to their scales") {
       std::vector<float> c = values.floats((shape.rows + kRowSlack) * c_stride);
       const std::vector<float> before = c;
       const int row_blocks = (shape.outputs + kBlockRows - 1) / kBlockRows;
-      integer.multiply({codes.data(), stride, scales.data()}, shape.rows, tensor.matrix(0), 0, row_blocks,
-                       c.data(), c_stride);
+      integer.multiply({codes.data(), stride, scales.data()}, shape.rows, tensor.matrix(0), 0, row_blocks, c.data(),
+                       c_stride);
       bool close = true;
       for (int m = 0; m < shape.rows; ++m) {
         for (int n = 0; n < shape.outputs; ++n) {

@@ -109,46 +109,46 @@ void for_each_kernel(const Body& body) {
   });
 }
 
-TEST_CASE("forward products of every format and shape") {
-  for_each_kernel([](const KernelTable& kernels, WeightFormat format) {
-    Values values;
-    Scratch scratch(kernels);
-    for (const Shape& shape : kShapes) {
-      CAPTURE(shape.rows);
-      CAPTURE(shape.outputs);
-      CAPTURE(shape.depth);
-      const Operands a = make_operands(kernels, values, shape.rows, shape.depth);
-      const Weights w = make_weights(kernels, values, format, shape.outputs, shape.depth);
-      Block c(values, shape.rows, shape.outputs);
-      const Block before = c;
-      multiply_forward(kernels, a.left, shape.rows, w.tensor.matrix(0), 0, blocks(shape.outputs, kBlockRows),
-                       c.values.data(), c.stride, scratch.panels);
-      check_close(before, c, shape.rows, shape.outputs, shape.depth, [&](int m, int n, int k) {
-        return static_cast<double>(a.values[static_cast<std::size_t>(m * a.stride + k)]) *
-               w.dense[static_cast<std::size_t>(n * shape.depth + k)];
-      });
-    }
-  });
-}
+// y = x W^T or dx = dy W, as the passes ask for them.
+struct Direction {
+  bool forward;
 
-TEST_CASE("backward products of every format and shape") {
+  int reduced(const Shape& shape) const { return forward ? shape.depth : shape.outputs; }
+  int columns(const Shape& shape) const { return forward ? shape.outputs : shape.depth; }
+  int units(const Shape& shape) const { return blocks(columns(shape), forward ? kBlockRows : kBlockDepth); }
+  // Element (k, n) of the right operand, for weights [outputs, depth].
+  std::size_t at(const Shape& shape, int k, int n) const {
+    return static_cast<std::size_t>(forward ? n * shape.depth + k : k * shape.depth + n);
+  }
+  void multiply(const KernelTable& kernels, const LeftRows& a, int rows, const Weights& w, const Shape& shape, Block& c,
+                const Scratch& scratch) const {
+    (forward ? multiply_forward : multiply_backward)(kernels, a, rows, w.tensor.matrix(0), 0, units(shape),
+                                                     c.values.data(), c.stride, scratch.panels);
+  }
+};
+const Direction kDirections[] = {{true}, {false}};
+
+TEST_CASE("products of every format and shape, forward and backward") {
   for_each_kernel([](const KernelTable& kernels, WeightFormat format) {
     Values values;
     Scratch scratch(kernels);
-    for (const Shape& shape : kShapes) {
-      CAPTURE(shape.rows);
-      CAPTURE(shape.outputs);
-      CAPTURE(shape.depth);
-      const Operands a = make_operands(kernels, values, shape.rows, shape.outputs);
-      const Weights w = make_weights(kernels, values, format, shape.outputs, shape.depth);
-      Block c(values, shape.rows, blocks(shape.depth, kBlockDepth) * kBlockDepth);
-      const Block before = c;
-      multiply_backward(kernels, a.left, shape.rows, w.tensor.matrix(0), 0, blocks(shape.depth, kBlockDepth),
-                        c.values.data(), c.stride, scratch.panels);
-      check_close(before, c, shape.rows, shape.depth, shape.outputs, [&](int m, int n, int k) {
-        return static_cast<double>(a.values[static_cast<std::size_t>(m * a.stride + k)]) *
-               w.dense[static_cast<std::size_t>(k * shape.depth + n)];
-      });
+    for (const Direction& direction : kDirections) {
+      for (const Shape& shape : kShapes) {
+        CAPTURE(direction.forward);
+        CAPTURE(shape.rows);
+        CAPTURE(shape.outputs);
+        CAPTURE(shape.depth);
+        const Operands a = make_operands(kernels, values, shape.rows, direction.reduced(shape));
+        const Weights w = make_weights(kernels, values, format, shape.outputs, shape.depth);
+        Block c(values, shape.rows, direction.units(shape) * kBlockDepth);
+        const Block before = c;
+        direction.multiply(kernels, a.left, shape.rows, w, shape, c, scratch);
+        check_close(before, c, shape.rows, direction.columns(shape), direction.reduced(shape),
+                    [&](int m, int n, int k) {
+                      return static_cast<double>(a.values[static_cast<std::size_t>(m * a.stride + k)]) *
+                             w.dense[direction.at(shape, k, n)];
+                    });
+      }
     }
   });
 }
@@ -161,28 +161,24 @@ TEST_CASE("a row's bits do not depend on the rows beside it") {
     Scratch scratch(kernels);
     const Shape shape{37, 70, 300};
     const Weights w = make_weights(kernels, values, format, shape.outputs, shape.depth);
-    for (const bool forward : {true, false}) {
-      CAPTURE(forward);
-      const int width = forward ? shape.depth : shape.outputs, columns = forward ? shape.outputs : shape.depth;
-      const int units = forward ? blocks(columns, kBlockRows) : blocks(columns, kBlockDepth);
-      const Operands a = make_operands(kernels, values, shape.rows, width);
-      const auto multiply = [&](const LeftRows& left, int rows, Block& c) {
-        (forward ? multiply_forward : multiply_backward)(kernels, left, rows, w.tensor.matrix(0), 0, units,
-                                                         c.values.data(), c.stride, scratch.panels);
-      };
-      Block together(values, shape.rows, units * kBlockDepth);
+    for (const Direction& direction : kDirections) {
+      CAPTURE(direction.forward);
+      const Operands a = make_operands(kernels, values, shape.rows, direction.reduced(shape));
+      Block together(values, shape.rows, direction.units(shape) * kBlockDepth);
       std::fill(together.values.begin(), together.values.end(), 0.0f);
       Block alone = together;
-      multiply(a.left, shape.rows, together);
+      direction.multiply(kernels, a.left, shape.rows, w, shape, together, scratch);
       bool same = true;
       for (int first = 0, count = 1; first < shape.rows; first += count, count = count % 11 + 1) {
         const int rows = std::min(count, shape.rows - first);
         std::fill(alone.values.begin(), alone.values.end(), 0.0f);
         LeftRows part = a.left;
         part.base = a.bytes.data() + first * a.stride * operand_bytes(kernels.operand);
-        multiply(part, rows, alone);
+        direction.multiply(kernels, part, rows, w, shape, alone, scratch);
         for (int m = 0; m < rows; ++m) {
-          for (int n = 0; n < columns; ++n) same = same && alone.at(m, n) == together.at(first + m, n);
+          for (int n = 0; n < direction.columns(shape); ++n) {
+            same = same && alone.at(m, n) == together.at(first + m, n);
+          }
         }
       }
       CHECK(same);

@@ -7,7 +7,6 @@ import re
 import shutil
 import socket
 import subprocess
-import time
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator
@@ -20,6 +19,7 @@ import torch
 from kt_expert_client import AdamW, Client, LayerLora
 from support.raw import RawMember
 from support.server import ServerProcess
+from support.waiting import wait_until
 
 DEPLOY = Path(__file__).resolve().parents[2] / "deploy"
 DASHBOARD = json.loads((DEPLOY / "grafana" / "kt-expert.json").read_text(encoding="utf-8"))
@@ -63,18 +63,19 @@ class Prometheus:
 
     def wait_for(self, expression: str) -> list[Any]:
         """The result, once there is one with a value that is a number."""
-        deadline = time.monotonic() + READY_TIMEOUT_S
-        while time.monotonic() < deadline:
+        found: list[Any] = []
+
+        def answered() -> bool:
             try:
-                found = [row for row in self.query(expression) if row["value"][1] != "NaN"]
+                found[:] = [row for row in self.query(expression) if row["value"][1] != "NaN"]
             except urllib.error.HTTPError as error:
                 raise AssertionError(f"{expression}: {error.read().decode()}") from None
-            except OSError:
-                found = []
-            if found:
-                return found
-            time.sleep(0.2)
-        raise AssertionError(f"no data within {READY_TIMEOUT_S:g} s for: {expression}")
+            except OSError:  # not listening yet
+                return False
+            return bool(found)
+
+        wait_until(answered, READY_TIMEOUT_S, f"data for {expression}")
+        return found
 
     def stop(self) -> None:
         self._process.terminate()

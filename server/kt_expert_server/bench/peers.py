@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 import time
 from pathlib import Path
@@ -118,7 +119,7 @@ class KtKernel:
 
     def __init__(self, shape: LayerShape, threads: int, python: str, max_tokens: int) -> None:
         sizes = (shape.experts, shape.hidden, shape.intermediate, shape.top_k, threads, max_tokens)
-        command = [*python.split(), str(_KT_KERNEL_SCRIPT), *(str(size) for size in sizes)]
+        command = [*shlex.split(python), str(_KT_KERNEL_SCRIPT), *(str(size) for size in sizes)]
         try:
             self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         except OSError as error:
