@@ -49,10 +49,46 @@ void multiply_backward_panels(const KernelTable& kernels, const LeftRows& a, int
   }
 }
 
+constexpr int kSliceBlocks = kSliceDepth / kBlockDepth;
+
+// With a line more a depth block than operands, for scales.
+std::int64_t most_panel_bytes(const KernelTable& kernels) {
+  return std::max(kernels.tile_panels, kPanelsPerBlock) * panel_bytes(kernels, kSliceDepth + kSliceBlocks);
+}
+
+void multiply_forward_panels(const KernelTable& kernels, const LeftRows& a, int rows, const PackedMatrix& w,
+                             int first_row, int row_blocks, float* c, std::int64_t c_stride,
+                             const PanelScratch& scratch) {
+  const FormatKernels& format = kernels.formats[static_cast<int>(w.shape.format)];
+  const int depth_blocks = w.shape.depth_blocks(), slice_blocks = slice_depth(rows) / kBlockDepth;
+  char* panels = static_cast<char*>(scratch.panels);
+  float* starts = format.group_starts == nullptr ? nullptr : scratch.starts(kernels);
+  for (int first = 0; first < depth_blocks; first += slice_blocks) {
+    const int slice = std::min(slice_blocks, depth_blocks - first);
+    const std::int64_t bytes = panel_bytes(kernels, slice * format.panel_lines);
+    const LeftRows part = advance(kernels, a, static_cast<std::int64_t>(first) * kBlockDepth);
+    if (starts != nullptr) format.group_starts(part, rows, slice, starts, kSliceBlocks);
+    for (int j = 0; j < row_blocks; j += kernels.tile_panels) {
+      const int group = std::min(kernels.tile_panels, row_blocks - j);
+      float* target = c + static_cast<std::int64_t>(j) * kBlockRows;
+      for (int p = 0; p < group; ++p) format.expand_forward(w, first_row + j + p, first, slice, panels + p * bytes);
+      if (format.multiply_grouped != nullptr) {
+        format.multiply_grouped(part, starts, kSliceBlocks, rows, slice, panels, bytes, group, target, c_stride);
+      } else {
+        kernels.multiply(part, rows, slice * kBlockDepth, panels, bytes, group, target, c_stride);
+      }
+    }
+  }
+}
+
 }  // namespace
 
 std::int64_t panel_scratch_bytes(const KernelTable& kernels) {
-  return std::max(kernels.tile_panels, kPanelsPerBlock) * panel_bytes(kernels, kSliceDepth);
+  return most_panel_bytes(kernels) + std::int64_t{kMostProductRows} * kSliceBlocks * std::int64_t{sizeof(float)};
+}
+
+float* PanelScratch::starts(const KernelTable& kernels) const {
+  return reinterpret_cast<float*>(static_cast<char*>(panels) + most_panel_bytes(kernels));
 }
 
 void multiply_forward(const KernelTable& kernels, const LeftRows& a, int rows, const PackedMatrix& w, int first_row,
@@ -63,18 +99,7 @@ void multiply_forward(const KernelTable& kernels, const LeftRows& a, int rows, c
     format.direct_forward(a, rows, w, {first_row, row_blocks, 0, depth_blocks}, c, c_stride);
     return;
   }
-  char* panels = static_cast<char*>(scratch.panels);
-  const int slice_blocks = slice_depth(rows) / kBlockDepth;
-  for (int first = 0; first < depth_blocks; first += slice_blocks) {
-    const int slice = std::min(slice_blocks, depth_blocks - first);
-    const std::int64_t bytes = panel_bytes(kernels, slice * kBlockDepth);
-    for (int j = 0; j < row_blocks; j += kernels.tile_panels) {
-      const int group = std::min(kernels.tile_panels, row_blocks - j);
-      for (int p = 0; p < group; ++p) format.expand_forward(w, first_row + j + p, first, slice, panels + p * bytes);
-      kernels.multiply(advance(kernels, a, static_cast<std::int64_t>(first) * kBlockDepth), rows, slice * kBlockDepth,
-                       panels, bytes, group, c + static_cast<std::int64_t>(j) * kBlockRows, c_stride);
-    }
-  }
+  multiply_forward_panels(kernels, a, rows, w, first_row, row_blocks, c, c_stride, scratch);
 }
 
 void multiply_backward(const KernelTable& kernels, const LeftRows& a, int rows, const PackedMatrix& w, int first_depth,

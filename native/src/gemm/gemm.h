@@ -7,9 +7,14 @@
 
 namespace kt_expert {
 
-// Panels of one worker, for weights in formats that are expanded and for LoRA matrices.
+constexpr int kMostProductRows = 192;  // rows of A in one call
+
+// Of one worker: panels, for weights in formats that are expanded and for LoRA matrices, and where the sums of grouped
+// formats start.
 struct PanelScratch {
   void* panels = nullptr;
+
+  float* starts(const KernelTable& kernels) const;
 };
 std::int64_t panel_scratch_bytes(const KernelTable& kernels);
 

@@ -51,6 +51,10 @@ struct BlockRange {
   int depth_blocks = 0;
 };
 
+// Whether fp32 rungs multiply a format's codes and apply the scale to a depth block's sum. fp8 is not: a code needs a
+// multiplication to become a number, and the scale rides on it.
+constexpr bool is_grouped(WeightFormat format) { return format != WeightFormat::kBf16 && format != WeightFormat::kFp8; }
+
 // How one rung reads one weight format. `direct_*` take weights from their blocks and are used up to that many rows;
 // above, the blocks are expanded once into panels and every row tile reads those.
 //
@@ -66,8 +70,16 @@ struct FormatKernels {
   // C[m, k - 32 first_depth] += sum over the range's rows of A(m, n - 16 first_row) W(n, k).
   void (*direct_backward)(const LeftRows& a, int rows, const PackedMatrix& w, const BlockRange& range, float* c,
                           std::int64_t c_stride);
-  // One row block, the range's depths: the panel of the forward.
+  // One row block, the range's depths: the panel of the forward, `panel_lines` lines of 16 operands a depth block.
   void (*expand_forward)(const PackedMatrix& w, int row_block, int first_depth, int depth_blocks, void* panel);
+  int panel_lines = kBlockDepth;
+  // Where given, the forward's panels are multiplied by this instead: they hold codes and, a depth block, a line of
+  // scales, which are applied to the depth block's sum. Sums start at starts[m * starts_stride + depth block], which
+  // `group_starts` computes from A; where that is null, at zero.
+  void (*multiply_grouped)(const LeftRows& a, const float* starts, std::int64_t starts_stride, int rows,
+                           int depth_blocks, const void* panels, std::int64_t panel_bytes, int panel_count, float* c,
+                           std::int64_t c_stride);
+  void (*group_starts)(const LeftRows& a, int rows, int depth_blocks, float* starts, std::int64_t starts_stride);
   // One depth block, the range's rows: the two panels of the backward, 16 columns each.
   void (*expand_backward)(const PackedMatrix& w, int depth_block, int first_row, int row_blocks, void* panel0,
                           void* panel1);

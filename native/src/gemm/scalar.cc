@@ -156,7 +156,9 @@ KernelTable make_table() {
   table.gathers = true;
   for (FormatKernels& format : table.formats) {
     // A panel's slices would round between them; the sums here are in double from end to end.
-    format = {kAllRows, kAllRows, direct_forward, direct_backward, nullptr, nullptr, nullptr, nullptr};
+    format.direct_forward_rows = format.direct_backward_rows = kAllRows;
+    format.direct_forward = direct_forward;
+    format.direct_backward = direct_backward;
   }
   table.expand_f32_nk = expand_f32_nk;
   table.expand_f32_kn = expand_f32_kn;

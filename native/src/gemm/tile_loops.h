@@ -217,6 +217,14 @@ void expand_forward(const PackedMatrix& w, int row_block, int first_depth, int d
   }
 }
 
+// The forward of a format that is read as it is multiplied.
+template <typename I, WeightFormat kFormat>
+void set_plain_forward(FormatKernels& kernels, int direct_rows) {
+  kernels.direct_forward_rows = direct_rows;
+  kernels.direct_forward = direct_forward<I, kFormat>;
+  kernels.expand_forward = expand_forward<I, kFormat>;
+}
+
 // A row tile over expanded panels, `panel_floats` apart.
 template <typename I, int kRows, int kPanels>
 void panel_tile(const float* const* a, int depth, const float* panels, std::int64_t panel_floats, float* c,

@@ -5,7 +5,7 @@
 #include <algorithm>
 
 #include "gemm/vector_loops.h"
-#include "gemm/x86_avx2_decode.h"
+#include "gemm/x86_avx2_codes.h"
 #include "gemm/x86_avx2_vector.h"
 
 namespace kt_expert {

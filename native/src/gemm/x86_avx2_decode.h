@@ -20,6 +20,10 @@ inline __m256i load_words(const std::uint8_t* source) {
   return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(source));
 }
 
+inline __m256 load_f32_scales(const std::uint8_t* scales, int half) {
+  return _mm256_loadu_ps(reinterpret_cast<const float*>(scales + half * kHalfRows * sizeof(float)));
+}
+
 template <WeightFormat kFormat>
 struct Reader;
 
@@ -45,10 +49,7 @@ template <>
 struct Reader<WeightFormat::kInt8> {
   __m256 scale;
   Reader() = default;
-  Reader(const std::uint8_t* scales, int half) {
-    scales += half * kHalfRows * sizeof(float);
-    scale = _mm256_loadu_ps(reinterpret_cast<const float*>(scales));
-  }
+  Reader(const std::uint8_t* scales, int half) : scale(load_f32_scales(scales, half)) {}
   template <int kDepth>
   __m256 read(__m256i words) const {
     return _mm256_mul_ps(int8_codes<kDepth>(words), scale);
@@ -100,18 +101,20 @@ struct Reader<WeightFormat::kInt4G128> : Int4Reader {
   using Int4Reader::Int4Reader;
 };
 
+inline __m256 load_e8m0_scales(const std::uint8_t* scales, int half) {
+  scales += half * kHalfRows;
+  const __m256i exponent = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(scales)));
+  // An exponent of 0 means 2^-127, the subnormal 0x00400000.
+  const __m256i tiny =
+      _mm256_and_si256(_mm256_cmpeq_epi32(exponent, _mm256_setzero_si256()), _mm256_set1_epi32(0x00400000));
+  return _mm256_castsi256_ps(_mm256_or_si256(_mm256_slli_epi32(exponent, 23), tiny));
+}
+
 template <>
 struct Reader<WeightFormat::kMxfp4> {
   __m256 scale;
   Reader() = default;
-  Reader(const std::uint8_t* scales, int half) {
-    scales += half * kHalfRows;
-    const __m256i exponent = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(scales)));
-    // An exponent of 0 means 2^-127, the subnormal 0x00400000.
-    const __m256i tiny =
-        _mm256_and_si256(_mm256_cmpeq_epi32(exponent, _mm256_setzero_si256()), _mm256_set1_epi32(0x00400000));
-    scale = _mm256_castsi256_ps(_mm256_or_si256(_mm256_slli_epi32(exponent, 23), tiny));
-  }
+  Reader(const std::uint8_t* scales, int half) : scale(load_e8m0_scales(scales, half)) {}
   template <int kDepth>
   __m256 read(__m256i words) const {
     const __m256 magnitudes = _mm256_loadu_ps(kMxfp4Values);  // the lookup reads the low three bits of each code
@@ -123,21 +126,24 @@ struct Reader<WeightFormat::kMxfp4> {
   }
 };
 
+// The kDepth-th NF4 value of every word.
+template <int kDepth>
+__m256 nf4_values(__m256i words) {
+  const __m256i code = kDepth == 0 ? words : _mm256_srli_epi32(words, 4 * kDepth);
+  const __m256 upper_half = _mm256_castsi256_ps(kDepth == 7 ? words : _mm256_slli_epi32(words, 28 - 4 * kDepth));
+  const __m256 low = _mm256_permutevar8x32_ps(_mm256_loadu_ps(kNf4Values), code);
+  const __m256 high = _mm256_permutevar8x32_ps(_mm256_loadu_ps(kNf4Values + 8), code);
+  return _mm256_blendv_ps(low, high, upper_half);
+}
+
 template <>
 struct Reader<WeightFormat::kNf4> {
   __m256 scale;
   Reader() = default;
-  Reader(const std::uint8_t* scales, int half) {
-    scales += half * kHalfRows * sizeof(float);
-    scale = _mm256_loadu_ps(reinterpret_cast<const float*>(scales));
-  }
+  Reader(const std::uint8_t* scales, int half) : scale(load_f32_scales(scales, half)) {}
   template <int kDepth>
   __m256 read(__m256i words) const {
-    const __m256i code = kDepth == 0 ? words : _mm256_srli_epi32(words, 4 * kDepth);
-    const __m256 upper_half = _mm256_castsi256_ps(kDepth == 7 ? words : _mm256_slli_epi32(words, 28 - 4 * kDepth));
-    const __m256 low = _mm256_permutevar8x32_ps(_mm256_loadu_ps(kNf4Values), code);
-    const __m256 high = _mm256_permutevar8x32_ps(_mm256_loadu_ps(kNf4Values + 8), code);
-    return _mm256_mul_ps(_mm256_blendv_ps(low, high, upper_half), scale);
+    return _mm256_mul_ps(nf4_values<kDepth>(words), scale);
   }
 };
 
@@ -170,27 +176,6 @@ struct RowReader<WeightFormat::kInt8> {
   __m256 read(__m256i words, int row) const {
     return _mm256_mul_ps(int8_codes<kDepth>(words), _mm256_broadcast_ss(scales + row));
   }
-};
-
-template <WeightFormat kFormat>
-using Avx2Reader = Reader<kFormat>;
-
-// The vector set of tile_loops.h. 6 x 16 tiles: 12 of the 16 YMM registers accumulate.
-struct Avx2 {
-  using Vec = __m256;
-  using Words = __m256i;
-  template <WeightFormat kFormat>
-  using Reader = Avx2Reader<kFormat>;
-  static constexpr int kLanes = 8;
-  static constexpr int kMaxRows = 6;
-  static constexpr int kTilePanels = 1;
-  static constexpr int kOneRowPanels = 2;
-
-  static Vec load(const float* source) { return _mm256_loadu_ps(source); }
-  static void store(float* target, Vec value) { _mm256_storeu_ps(target, value); }
-  static Vec broadcast(const float* source) { return _mm256_broadcast_ss(source); }
-  static Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
-  static Words load_words(const std::uint8_t* source) { return kt_expert::load_words(source); }
 };
 
 }  // namespace

@@ -1,9 +1,9 @@
 // AVX2 + FMA on resident weights of every format: products straight from the blocks, and panels expanded from them.
 #include <algorithm>
 
-#include "gemm/tile_loops.h"
+#include "gemm/grouped_tiles.h"
 #include "gemm/x86_avx2.h"
-#include "gemm/x86_avx2_decode.h"
+#include "gemm/x86_avx2_codes.h"
 
 namespace kt_expert {
 namespace {
@@ -269,16 +269,20 @@ constexpr int kDirectQuantisedRows = 4;
 
 template <WeightFormat kFormat>
 constexpr FormatKernels kernels_of() {
-  constexpr int kPerWord = values_per_word(kFormat);
-  constexpr bool kReorders = turns_words<kFormat>();
-  return {kFormat == WeightFormat::kBf16 ? kDirectBf16Rows : kDirectQuantisedRows,
-          direct_backward_rows<kFormat>(),
-          direct_forward<Avx2, kFormat>,
-          direct_backward<kFormat>,
-          expand_forward<Avx2, kFormat>,
-          expand_backward<kFormat>,
-          kReorders ? reorder<kPerWord, true> : nullptr,
-          kReorders ? reorder<kPerWord, false> : nullptr};
+  FormatKernels kernels{};
+  if constexpr (is_grouped(kFormat)) {
+    set_grouped_forward<Avx2, kFormat, kDirectQuantisedRows>(kernels);
+  } else {
+    set_plain_forward<Avx2, kFormat>(kernels, kFormat == WeightFormat::kBf16 ? kDirectBf16Rows : kDirectQuantisedRows);
+  }
+  kernels.direct_backward_rows = direct_backward_rows<kFormat>();
+  kernels.direct_backward = direct_backward<kFormat>;
+  kernels.expand_backward = expand_backward<kFormat>;
+  if constexpr (turns_words<kFormat>()) {
+    kernels.to_word_order = reorder<values_per_word(kFormat), true>;
+    kernels.to_column_order = reorder<values_per_word(kFormat), false>;
+  }
+  return kernels;
 }
 
 }  // namespace

@@ -12,8 +12,89 @@
 namespace kt_expert {
 namespace {
 
+// Unscaled values of a grouped format, as grouped_tiles.h asks for them: signed as they are, for every one costs the
+// same.
+struct PlainCodes {
+  using Unpacked = __m512i;
+  static constexpr float kOffset = 0.0f;
+  static constexpr int kShift[8] = {};
+  static Unpacked unpack(__m512i words) { return words; }
+};
+
 template <WeightFormat kFormat>
-struct Avx512Reader;
+struct Avx512Codes;
+
+template <>
+struct Avx512Codes<WeightFormat::kInt8> : PlainCodes {
+  static constexpr int kShift[4] = {};
+  template <int kDepth>
+  static __m512 read(__m512i words) {
+    if constexpr (kDepth < 3) words = _mm512_slli_epi32(words, 24 - 8 * kDepth);
+    return _mm512_cvtepi32_ps(_mm512_srai_epi32(words, 24));
+  }
+  static __m512 scales(const std::uint8_t* stored, int) { return _mm512_loadu_ps(stored); }
+};
+
+// 4-bit codes are looked up in one register of sixteen values; the lookup reads the low four bits.
+template <int kDepth>
+KT_INLINE __m512 nibble_values(__m512i words, const float (&values)[16]) {
+  if constexpr (kDepth > 0) words = _mm512_srli_epi32(words, 4 * kDepth);
+  return _mm512_permutexvar_ps(words, _mm512_loadu_ps(values));
+}
+
+constexpr float kInt4Values[16] = {-8.0f, -7.0f, -6.0f, -5.0f, -4.0f, -3.0f, -2.0f, -1.0f,
+                                   0.0f,  1.0f,  2.0f,  3.0f,  4.0f,  5.0f,  6.0f,  7.0f};
+static_assert(kInt4Values[kInt4Offset] == 0.0f, "codes are stored with the offset on top");
+
+struct Avx512Int4Codes : PlainCodes {
+  template <int kDepth>
+  static __m512 read(__m512i words) {
+    return nibble_values<kDepth>(words, kInt4Values);
+  }
+  static __m512 scales(const std::uint8_t* stored, int) {
+    const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(stored));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+  }
+};
+template <>
+struct Avx512Codes<WeightFormat::kInt4G32> : Avx512Int4Codes {};
+template <>
+struct Avx512Codes<WeightFormat::kInt4G128> : Avx512Int4Codes {};
+
+template <>
+struct Avx512Codes<WeightFormat::kMxfp4> : PlainCodes {
+  template <int kDepth>
+  static __m512 read(__m512i words) {
+    return nibble_values<kDepth>(words, kMxfp4Values);
+  }
+  static __m512 scales(const std::uint8_t* stored, int) {
+    const __m512i exponent = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(stored)));
+    // An exponent of 0 means 2^-127, the subnormal 0x00400000.
+    const __mmask16 tiny = _mm512_cmpeq_epi32_mask(exponent, _mm512_setzero_si512());
+    return _mm512_castsi512_ps(
+        _mm512_mask_mov_epi32(_mm512_slli_epi32(exponent, 23), tiny, _mm512_set1_epi32(0x00400000)));
+  }
+};
+
+template <>
+struct Avx512Codes<WeightFormat::kNf4> : PlainCodes {
+  template <int kDepth>
+  static __m512 read(__m512i words) {
+    return nibble_values<kDepth>(words, kNf4Values);
+  }
+  static __m512 scales(const std::uint8_t* stored, int) { return _mm512_loadu_ps(stored); }
+};
+
+template <WeightFormat kFormat>
+struct Avx512Reader {
+  __m512 scale;
+  Avx512Reader() = default;
+  Avx512Reader(const std::uint8_t* scales, int part) : scale(Avx512Codes<kFormat>::scales(scales, part)) {}
+  template <int kDepth>
+  __m512 read(__m512i words) const {
+    return _mm512_mul_ps(Avx512Codes<kFormat>::template read<kDepth>(words), scale);
+  }
+};
 
 template <>
 struct Avx512Reader<WeightFormat::kBf16> {
@@ -23,19 +104,6 @@ struct Avx512Reader<WeightFormat::kBf16> {
   __m512 read(__m512i words) const {
     if constexpr (kDepth == 0) return _mm512_castsi512_ps(_mm512_slli_epi32(words, 16));
     return _mm512_castsi512_ps(_mm512_and_si512(words, _mm512_set1_epi32(static_cast<int>(0xFFFF0000u))));
-  }
-};
-
-template <>
-struct Avx512Reader<WeightFormat::kInt8> {
-  __m512 scale;
-  Avx512Reader() = default;
-  Avx512Reader(const std::uint8_t* scales, int) : scale(_mm512_loadu_ps(scales)) {}
-  template <int kDepth>
-  __m512 read(__m512i words) const {
-    __m512i value = words;
-    if constexpr (kDepth < 3) value = _mm512_slli_epi32(value, 24 - 8 * kDepth);
-    return _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_srai_epi32(value, 24)), scale);
   }
 };
 
@@ -57,63 +125,14 @@ struct Avx512Reader<WeightFormat::kFp8> {
   }
 };
 
-// The 4-bit formats look their codes up in one register of sixteen values; the lookup reads the low four bits.
-struct NibbleReader {
-  __m512 scale, values;
-  template <int kDepth>
-  __m512 read(__m512i words) const {
-    const __m512i code = kDepth == 0 ? words : _mm512_srli_epi32(words, 4 * kDepth);
-    return _mm512_mul_ps(_mm512_permutexvar_ps(code, values), scale);
-  }
-};
-
-struct Avx512Int4Reader : NibbleReader {
-  Avx512Int4Reader() = default;
-  Avx512Int4Reader(const std::uint8_t* scales, int) {
-    const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(scales));
-    scale = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
-    static_assert(kInt4Offset == 8, "the table below");
-    values = _mm512_setr_ps(-8.0f, -7.0f, -6.0f, -5.0f, -4.0f, -3.0f, -2.0f, -1.0f, 0.0f, 1.0f, 2.0f, 3.0f, 4.0f, 5.0f,
-                            6.0f, 7.0f);
-  }
-};
-template <>
-struct Avx512Reader<WeightFormat::kInt4G32> : Avx512Int4Reader {
-  using Avx512Int4Reader::Avx512Int4Reader;
-};
-template <>
-struct Avx512Reader<WeightFormat::kInt4G128> : Avx512Int4Reader {
-  using Avx512Int4Reader::Avx512Int4Reader;
-};
-
-template <>
-struct Avx512Reader<WeightFormat::kMxfp4> : NibbleReader {
-  Avx512Reader() = default;
-  Avx512Reader(const std::uint8_t* scales, int) {
-    const __m512i exponent = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(scales)));
-    // An exponent of 0 means 2^-127, the subnormal 0x00400000.
-    const __mmask16 tiny = _mm512_cmpeq_epi32_mask(exponent, _mm512_setzero_si512());
-    scale = _mm512_castsi512_ps(
-        _mm512_mask_mov_epi32(_mm512_slli_epi32(exponent, 23), tiny, _mm512_set1_epi32(0x00400000)));
-    values = _mm512_loadu_ps(kMxfp4Values);
-  }
-};
-
-template <>
-struct Avx512Reader<WeightFormat::kNf4> : NibbleReader {
-  Avx512Reader() = default;
-  Avx512Reader(const std::uint8_t* scales, int) {
-    scale = _mm512_loadu_ps(scales);
-    values = _mm512_loadu_ps(kNf4Values);
-  }
-};
-
 // The vector set of tile_loops.h. 8 x 48 tiles: 24 of the 32 ZMM registers accumulate.
 struct Avx512 {
   using Vec = __m512;
   using Words = __m512i;
   template <WeightFormat kFormat>
   using Reader = Avx512Reader<kFormat>;
+  template <WeightFormat kFormat>
+  using Codes = Avx512Codes<kFormat>;
   static constexpr int kLanes = 16;
   static constexpr int kMaxRows = 8;
   static constexpr int kTilePanels = 3;
@@ -121,6 +140,8 @@ struct Avx512 {
 
   static Vec load(const float* source) { return _mm512_loadu_ps(source); }
   static void store(float* target, Vec value) { _mm512_storeu_ps(target, value); }
+  static Vec zero() { return _mm512_setzero_ps(); }
+  static Vec multiply(Vec value, float factor) { return _mm512_mul_ps(value, _mm512_set1_ps(factor)); }
   static Vec broadcast(const float* source) { return _mm512_set1_ps(*source); }
   static Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
   static Words load_words(const std::uint8_t* source) { return _mm512_loadu_si512(source); }

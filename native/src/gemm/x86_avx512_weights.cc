@@ -1,4 +1,5 @@
 // AVX-512 on resident weights of every format, with fp32 operands.
+#include "gemm/grouped_tiles.h"
 #include "gemm/x86_avx512.h"
 #include "gemm/x86_avx512_decode.h"
 
@@ -68,14 +69,16 @@ template <WeightFormat kFormat>
 FormatKernels kernels_of() {
   // One row tile reads bf16 as fast from blocks as from panels; decoding the others is worth doing once.
   constexpr int kDirectRows = kFormat == WeightFormat::kBf16 ? Avx512::kMaxRows : 4;
-  return {kDirectRows,
-          kDirectBackwardRows,
-          direct_forward<Avx512, kFormat>,
-          direct_backward<kFormat>,
-          expand_forward<Avx512, kFormat>,
-          expand_backward<kFormat>,
-          nullptr,
-          nullptr};
+  FormatKernels kernels{};
+  if constexpr (is_grouped(kFormat)) {
+    set_grouped_forward<Avx512, kFormat, kDirectRows>(kernels);
+  } else {
+    set_plain_forward<Avx512, kFormat>(kernels, kDirectRows);
+  }
+  kernels.direct_backward_rows = kDirectBackwardRows;
+  kernels.direct_backward = direct_backward<kFormat>;
+  kernels.expand_backward = expand_backward<kFormat>;
+  return kernels;
 }
 
 }  // namespace

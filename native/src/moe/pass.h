@@ -18,7 +18,7 @@ namespace kt_expert {
 // Blocks of C in a worker's scratch: many rows and few columns, two of which stay in a 512 KiB L2 beside a panel, or
 // few rows and many columns, so that weights are read in long stretches.
 constexpr int kTaskColumns = 128;
-constexpr int kTaskRows = 192;
+constexpr int kTaskRows = kMostProductRows;
 constexpr int kFewRows = 16;
 constexpr int kFewRowsColumns = 512;
 constexpr std::int64_t kBlockFloats = std::int64_t{kTaskRows + kRowSlack} * kTaskColumns;
