@@ -76,6 +76,16 @@ struct Avx2Codes<WeightFormat::kMxfp4> {
   }
 };
 
+// The kDepth-th NF4 value of every word.
+template <int kDepth>
+__m256 nf4_values(__m256i words) {
+  const __m256i code = kDepth == 0 ? words : _mm256_srli_epi32(words, 4 * kDepth);
+  const __m256 upper_half = _mm256_castsi256_ps(kDepth == 7 ? words : _mm256_slli_epi32(words, 28 - 4 * kDepth));
+  const __m256 low = _mm256_permutevar8x32_ps(_mm256_loadu_ps(kNf4Values), code);
+  const __m256 high = _mm256_permutevar8x32_ps(_mm256_loadu_ps(kNf4Values + 8), code);
+  return _mm256_blendv_ps(low, high, upper_half);
+}
+
 template <>
 struct Avx2Codes<WeightFormat::kNf4> {
   using Unpacked = __m256i;

@@ -1,7 +1,8 @@
 // Reading blocks of every weight format into YMM registers: eight rows at one depth, as fp32.
 //
-// Reader<format> holds the scales of half a block's rows; read<i>(words) turns 32-bit words of eight rows into their
-// i-th depth. RowReader<format> does the same for eight words of one row.
+// For formats of whole bytes, Reader<format> holds the scales of half a block's rows, and read<i>(words) turns 32-bit
+// words of eight rows into their i-th depth; RowReader<format> does the same for eight words of one row. 4-bit formats
+// are read a row's word at a time by NibbleRows.
 #pragma once
 
 #include <immintrin.h>
@@ -79,28 +80,6 @@ inline __m256 load_bf16_scales(const std::uint8_t* scales, int half) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
 }
 
-struct Int4Reader {
-  __m256 scale, offset;  // value = code * scale + offset in one rounding, the offset -8 scales
-  Int4Reader() = default;
-  Int4Reader(const std::uint8_t* scales, int half)
-      : scale(load_bf16_scales(scales, half)),
-        offset(_mm256_mul_ps(scale, _mm256_set1_ps(-static_cast<float>(kInt4Offset)))) {}
-  template <int kDepth>
-  __m256 read(__m256i words) const {
-    __m256i code = kDepth == 0 ? words : _mm256_srli_epi32(words, 4 * kDepth);
-    if constexpr (kDepth < 7) code = _mm256_and_si256(code, _mm256_set1_epi32(0xF));
-    return _mm256_fmadd_ps(_mm256_cvtepi32_ps(code), scale, offset);
-  }
-};
-template <>
-struct Reader<WeightFormat::kInt4G32> : Int4Reader {
-  using Int4Reader::Int4Reader;
-};
-template <>
-struct Reader<WeightFormat::kInt4G128> : Int4Reader {
-  using Int4Reader::Int4Reader;
-};
-
 inline __m256 load_e8m0_scales(const std::uint8_t* scales, int half) {
   scales += half * kHalfRows;
   const __m256i exponent = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(scales)));
@@ -109,43 +88,6 @@ inline __m256 load_e8m0_scales(const std::uint8_t* scales, int half) {
       _mm256_and_si256(_mm256_cmpeq_epi32(exponent, _mm256_setzero_si256()), _mm256_set1_epi32(0x00400000));
   return _mm256_castsi256_ps(_mm256_or_si256(_mm256_slli_epi32(exponent, 23), tiny));
 }
-
-template <>
-struct Reader<WeightFormat::kMxfp4> {
-  __m256 scale;
-  Reader() = default;
-  Reader(const std::uint8_t* scales, int half) : scale(load_e8m0_scales(scales, half)) {}
-  template <int kDepth>
-  __m256 read(__m256i words) const {
-    const __m256 magnitudes = _mm256_loadu_ps(kMxfp4Values);  // the lookup reads the low three bits of each code
-    const __m256i code = kDepth == 0 ? words : _mm256_srli_epi32(words, 4 * kDepth);
-    const __m256i sign = _mm256_and_si256(kDepth == 7 ? words : _mm256_slli_epi32(words, 28 - 4 * kDepth),
-                                          _mm256_set1_epi32(static_cast<int>(0x80000000u)));
-    const __m256 value = _mm256_xor_ps(_mm256_permutevar8x32_ps(magnitudes, code), _mm256_castsi256_ps(sign));
-    return _mm256_mul_ps(value, scale);
-  }
-};
-
-// The kDepth-th NF4 value of every word.
-template <int kDepth>
-__m256 nf4_values(__m256i words) {
-  const __m256i code = kDepth == 0 ? words : _mm256_srli_epi32(words, 4 * kDepth);
-  const __m256 upper_half = _mm256_castsi256_ps(kDepth == 7 ? words : _mm256_slli_epi32(words, 28 - 4 * kDepth));
-  const __m256 low = _mm256_permutevar8x32_ps(_mm256_loadu_ps(kNf4Values), code);
-  const __m256 high = _mm256_permutevar8x32_ps(_mm256_loadu_ps(kNf4Values + 8), code);
-  return _mm256_blendv_ps(low, high, upper_half);
-}
-
-template <>
-struct Reader<WeightFormat::kNf4> {
-  __m256 scale;
-  Reader() = default;
-  Reader(const std::uint8_t* scales, int half) : scale(load_f32_scales(scales, half)) {}
-  template <int kDepth>
-  __m256 read(__m256i words) const {
-    return _mm256_mul_ps(nf4_values<kDepth>(words), scale);
-  }
-};
 
 template <WeightFormat kFormat>
 struct RowReader;
@@ -176,6 +118,62 @@ struct RowReader<WeightFormat::kInt8> {
   __m256 read(__m256i words, int row) const {
     return _mm256_mul_ps(int8_codes<kDepth>(words), _mm256_broadcast_ss(scales + row));
   }
+};
+
+inline __m256 load_half_scales(WeightFormat format, const std::uint8_t* scales, int half) {
+  if (format == WeightFormat::kMxfp4) return load_e8m0_scales(scales, half);
+  if (format == WeightFormat::kNf4) return load_f32_scales(scales, half);
+  return load_bf16_scales(scales, half);
+}
+
+// Eight nibbles of one word, each at the bottom of its lane with the rest of the word above it, and with its top bit in
+// the lane's sign.
+inline __m256i nibbles_low(__m256i word) {
+  return _mm256_srlv_epi32(word, _mm256_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28));
+}
+inline __m256i nibbles_high(__m256i word) {
+  return _mm256_sllv_epi32(word, _mm256_setr_epi32(28, 24, 20, 16, 12, 8, 4, 0));
+}
+
+// The sixteen rows of a block of a 4-bit format: read(word, row) gives the eight depths of a row's word.
+template <WeightFormat kFormat>
+class NibbleRows {
+ public:
+  explicit NibbleRows(const std::uint8_t* scales) {
+    for (int half = 0; half < 2; ++half) {
+      const __m256 scale = load_half_scales(kFormat, scales, half);
+      _mm256_storeu_ps(scale_ + half * kHalfRows, scale);
+      if constexpr (kIsInt4) {
+        const __m256 offset = _mm256_mul_ps(scale, _mm256_set1_ps(-static_cast<float>(kInt4Offset)));
+        _mm256_storeu_ps(offset_ + half * kHalfRows, offset);
+      }
+    }
+  }
+
+  __m256 read(const std::uint8_t* word, int row) const {
+    const __m256i nibbles = _mm256_castps_si256(_mm256_broadcast_ss(reinterpret_cast<const float*>(word)));
+    const __m256i low = nibbles_low(nibbles);
+    const __m256 scale = _mm256_broadcast_ss(scale_ + row);
+    if constexpr (kIsInt4) {
+      const __m256 code = _mm256_cvtepi32_ps(_mm256_and_si256(low, _mm256_set1_epi32(0xF)));
+      return _mm256_fmadd_ps(code, scale, _mm256_broadcast_ss(offset_ + row));  // exact: 4 and 8 significant bits
+    }
+    const __m256 high = _mm256_castsi256_ps(nibbles_high(nibbles));
+    if constexpr (kFormat == WeightFormat::kMxfp4) {
+      // The lookup reads the low three bits of each code.
+      const __m256 magnitude = _mm256_permutevar8x32_ps(_mm256_loadu_ps(kMxfp4Values), low);
+      return _mm256_mul_ps(_mm256_xor_ps(magnitude, _mm256_and_ps(high, _mm256_set1_ps(-0.0f))), scale);
+    }
+    const __m256 lower = _mm256_permutevar8x32_ps(_mm256_loadu_ps(kNf4Values), low);
+    const __m256 upper = _mm256_permutevar8x32_ps(_mm256_loadu_ps(kNf4Values + 8), low);
+    return _mm256_mul_ps(_mm256_blendv_ps(lower, upper, high), scale);
+  }
+
+ private:
+  static constexpr bool kIsInt4 = kFormat == WeightFormat::kInt4G32 || kFormat == WeightFormat::kInt4G128;
+  static_assert(bits_of(kFormat) == 4);
+
+  float scale_[kBlockRows], offset_[kBlockRows];
 };
 
 }  // namespace

@@ -31,7 +31,7 @@ KT_INLINE void turn_quarter(const std::uint8_t* at, __m256i (&t)[kQuarterRows]) 
   t[3] = _mm256_castps_si256(_mm256_shuffle_ps(high01, high23, 0xEE));
 }
 
-// bf16, int8 and fp8 turn whole words and read them after; a group of eight words spans kGroupDepth depths, whose
+// bf16, int8 and fp8 turn words and read them after; a group of eight words spans kGroupDepth depths, whose
 // order is [place in the word][word].
 constexpr int kWordGroup = 8;
 template <WeightFormat kFormat>
@@ -45,14 +45,6 @@ constexpr int group_depth() {
 template <WeightFormat kFormat>
 constexpr int group_bytes() {
   return kWordRowBytes * group_depth<kFormat>() / values_per_word(kFormat);
-}
-
-// Eight depths of eight rows of a 4-bit format, read first and turned after: t[n] holds the depths of row n.
-template <WeightFormat kFormat>
-KT_INLINE void read_turned(const Reader<kFormat>& reader, const std::uint8_t* words, __m256 (&t)[kHalfRows]) {
-  const __m256i loaded = load_words(words);
-  unroll<kHalfRows>([&](auto i) KT_LAMBDA_INLINE { t[i.value] = reader.template read<i.value>(loaded); });
-  transpose(t);
 }
 
 // Half a block of rows into both panels; bf16 is two groups, a panel each, and the words of int8 and fp8 are one group
@@ -88,16 +80,16 @@ KT_INLINE void expand_words(const std::uint8_t* words, const std::uint8_t* scale
   }
 }
 
+// The words of a 4-bit format hold eight depths of one row: each is read into a register of its own.
 template <WeightFormat kFormat>
-KT_INLINE void expand_nibbles(const std::uint8_t* words, const std::uint8_t* scales, int half,
-                              float* const (&panels)[2]) {
-  const Reader<kFormat> reader(scales, half);
+KT_INLINE void expand_nibbles(const std::uint8_t* block, const std::uint8_t* scales, float* const (&panels)[2]) {
+  const NibbleRows<kFormat> rows(scales);
+#pragma GCC unroll 4
   for (int group = 0; group < kBlockDepth / kWordGroup; ++group) {
-    __m256 t[kHalfRows];
-    read_turned<kFormat>(reader, words + group * group_bytes<kFormat>(), t);
     float* panel = panels[group / 2] + group % 2 * kWordGroup;
-#pragma GCC unroll 8
-    for (int n = 0; n < kHalfRows; ++n) _mm256_storeu_ps(panel + n * kPanelColumns, t[n]);
+    for (int n = 0; n < kBlockRows; ++n) {
+      _mm256_storeu_ps(panel + n * kPanelColumns, rows.read(block + group * kWordRowBytes + n * 4, n));
+    }
   }
 }
 
@@ -111,16 +103,16 @@ void expand_backward(const PackedMatrix& w, int depth_block, int first_row, int 
     const std::uint8_t* block = block_at<kFormat>(w, row_block, depth_block);
     const std::uint8_t* scales = scales_at<kFormat>(w, row_block, depth_block);
     prefetch(block_at<kFormat>(w, row_block + kAheadRows, depth_block), block_bytes(kFormat));
-    for (int half = 0; half < 2; ++half) {
-      const std::uint8_t* words = block + half * kWordRowBytes / 2;
-      if constexpr (turns_words<kFormat>()) {
-        expand_words<kFormat>(words, scales, half, panels);
-      } else {
-        expand_nibbles<kFormat>(words, scales, half, panels);
+    if constexpr (turns_words<kFormat>()) {
+      for (int half = 0; half < 2; ++half) {
+        float* const halves[2] = {panels[0] + half * kHalfRows * kPanelColumns,
+                                  panels[1] + half * kHalfRows * kPanelColumns};
+        expand_words<kFormat>(block + half * kWordRowBytes / 2, scales, half, halves);
       }
-      panels[0] += kHalfRows * kPanelColumns;
-      panels[1] += kHalfRows * kPanelColumns;
+    } else {
+      expand_nibbles<kFormat>(block, scales, panels);
     }
+    for (float*& panel : panels) panel += kBlockRows * kPanelColumns;
   }
 }
 
@@ -166,25 +158,38 @@ KT_INLINE void backward_words(const float* const (&a)[kRows], const std::uint8_t
   }
 }
 
-// The same for a 4-bit format, in groups of eight depths.
+// A block of a 4-bit format, as many of its depths at a time as sums fit registers.
 template <WeightFormat kFormat, int kRows>
-KT_INLINE void backward_nibbles(const float* const (&a)[kRows], const std::uint8_t* words, const std::uint8_t* scales,
-                                int half, float* c, std::int64_t c_stride) {
-  const Reader<kFormat> reader(scales, half);
+KT_INLINE void backward_nibbles(const float* const (&a)[kRows], const std::uint8_t* block, const std::uint8_t* scales,
+                                float* c, std::int64_t c_stride) {
+  constexpr int kGroups = kBlockDepth / kWordGroup, kAtOnce = kRows <= 2 ? kGroups : 2;
+  const NibbleRows<kFormat> rows(scales);
+#pragma GCC unroll 2
+  for (int first = 0; first < kGroups; first += kAtOnce) {
+    float* target = c + first * kWordGroup;
+    __m256 sum[kRows][kAtOnce];
 #pragma GCC unroll 4
-  for (int group = 0; group < kBlockDepth / kWordGroup; ++group) {
-    float* target = c + group * kWordGroup;
-    __m256 t[kHalfRows], sum[kRows];
-    read_turned<kFormat>(reader, words + group * group_bytes<kFormat>(), t);
+    for (int m = 0; m < kRows; ++m) {
 #pragma GCC unroll 4
-    for (int m = 0; m < kRows; ++m) sum[m] = _mm256_loadu_ps(target + m * c_stride);
-#pragma GCC unroll 8
-    for (int n = 0; n < kHalfRows; ++n) {
-#pragma GCC unroll 4
-      for (int m = 0; m < kRows; ++m) sum[m] = _mm256_fmadd_ps(_mm256_broadcast_ss(a[m] + n), t[n], sum[m]);
+      for (int i = 0; i < kAtOnce; ++i) sum[m][i] = _mm256_loadu_ps(target + m * c_stride + i * kWordGroup);
     }
 #pragma GCC unroll 4
-    for (int m = 0; m < kRows; ++m) _mm256_storeu_ps(target + m * c_stride, sum[m]);
+    for (int n = 0; n < kBlockRows; ++n) {
+      __m256 weights[kAtOnce];
+#pragma GCC unroll 4
+      for (int i = 0; i < kAtOnce; ++i) weights[i] = rows.read(block + (first + i) * kWordRowBytes + n * 4, n);
+#pragma GCC unroll 4
+      for (int m = 0; m < kRows; ++m) {
+        const __m256 left = _mm256_broadcast_ss(a[m] + n);
+#pragma GCC unroll 4
+        for (int i = 0; i < kAtOnce; ++i) sum[m][i] = _mm256_fmadd_ps(left, weights[i], sum[m][i]);
+      }
+    }
+#pragma GCC unroll 4
+    for (int m = 0; m < kRows; ++m) {
+#pragma GCC unroll 4
+      for (int i = 0; i < kAtOnce; ++i) _mm256_storeu_ps(target + m * c_stride + i * kWordGroup, sum[m][i]);
+    }
   }
 }
 
@@ -209,15 +214,17 @@ void backward_rows(const float* const* rows, const PackedMatrix& w, int row_bloc
       const std::uint8_t* words = column + stream * row_bytes;
       const std::uint8_t* scales = scales_at<kFormat>(w, row_block + stream, range.first_depth + j);
       prefetch(words + ahead, block_bytes(kFormat));
-      for (int half = 0; half < 2; ++half, words += kWordRowBytes / 2) {
-        const float* a[kRows];
+      const float* a[kRows];
 #pragma GCC unroll 4
-        for (int m = 0; m < kRows; ++m) a[m] = rows[m] + stream * kBlockRows + half * kHalfRows;
-        if constexpr (turns_words<kFormat>()) {
+      for (int m = 0; m < kRows; ++m) a[m] = rows[m] + stream * kBlockRows;
+      if constexpr (turns_words<kFormat>()) {
+        for (int half = 0; half < 2; ++half, words += kWordRowBytes / 2) {
           backward_words<kFormat, kRows>(a, words, scales, half, target, c_stride);
-        } else {
-          backward_nibbles<kFormat, kRows>(a, words, scales, half, target, c_stride);
+#pragma GCC unroll 4
+          for (int m = 0; m < kRows; ++m) a[m] += kHalfRows;
         }
+      } else {
+        backward_nibbles<kFormat, kRows>(a, words, scales, target, c_stride);
       }
     }
   }
