@@ -50,10 +50,12 @@ void multiply_backward_panels(const KernelTable& kernels, const LeftRows& a, int
 }
 
 constexpr int kSliceBlocks = kSliceDepth / kBlockDepth;
+constexpr int kGroupedLines = kBlockDepth + 1;  // at most: a line of scales after every depth block
+static_assert(kShortSliceDepth % kMostGroupDepth == 0 && kSliceDepth % kMostGroupDepth == 0,
+              "slices hold whole groups");
 
-// With a line more a depth block than operands, for scales.
 std::int64_t most_panel_bytes(const KernelTable& kernels) {
-  return std::max(kernels.tile_panels, kPanelsPerBlock) * panel_bytes(kernels, kSliceDepth + kSliceBlocks);
+  return std::max(kernels.tile_panels, kPanelsPerBlock) * panel_bytes(kernels, kSliceBlocks * kGroupedLines);
 }
 
 void multiply_forward_panels(const KernelTable& kernels, const LeftRows& a, int rows, const PackedMatrix& w,
@@ -65,15 +67,16 @@ void multiply_forward_panels(const KernelTable& kernels, const LeftRows& a, int 
   float* starts = format.group_starts == nullptr ? nullptr : scratch.starts(kernels);
   for (int first = 0; first < depth_blocks; first += slice_blocks) {
     const int slice = std::min(slice_blocks, depth_blocks - first);
-    const std::int64_t bytes = panel_bytes(kernels, slice * format.panel_lines);
+    const std::int64_t bytes =
+        panel_bytes(kernels, slice * (format.multiply_grouped == nullptr ? kBlockDepth : kGroupedLines));
     const LeftRows part = advance(kernels, a, static_cast<std::int64_t>(first) * kBlockDepth);
-    if (starts != nullptr) format.group_starts(part, rows, slice, starts, kSliceBlocks);
+    if (starts != nullptr) format.group_starts(part, rows, slice, starts, kMostProductRows);
     for (int j = 0; j < row_blocks; j += kernels.tile_panels) {
       const int group = std::min(kernels.tile_panels, row_blocks - j);
       float* target = c + static_cast<std::int64_t>(j) * kBlockRows;
       for (int p = 0; p < group; ++p) format.expand_forward(w, first_row + j + p, first, slice, panels + p * bytes);
       if (format.multiply_grouped != nullptr) {
-        format.multiply_grouped(part, starts, kSliceBlocks, rows, slice, panels, bytes, group, target, c_stride);
+        format.multiply_grouped(part, starts, kMostProductRows, rows, slice, panels, bytes, group, target, c_stride);
       } else {
         kernels.multiply(part, rows, slice * kBlockDepth, panels, bytes, group, target, c_stride);
       }

@@ -51,8 +51,9 @@ struct BlockRange {
   int depth_blocks = 0;
 };
 
-// Whether fp32 rungs multiply a format's codes and apply the scale to a depth block's sum. fp8 is not: a code needs a
-// multiplication to become a number, and the scale rides on it.
+// Whether fp32 rungs multiply a format's codes and apply the scale to the sum of a group of depths. fp8 is not: a code
+// needs a multiplication to become a number, and the scale rides on it.
+constexpr int kMostGroupDepth = 128;
 constexpr bool is_grouped(WeightFormat format) { return format != WeightFormat::kBf16 && format != WeightFormat::kFp8; }
 
 // How one rung reads one weight format. `direct_*` take weights from their blocks and are used up to that many rows;
@@ -70,12 +71,11 @@ struct FormatKernels {
   // C[m, k - 32 first_depth] += sum over the range's rows of A(m, n - 16 first_row) W(n, k).
   void (*direct_backward)(const LeftRows& a, int rows, const PackedMatrix& w, const BlockRange& range, float* c,
                           std::int64_t c_stride);
-  // One row block, the range's depths: the panel of the forward, `panel_lines` lines of 16 operands a depth block.
+  // One row block, the range's depths: the panel of the forward.
   void (*expand_forward)(const PackedMatrix& w, int row_block, int first_depth, int depth_blocks, void* panel);
-  int panel_lines = kBlockDepth;
-  // Where given, the forward's panels are multiplied by this instead: they hold codes and, a depth block, a line of
-  // scales, which are applied to the depth block's sum. Sums start at starts[m * starts_stride + depth block], which
-  // `group_starts` computes from A; where that is null, at zero.
+  // Where given, the forward's panels are multiplied by this instead: they hold codes and, after every group of depth
+  // blocks, a line of scales, which are applied to the group's sum. Sums start at starts[group * starts_stride + m],
+  // which `group_starts` computes from A; where that is null, at zero. Ranges begin at kMostGroupDepth.
   void (*multiply_grouped)(const LeftRows& a, const float* starts, std::int64_t starts_stride, int rows,
                            int depth_blocks, const void* panels, std::int64_t panel_bytes, int panel_count, float* c,
                            std::int64_t c_stride);
