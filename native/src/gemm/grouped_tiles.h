@@ -85,9 +85,9 @@ struct GroupSums : Accumulators<I, kRows, kPanels> {
       }
     }
   }
-  // Rows of totals, one after the other, += sums times the scale of their column.
+  // totals += sums times the scale of their column.
   template <typename Scale>
-  KT_INLINE void finish(float* totals, const Scale& scale) const {
+  KT_INLINE void finish(float* totals, std::int64_t stride, const Scale& scale) const {
 #pragma GCC unroll 16
     for (int p = 0; p < kPanels; ++p) {
 #pragma GCC unroll 16
@@ -95,7 +95,7 @@ struct GroupSums : Accumulators<I, kRows, kPanels> {
         const typename I::Vec factor = scale(p, v);
 #pragma GCC unroll 16
         for (int m = 0; m < kRows; ++m) {
-          float* target = totals + (m * kPanels + p) * kPanelColumns + v * I::kLanes;
+          float* target = totals + m * stride + p * kPanelColumns + v * I::kLanes;
           I::store(target, I::fma(sum[p][v][m], factor, I::load(target)));
         }
       }
@@ -171,7 +171,6 @@ void grouped_direct_tile(const float* const* a, const float* starts, const Packe
 #pragma GCC unroll 16
   for (int p = 0; p < kPanels; ++p) words[p] = block_at<kFormat>(w, row_block + p, first_depth);
   constexpr int kGroup = group_blocks(kFormat);
-  Totals<kRows, kPanels * kPanelColumns> totals(c, c_stride);
   for (int b = 0; b < depth_blocks; b += kGroup) {
     GroupSums<I, kRows, kPanels> group;
     group.start(starts == nullptr ? nullptr : starts + std::int64_t{b / kGroup} * kRows);
@@ -199,7 +198,7 @@ void grouped_direct_tile(const float* const* a, const float* starts, const Packe
         }
       });
     }
-    group.finish(totals.first(), [&](int p, int v) KT_LAMBDA_INLINE {
+    group.finish(c, c_stride, [&](int p, int v) KT_LAMBDA_INLINE {
       return Codes::scales(scales_at<kFormat>(w, row_block + p, first_depth + b), v);
     });
   }
@@ -299,7 +298,7 @@ void grouped_panel_tile(const float* const* a, const float* starts, std::int64_t
         }
       }
     }
-    group.finish(totals.first(), [&](int p, int v) KT_LAMBDA_INLINE {
+    group.finish(totals.first(), kPanels * kPanelColumns, [&](int p, int v) KT_LAMBDA_INLINE {
       return I::load(panel[p] + depth * kPanelColumns + v * I::kLanes);
     });
 #pragma GCC unroll 16
