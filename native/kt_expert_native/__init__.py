@@ -11,7 +11,6 @@ bits. Errors::
 """
 
 from kt_expert_native._core import (
-    AdamWParams,
     Cancelled,
     CancelToken,
     DeadlineExceeded,
@@ -22,6 +21,9 @@ from kt_expert_native._core import (
     LoraSpec,
     LoraTensors,
     NativeError,
+    OptimizerState,
+    OptimizerStep,
+    OptimizerUpdate,
     Ticket,
     Unsupported,
     list_isas,
@@ -29,7 +31,6 @@ from kt_expert_native._core import (
 )
 
 __all__ = [
-    "AdamWParams",
     "CancelToken",
     "Cancelled",
     "DeadlineExceeded",
@@ -40,6 +41,9 @@ __all__ = [
     "LoraSpec",
     "LoraTensors",
     "NativeError",
+    "OptimizerState",
+    "OptimizerStep",
+    "OptimizerUpdate",
     "Ticket",
     "Unsupported",
     "list_isas",

@@ -77,18 +77,39 @@ class Ticket:
     @property
     def nbytes(self) -> int: ...
 
-class AdamWParams:
+class OptimizerUpdate:
     def __init__(
         self,
+        kind: str,
         *,
         learning_rate: float,
-        beta1: float,
-        beta2: float,
-        eps: float,
-        weight_decay: float,
-        grad_scale: float,
-        step: int,
+        weight_decay: float = 0.0,
+        beta1: float = 0.9,
+        beta2: float = 0.999,
+        eps: float = 1e-8,
+        momentum: float = 0.0,
+        dampening: float = 0.0,
+        nesterov: bool = False,
+        beta2_decay: float = -0.8,
+        eps1: float = ...,
+        eps2: float = 1e-3,
+        clip_threshold: float = 1.0,
     ) -> None: ...
+
+class OptimizerStep:
+    def __init__(self, updates: dict[str, OptimizerUpdate], *, grad_scale: float, step: int) -> None: ...
+
+class OptimizerState:
+    def __init__(self, layer: LayerSpec, lora: LoraSpec, kind: str, moments: str = "fp32") -> None: ...
+    @property
+    def kind(self) -> str: ...
+    @property
+    def nbytes(self) -> int: ...
+    def slots(self) -> list[str]: ...
+    def names(self) -> list[str]: ...
+    def tensor(self, slot: str, name: str) -> NDArray[np.float32] | NDArray[np.uint16]: ...
+    @staticmethod
+    def bytes_of(layer: LayerSpec, lora: LoraSpec, kind: str, moments: str = "fp32") -> int: ...
 
 class Engine:
     def __init__(self, threads: int, isa: str = "", nodes: int = 1) -> None: ...
@@ -128,13 +149,8 @@ class Engine:
         d_weights: NDArray[np.float32],
         token: CancelToken | None = None,
     ) -> None: ...
-    def adamw(
-        self,
-        params: AdamWParams,
-        gradients: list[LoraTensors],
-        parameters: LoraTensors,
-        exp_avg: LoraTensors,
-        exp_avg_sq: LoraTensors,
+    def step(
+        self, step: OptimizerStep, gradients: list[LoraTensors], parameters: LoraTensors, state: OptimizerState
     ) -> None: ...
     def gradient_square_sum(self, scale: float, gradients: list[LoraTensors]) -> float: ...
     def scratch_bytes(self, layer: LayerSpec, lora: LoraSpec, tokens: int, top_k: int) -> int: ...

@@ -13,6 +13,7 @@
 #include "kt_expert/cancel_token.h"
 #include "kt_expert/layer.h"
 #include "kt_expert/lora.h"
+#include "kt_expert/optimizer.h"
 #include "kt_expert/routing.h"
 #include "kt_expert/thread_pool.h"
 
@@ -98,16 +99,6 @@ struct BackwardArgs {
   const CancelToken* token = nullptr;
 };
 
-struct AdamWParams {
-  double learning_rate = 0.0;
-  double beta1 = 0.9;
-  double beta2 = 0.999;
-  double eps = 1e-8;
-  double weight_decay = 0.0;
-  double grad_scale = 1.0;
-  std::int64_t step = 1;  // 1 for the first update
-};
-
 class Engine {
  public:
   // `isa` empty: the best this machine has. Throws Unsupported for one it lacks. `nodes` memory nodes share the
@@ -129,9 +120,10 @@ class Engine {
   std::unique_ptr<Ticket> forward(const ForwardArgs& args);
   // Adds to `gradients` only after every step that can fail or be cancelled: a backward counts whole or not at all.
   void backward(const BackwardArgs& args);
-  // gradients[rank] are summed in rank order, scaled, and applied. All sets share the parameters' shape.
-  void adamw(const AdamWParams& params, const std::vector<const LoraTensors*>& gradients, LoraTensors& parameters,
-             LoraTensors& exp_avg, LoraTensors& exp_avg_sq);
+  // gradients[rank] are summed in rank order, scaled, and applied. All sets share the parameters' shape. Throws
+  // InvalidArgument where a tensor's update is of another kind than the state.
+  void step(const OptimizerStep& step, const std::vector<const LoraTensors*>& gradients, LoraTensors& parameters,
+            OptimizerState& state);
   // Sum of squares of scale * (sum over ranks of gradients).
   double gradient_square_sum(double scale, const std::vector<const LoraTensors*>& gradients);
 

@@ -3,6 +3,7 @@
 
 #include <array>
 #include <cstdint>
+#include <string>
 
 #include "kt_expert/aligned_buffer.h"
 #include "kt_expert/layer.h"
@@ -26,6 +27,9 @@ struct LoraSpec {
 
 enum class LoraTensor { kAGate = 0, kBGate = 1, kAUp = 2, kBUp = 3, kADown = 4, kBDown = 5 };
 constexpr int kLoraTensors = 6;
+const char* lora_tensor_name(LoraTensor tensor);  // a_gate, b_gate, a_up, b_up, a_down, b_down
+// Throws InvalidArgument for a name that is not one of those.
+LoraTensor lora_tensor_from_name(const std::string& name);
 
 struct LoraShape {
   std::int64_t rows = 0;  // per expert

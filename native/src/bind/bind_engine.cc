@@ -95,11 +95,6 @@ void backward(Engine& engine, const LayerWeights& weights, const LoraTensors* ad
   engine.backward(args);
 }
 
-AdamWParams adamw_params(double learning_rate, double beta1, double beta2, double eps, double weight_decay,
-                         double grad_scale, std::int64_t step) {
-  return AdamWParams{learning_rate, beta1, beta2, eps, weight_decay, grad_scale, step};
-}
-
 }  // namespace
 
 void bind_engine(py::module_& module) {
@@ -109,9 +104,6 @@ void bind_engine(py::module_& module) {
       .def("cancel", &CancelToken::cancel)
       .def("fired", &CancelToken::fired);
   py::class_<Ticket>(module, "Ticket").def_property_readonly("nbytes", &Ticket::bytes);
-  py::class_<AdamWParams>(module, "AdamWParams")
-      .def(py::init(&adamw_params), py::kw_only(), py::arg("learning_rate"), py::arg("beta1"), py::arg("beta2"),
-           py::arg("eps"), py::arg("weight_decay"), py::arg("grad_scale"), py::arg("step"));
   py::class_<Engine>(module, "Engine")
       .def(py::init<int, const std::string&, int>(), py::arg("threads"), py::arg("isa") = "", py::arg("nodes") = 1)
       .def_property_readonly("nodes", &Engine::nodes)
@@ -128,8 +120,8 @@ void bind_engine(py::module_& module) {
       .def("backward", &backward, py::arg("weights"), py::arg("adapter").none(true), py::arg("gradients").none(true),
            py::arg("ticket"), py::arg("dy"), py::arg("dx"), py::arg("d_weights").noconvert(),
            py::arg("token").none(true) = nullptr)
-      .def("adamw", &Engine::adamw, py::arg("params"), py::arg("gradients"), py::arg("parameters"), py::arg("exp_avg"),
-           py::arg("exp_avg_sq"), py::call_guard<py::gil_scoped_release>())
+      .def("step", &Engine::step, py::arg("step"), py::arg("gradients"), py::arg("parameters"), py::arg("state"),
+           py::call_guard<py::gil_scoped_release>())
       .def("gradient_square_sum", &Engine::gradient_square_sum, py::arg("scale"), py::arg("gradients"),
            py::call_guard<py::gil_scoped_release>())
       .def("scratch_bytes", &Engine::scratch_bytes, py::arg("layer"), py::arg("lora"), py::arg("tokens"),

@@ -2,24 +2,12 @@
 #include <pybind11/stl.h>
 
 #include "bind/bindings.h"
-#include "kt_expert/error.h"
 #include "kt_expert/lora.h"
 
 namespace kt_expert {
 namespace {
 
 namespace py = pybind11;
-
-constexpr const char* kNames[kLoraTensors] = {"a_gate", "b_gate", "a_up", "b_up", "a_down", "b_down"};
-
-LoraTensor tensor_from(const std::string& name) {
-  for (int t = 0; t < kLoraTensors; ++t) {
-    if (name == kNames[t]) return static_cast<LoraTensor>(t);
-  }
-  throw InvalidArgument("LoRA tensor '" + name +
-                        "' is not known; choose one of: a_gate, b_gate, a_up, b_up, a_down, "
-                        "b_down");
-}
 
 LoraSpec make_spec(bool tied, int rank_gate, int rank_up, int rank_down, float scale_gate, float scale_up,
                    float scale_down) {
@@ -30,7 +18,7 @@ LoraSpec make_spec(bool tied, int rank_gate, int rank_up, int rank_down, float s
 
 py::array_t<float> tensor_view(const py::object& self, const std::string& name) {
   LoraTensors& tensors = self.cast<LoraTensors&>();
-  const LoraTensor which = tensor_from(name);
+  const LoraTensor which = lora_tensor_from_name(name);
   const LoraShape shape = lora_shape(tensors.layer(), tensors.lora(), which);
   return py::array_t<float>({static_cast<py::ssize_t>(tensors.layer().experts), static_cast<py::ssize_t>(shape.rows),
                              static_cast<py::ssize_t>(shape.columns)},
@@ -40,7 +28,8 @@ py::array_t<float> tensor_view(const py::object& self, const std::string& name) 
 std::vector<std::string> present_names(const LoraTensors& tensors) {
   std::vector<std::string> names;
   for (int t = 0; t < kLoraTensors; ++t) {
-    if (!tensors.tensor(static_cast<LoraTensor>(t)).empty()) names.emplace_back(kNames[t]);
+    if (!tensors.tensor(static_cast<LoraTensor>(t)).empty())
+      names.emplace_back(lora_tensor_name(static_cast<LoraTensor>(t)));
   }
   return names;
 }

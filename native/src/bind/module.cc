@@ -38,6 +38,7 @@ PYBIND11_MODULE(_core, module) {
   kt_expert::bind_errors(module);
   kt_expert::bind_layer(module);
   kt_expert::bind_lora(module);
+  kt_expert::bind_optimizer(module);
   kt_expert::bind_engine(module);
   module.def("list_weight_formats", &kt_expert::list_weight_formats, "Every form weights can be held in.");
   module.def("list_isas", &kt_expert::list_isas,

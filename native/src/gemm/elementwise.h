@@ -2,10 +2,9 @@
 // own flags, so the compiler vectorises for that rung. Everything here has internal linkage on purpose.
 #pragma once
 
-#include <cmath>
 #include <cstdint>
 
-#include "gemm/kernels.h"
+#include "gemm/optimizer_loops.h"
 
 namespace kt_expert {
 namespace {
@@ -52,26 +51,6 @@ double loop_sum_squares(const float* values, std::int64_t count) {
   return (partial[0] + partial[2]) + (partial[1] + partial[3]);
 }
 
-// Loshchilov & Hutter, "Decoupled Weight Decay Regularization" (arXiv:1711.05101), in the order of operations of
-// torch.optim.AdamW.
-void loop_adamw(const AdamWStep& step, const float* gradient, float* parameter, float* exp_avg, float* exp_avg_sq,
-                std::int64_t count) {
-  const float decay = static_cast<float>(1.0 - step.learning_rate * step.weight_decay);
-  const float step_size = static_cast<float>(step.learning_rate / step.bias_correction1);
-  const float root_correction = static_cast<float>(std::sqrt(step.bias_correction2));
-  const float grad_scale = static_cast<float>(step.grad_scale), eps = static_cast<float>(step.eps);
-  const float rest1 = static_cast<float>(1.0 - step.beta1);
-  const float beta2 = static_cast<float>(step.beta2), rest2 = static_cast<float>(1.0 - step.beta2);
-  for (std::int64_t i = 0; i < count; ++i) {
-    const float g = grad_scale * gradient[i];
-    const float m = exp_avg[i] + rest1 * (g - exp_avg[i]);
-    const float v = beta2 * exp_avg_sq[i] + rest2 * g * g;
-    exp_avg[i] = m;
-    exp_avg_sq[i] = v;
-    parameter[i] = parameter[i] * decay - step_size * (m / (std::sqrt(v) / root_correction + eps));
-  }
-}
-
 void set_float_loops(KernelTable& table) {
   table.bf16_to_f32 = loop_bf16_to_f32;
   table.f32_to_bf16 = loop_f32_to_bf16;
@@ -79,7 +58,7 @@ void set_float_loops(KernelTable& table) {
   table.add_scaled = loop_add_scaled;
   table.dot = loop_dot;
   table.sum_squares = loop_sum_squares;
-  table.adamw = loop_adamw;
+  set_optimizer_loops(table);
 }
 
 }  // namespace

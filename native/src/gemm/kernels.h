@@ -15,6 +15,7 @@
 #include "kt_expert/bf16.h"
 #include "kt_expert/cpu_features.h"
 #include "kt_expert/layer.h"
+#include "kt_expert/optimizer.h"
 #include "kt_expert/packed_matrix.h"
 
 namespace kt_expert {
@@ -140,8 +141,15 @@ struct KernelTable {
   void (*add_scaled)(float factor, const float* source, float* target, std::int64_t count);  // target += factor*source
   float (*dot)(const float* left, const float* right, std::int64_t count);
   double (*sum_squares)(const float* values, std::int64_t count);
-  void (*adamw)(const struct AdamWStep& step, const float* gradient, float* parameter, float* exp_avg,
-                float* exp_avg_sq, std::int64_t count);
+  // By the moments' type. `first` is the index of the first element in its tensor, for the rounding of bf16 moments.
+  void (*adam[kMomentTypes])(const struct AdamStep& step, const float* gradient, float* parameter, void* exp_avg,
+                             void* exp_avg_sq, std::uint32_t first, std::int64_t count);
+  void (*sgd[kMomentTypes])(const struct SgdStep& step, const float* gradient, float* parameter, void* momentum_buffer,
+                            std::uint32_t first, std::int64_t count);
+  void (*add_squares)(const float* source, float* target, std::int64_t count);  // target += source^2
+  // update = gradient / sqrt(max(row * columns, least))
+  void (*factored_update)(float row, const float* columns, float least, const float* gradient, float* update,
+                          std::int64_t count);
 
   // What the rung's products are bound by: multiply-adds without memory (returns the flop done in `rounds`), and memory
   // without arithmetic (`count` floats, a multiple of 128).
@@ -149,7 +157,7 @@ struct KernelTable {
   void (*read)(const float* source, std::int64_t count);
 };
 
-struct AdamWStep {
+struct AdamStep {
   double learning_rate;
   double beta1;
   double beta2;
@@ -158,6 +166,19 @@ struct AdamWStep {
   double grad_scale;        // clip scale and averaging, applied to the gradient first
   double bias_correction1;  // 1 - beta1^step
   double bias_correction2;  // 1 - beta2^step
+  bool decoupled;           // weight decay apart from the gradient
+  std::uint32_t rounding;   // differs from step to step and from tensor to tensor
+};
+
+struct SgdStep {
+  double learning_rate;
+  double momentum;
+  double dampening;
+  double weight_decay;
+  double grad_scale;
+  bool nesterov;
+  bool first;  // the first gradient fills the buffer undampened
+  std::uint32_t rounding;
 };
 
 // The table of one instruction set; throws Unsupported where the machine cannot run it.

@@ -9,6 +9,7 @@ namespace kt_expert {
 namespace {
 
 constexpr int kMaxRank = 4096;
+constexpr const char* kTensorNames[kLoraTensors] = {"a_gate", "b_gate", "a_up", "b_up", "a_down", "b_down"};
 
 void require_rank(const char* name, int rank) {
   if (rank < 0 || rank > kMaxRank) {
@@ -18,6 +19,17 @@ void require_rank(const char* name, int rank) {
 }
 
 }  // namespace
+
+const char* lora_tensor_name(LoraTensor tensor) { return kTensorNames[static_cast<int>(tensor)]; }
+
+LoraTensor lora_tensor_from_name(const std::string& name) {
+  std::string known;
+  for (int t = 0; t < kLoraTensors; ++t) {
+    if (name == kTensorNames[t]) return static_cast<LoraTensor>(t);
+    known += (t == 0 ? "" : ", ") + std::string(kTensorNames[t]);
+  }
+  throw InvalidArgument("LoRA tensor '" + name + "' is not known; choose one of: " + known);
+}
 
 void LoraSpec::validate() const {
   require_rank("gate", rank_gate);

@@ -1,0 +1,105 @@
+#include <cmath>
+
+#include "kt_expert/error.h"
+#include "kt_expert/optimizer.h"
+
+namespace kt_expert {
+namespace {
+
+constexpr const char* kNames[] = {"adamw", "adam", "sgd", "adafactor"};
+
+LoraShape shape_of(const LayerSpec& layer, const LoraSpec& lora, OptimizerKind kind, int slot, LoraTensor tensor) {
+  LoraShape shape = lora_shape(layer, lora, tensor);
+  if (kind == OptimizerKind::kAdafactor && shape.rows > 0) (slot == 0 ? shape.columns : shape.rows) = 1;
+  return shape;
+}
+
+std::int64_t slot_bytes(const LayerSpec& layer, const LoraSpec& lora, OptimizerKind kind, MomentType moments, int slot,
+                        LoraTensor tensor) {
+  const LoraShape shape = shape_of(layer, lora, kind, slot, tensor);
+  const MomentType type = kind == OptimizerKind::kAdafactor ? MomentType::kF32 : moments;
+  return shape.rows * shape.columns * layer.experts * moment_bytes(type);
+}
+
+}  // namespace
+
+const char* optimizer_name(OptimizerKind kind) { return kNames[static_cast<int>(kind)]; }
+
+OptimizerKind optimizer_from_name(const std::string& name) {
+  std::string known;
+  for (int kind = 0; kind < static_cast<int>(std::size(kNames)); ++kind) {
+    if (name == kNames[kind]) return static_cast<OptimizerKind>(kind);
+    known += (known.empty() ? "" : ", ") + std::string(kNames[kind]);
+  }
+  throw InvalidArgument("optimizer '" + name + "' is not known; choose one of: " + known);
+}
+
+void OptimizerUpdate::validate() const {
+  const auto require = [&](bool holds, const char* what, double value) {
+    if (!holds || !std::isfinite(value)) {
+      throw InvalidArgument(std::string(optimizer_name(kind)) + " got " + what + " " + std::to_string(value));
+    }
+  };
+  require(learning_rate >= 0.0, "lr, expected at least 0:", learning_rate);
+  require(weight_decay >= 0.0, "weight_decay, expected at least 0:", weight_decay);
+  if (kind == OptimizerKind::kSgd) {
+    require(momentum >= 0.0, "momentum, expected at least 0:", momentum);
+    require(true, "dampening, expected a finite number:", dampening);
+    require(!nesterov || (momentum > 0.0 && dampening == 0.0),
+            "nesterov, which needs momentum and no dampening:", momentum);
+  } else if (kind == OptimizerKind::kAdafactor) {
+    require(beta2_decay <= 0.0, "beta2_decay, expected at most 0:", beta2_decay);
+    require(eps1 >= 0.0, "eps1, expected at least 0:", eps1);
+    require(eps2 >= 0.0, "eps2, expected at least 0:", eps2);
+    require(clip_threshold >= 1.0, "d, expected at least 1:", clip_threshold);
+  } else {
+    require(beta1 >= 0.0 && beta1 < 1.0, "beta1, expected 0 <= beta1 < 1:", beta1);
+    require(beta2 >= 0.0 && beta2 < 1.0, "beta2, expected 0 <= beta2 < 1:", beta2);
+    require(eps >= 0.0, "eps, expected at least 0:", eps);
+  }
+}
+
+std::vector<std::string> OptimizerState::slot_names(OptimizerKind kind) {
+  switch (kind) {
+    case OptimizerKind::kSgd:
+      return {"momentum_buffer"};
+    case OptimizerKind::kAdafactor:
+      return {"row_var", "col_var"};
+    default:
+      return {"exp_avg", "exp_avg_sq"};
+  }
+}
+
+OptimizerState::OptimizerState(const LayerSpec& layer, const LoraSpec& lora, OptimizerKind kind, MomentType moments)
+    : layer_(layer), lora_(lora), kind_(kind), moments_(moments) {
+  for (int slot = 0; slot < slot_count(); ++slot) {
+    for (int t = 0; t < kLoraTensors; ++t) {
+      const LoraTensor tensor = static_cast<LoraTensor>(t);
+      slots_[slot][t] = AlignedBuffer<std::uint8_t>(
+          static_cast<std::size_t>(slot_bytes(layer_, lora_, kind_, moments_, slot, tensor)));
+    }
+  }
+}
+
+MomentType OptimizerState::slot_type(int) const {
+  return kind_ == OptimizerKind::kAdafactor ? MomentType::kF32 : moments_;
+}
+
+LoraShape OptimizerState::slot_shape(int slot, LoraTensor tensor) const {
+  return shape_of(layer_, lora_, kind_, slot, tensor);
+}
+
+std::int64_t OptimizerState::bytes() const { return bytes_of(layer_, lora_, kind_, moments_); }
+
+std::int64_t OptimizerState::bytes_of(const LayerSpec& layer, const LoraSpec& lora, OptimizerKind kind,
+                                      MomentType moments) {
+  std::int64_t total = 0;
+  for (int slot = 0; slot < static_cast<int>(slot_names(kind).size()); ++slot) {
+    for (int t = 0; t < kLoraTensors; ++t) {
+      total += slot_bytes(layer, lora, kind, moments, slot, static_cast<LoraTensor>(t));
+    }
+  }
+  return total;
+}
+
+}  // namespace kt_expert

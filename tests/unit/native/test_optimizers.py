@@ -1,0 +1,156 @@
+"""Optimizers against torch.optim's, over steps with gradients of several ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import kt_expert_native as native
+import numpy as np
+import pytest
+import torch
+from golden.reference import relative_error
+
+ISAS = [name for name, obstacle in native.list_isas() if not obstacle]
+LAYER, LORA = native.LayerSpec(3, 20, 14), native.LoraSpec(rank_down=4, scale_down=1.0)
+TENSORS = ("a_gate", "b_gate", "a_up", "b_up", "a_down", "b_down")
+GRAD_SCALE = 0.25
+
+Optimizer = torch.optim.Optimizer
+Make = Callable[[list[torch.nn.Parameter]], Optimizer]
+
+CASES: dict[str, tuple[str, dict[str, float], Make]] = {
+    "adamw": (
+        "adamw",
+        {"learning_rate": 3e-3, "beta2": 0.98, "weight_decay": 0.1},
+        lambda p: torch.optim.AdamW(p, lr=3e-3, betas=(0.9, 0.98), weight_decay=0.1),
+    ),
+    "adam with L2": (
+        "adam",
+        {"learning_rate": 3e-3, "beta2": 0.98, "weight_decay": 0.1},
+        lambda p: torch.optim.Adam(p, lr=3e-3, betas=(0.9, 0.98), weight_decay=0.1),
+    ),
+    "sgd": ("sgd", {"learning_rate": 1e-2}, lambda p: torch.optim.SGD(p, lr=1e-2)),
+    "sgd with dampened momentum": (
+        "sgd",
+        {"learning_rate": 1e-2, "momentum": 0.9, "dampening": 0.3, "weight_decay": 0.01},
+        lambda p: torch.optim.SGD(p, lr=1e-2, momentum=0.9, dampening=0.3, weight_decay=0.01),
+    ),
+    "sgd with Nesterov": (
+        "sgd",
+        {"learning_rate": 1e-2, "momentum": 0.9, "nesterov": True},
+        lambda p: torch.optim.SGD(p, lr=1e-2, momentum=0.9, nesterov=True),
+    ),
+    "adafactor": (
+        "adafactor",
+        {"learning_rate": 1e-2, "weight_decay": 0.05},
+        lambda p: torch.optim.Adafactor(p, lr=1e-2, weight_decay=0.05),
+    ),
+}
+
+
+def make_step(kind: str, numbers: dict[str, float], step: int, grad_scale: float = GRAD_SCALE) -> native.OptimizerStep:
+    update = native.OptimizerUpdate(kind, **numbers)  # type: ignore[arg-type]  # nesterov is a bool
+    return native.OptimizerStep(dict.fromkeys(TENSORS, update), grad_scale=grad_scale, step=step)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("case", CASES)
+def test_equals_torch_over_100_steps(isa: str, case: str) -> None:
+    kind, numbers, make = CASES[case]
+    engine, parameters = native.Engine(2, isa), native.LoraTensors(LAYER, LORA)
+    state = native.OptimizerState(LAYER, LORA, "adamw" if kind == "adam" else kind)
+    ranks = [native.LoraTensors(LAYER, LORA) for _ in range(2)]
+    generator = torch.Generator().manual_seed(0)
+    names = parameters.names()
+    for name in names:
+        parameters.tensor(name)[...] = torch.randn(parameters.tensor(name).shape, generator=generator).numpy()
+    # A parameter an expert: Adafactor's norms are of one expert's matrix, the others do not mind.
+    theirs = {name: [torch.nn.Parameter(torch.from_numpy(e.copy())) for e in parameters.tensor(name)] for name in names}
+    optimizer = make([parameter for each in theirs.values() for parameter in each])
+    for step in range(1, 101):
+        for name in names:
+            gradients = torch.randn(2, *parameters.tensor(name).shape, generator=generator)
+            for rank, tensors in enumerate(ranks):
+                tensors.tensor(name)[...] = gradients[rank].numpy()
+            for expert, parameter in enumerate(theirs[name]):
+                parameter.grad = gradients[:, expert].sum(0) * GRAD_SCALE
+        engine.step(make_step(kind, numbers, step), ranks, parameters, state)
+        optimizer.step()
+    for name in names:
+        expected = torch.stack([parameter.detach() for parameter in theirs[name]])
+        assert relative_error(torch.from_numpy(parameters.tensor(name)), expected) < 1e-6
+
+
+@pytest.mark.parametrize("kind", ["adamw", "sgd", "adafactor"])
+def test_thread_count_does_not_show(kind: str) -> None:
+    layer, lora = native.LayerSpec(5, 70, 40), native.LoraSpec(rank_gate=3, rank_up=5, rank_down=2)
+    results = []
+    for threads in (1, 3):
+        generator = np.random.default_rng(1)
+        engine, parameters = native.Engine(threads), native.LoraTensors(layer, lora)
+        state, gradients = native.OptimizerState(layer, lora, kind, "bf16"), native.LoraTensors(layer, lora)
+        for step in (1, 2):
+            for name in gradients.names():
+                values = generator.standard_normal(gradients.tensor(name).shape)
+                gradients.tensor(name)[...] = values.astype(np.float32)
+            momentum = {"momentum": 0.9} if kind == "sgd" else {}
+            engine.step(make_step(kind, {"learning_rate": 1e-2, **momentum}, step), [gradients], parameters, state)
+        results.append({name: parameters.tensor(name).copy() for name in parameters.names()})
+    for name, first in results[0].items():
+        assert np.array_equal(first, results[1][name])
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_bf16_moments_follow_fp32_ones(isa: str) -> None:
+    """A second moment rounded to nearest would stop at a few parts in a thousand of where it should go."""
+    layer, lora = native.LayerSpec(4, 64, 32), native.LoraSpec(rank_down=8, scale_down=1.0)
+    engine, gradients = native.Engine(2, isa), native.LoraTensors(layer, lora)
+    states = [native.OptimizerState(layer, lora, "adamw", moments) for moments in ("fp32", "bf16")]
+    sets = [native.LoraTensors(layer, lora) for _ in states]
+    assert states[1].nbytes * 2 == states[0].nbytes
+    generator = np.random.default_rng(0)
+    for step in range(1, 301):
+        noise = generator.standard_normal(gradients.tensor("a_down").shape)
+        gradients.tensor("a_down")[...] = (0.3 + noise).astype(np.float32)
+        for state, parameters in zip(states, sets, strict=True):
+            engine.step(make_step("adamw", {"learning_rate": 1e-2}, step), [gradients], parameters, state)
+    ours = (states[1].tensor("exp_avg_sq", "a_down").astype(np.uint32) << 16).view(np.float32)
+    assert ours.mean() == pytest.approx(float(states[0].tensor("exp_avg_sq", "a_down").mean()), rel=2e-3)
+    error = relative_error(torch.from_numpy(sets[1].tensor("a_down")), torch.from_numpy(sets[0].tensor("a_down")))
+    assert error < 2e-2
+
+
+def test_groups_have_their_own_numbers() -> None:
+    engine, parameters, gradients = native.Engine(1), native.LoraTensors(LAYER, LORA), native.LoraTensors(LAYER, LORA)
+    for name in gradients.names():
+        gradients.tensor(name)[...] = 1.0
+    slow, fast = (native.OptimizerUpdate("sgd", learning_rate=rate) for rate in (0.5, 8.0))
+    updates = dict.fromkeys(TENSORS, slow) | {"b_down": fast}
+    step = native.OptimizerStep(updates, grad_scale=1.0, step=1)
+    engine.step(step, [gradients], parameters, native.OptimizerState(LAYER, LORA, "sgd"))
+    assert (parameters.tensor("a_down") == -0.5).all()
+    assert (parameters.tensor("b_down") == -8.0).all()
+
+
+@pytest.mark.parametrize(
+    ("kind", "numbers", "sentence"),
+    [
+        ("lion", {"learning_rate": 1.0}, "adamw, adam, sgd, adafactor"),
+        ("adamw", {"learning_rate": -1.0}, "lr, expected at least 0"),
+        ("adam", {"learning_rate": 1.0, "beta2": 1.0}, "beta2, expected 0 <= beta2 < 1"),
+        ("adamw", {"learning_rate": float("nan")}, "lr, expected at least 0"),
+        ("sgd", {"learning_rate": 1.0, "nesterov": True}, "nesterov, which needs momentum"),
+        ("adafactor", {"learning_rate": 1.0, "clip_threshold": 0.5}, "d, expected at least 1"),
+    ],
+)
+def test_numbers_without_a_meaning_are_refused(kind: str, numbers: dict[str, float], sentence: str) -> None:
+    with pytest.raises(native.InvalidArgument, match=sentence):
+        native.OptimizerUpdate(kind, **numbers)  # type: ignore[arg-type]
+
+
+def test_a_step_of_another_kind_than_the_state_is_refused() -> None:
+    tensors = native.LoraTensors(LAYER, LORA)
+    with pytest.raises(native.InvalidArgument, match="the state is of sgd, the step of adamw"):
+        native.Engine(1).step(
+            make_step("adamw", {"learning_rate": 1.0}, 1), [tensors], tensors, native.OptimizerState(LAYER, LORA, "sgd")
+        )
