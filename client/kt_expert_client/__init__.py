@@ -11,7 +11,7 @@ High level: set ``KT_EXPERT_SERVER=host:port`` and import this package, or wrap 
 ``offload_experts(address)``, or call ``attach(model)`` in a loop of your own.
 """
 
-from kt_expert_client.adapter import AdamW, LayerLora, TensorKey
+from kt_expert_client.adapter import LayerLora, TensorKey
 from kt_expert_client.connection import Client, connect
 from kt_expert_client.errors import (
     AlreadyExists,
@@ -26,6 +26,8 @@ from kt_expert_client.errors import (
     UnsupportedModel,
     WrongPhase,
 )
+from kt_expert_client.optimizers import Adafactor, Adam, AdamW, ParamGroup, Sgd
+from kt_expert_client.options import RunOptions
 from kt_expert_client.run import BackwardHandle, ForwardHandle, Run
 from kt_expert_client.start import attach, enable_from_environment, offload_experts
 
@@ -39,6 +41,11 @@ __all__ = [
     "BackwardHandle",
     "LayerLora",
     "AdamW",
+    "Adam",
+    "Sgd",
+    "Adafactor",
+    "ParamGroup",
+    "RunOptions",
     "TensorKey",
     "KtExpertError",
     "InvalidRequest",

@@ -12,12 +12,15 @@ PARTS = {
     "parameter": pb.ADAPTER_PART_PARAMETER,
     "exp_avg": pb.ADAPTER_PART_EXP_AVG,
     "exp_avg_sq": pb.ADAPTER_PART_EXP_AVG_SQ,
+    "momentum_buffer": pb.ADAPTER_PART_MOMENTUM_BUFFER,
+    "row_var": pb.ADAPTER_PART_ROW_VAR,
+    "col_var": pb.ADAPTER_PART_COL_VAR,
 }
 PART_NAMES = {value: name for name, value in PARTS.items()}
 
 
 class TensorKey(NamedTuple):
-    """One tensor: tensor is a_gate, b_gate, a_up, b_up, a_down or b_down; part is parameter, exp_avg or exp_avg_sq."""
+    """One tensor: tensor is a_gate, b_gate, a_up, b_up, a_down or b_down; part is one of PARTS."""
 
     layer: int
     tensor: str
@@ -51,14 +54,3 @@ class LayerLora:
             scale_up=self.scale_up,
             scale_down=self.scale_down,
         )
-
-
-@dataclass(frozen=True, slots=True)
-class AdamW:
-    """Hyper-parameters of one step, as a torch param group has them."""
-
-    learning_rate: float
-    beta1: float = 0.9
-    beta2: float = 0.999
-    eps: float = 1e-8
-    weight_decay: float = 0.01

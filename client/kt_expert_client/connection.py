@@ -16,6 +16,7 @@ from kt_expert_proto.v1 import service_pb2_grpc
 
 from kt_expert_client.adapter import LayerLora
 from kt_expert_client.errors import DeadlineExceeded, InvalidRequest, ServerUnavailable, from_rpc
+from kt_expert_client.options import RunOptions
 from kt_expert_client.run import Run
 from kt_expert_client.session import Credits, Session
 from kt_expert_client.staging import WIRE_TORCH_DTYPES
@@ -68,6 +69,7 @@ class Client:
         wire_dtype: str = "bf16",
         seed: int = 0,
         ephemeral: bool | None = None,
+        options: RunOptions | None = None,
     ) -> Run:
         """Creates or attaches to a run and joins it as `rank`.
 
@@ -78,11 +80,14 @@ class Client:
             raise InvalidRequest(f"wire_dtype is {wire_dtype!r}, expected one of {sorted(WIRE_TORCH_DTYPES)}")
         if name is None and world_size > 1:
             raise InvalidRequest("a run of several members needs a name that all of them give")
+        chosen = options or RunOptions()
         config = pb.RunConfig(
             world_size=world_size,
             wire_dtype=_PROTO_DTYPES[wire_dtype],
             lora=[entry.to_proto() for entry in lora],
             seed=seed,
+            moment_dtype=chosen.moment_dtype,
+            tickets=chosen.ticket_policy,
         )
         run_name = name or f"anonymous-{uuid.uuid4().hex}"
         keep = name is not None if ephemeral is None else not ephemeral

@@ -12,10 +12,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from kt_expert_client.adapter import AdamW, AdapterTensors, LayerLora
+from kt_expert_client.adapter import AdapterTensors, LayerLora
 from kt_expert_client.connection import Client
 from kt_expert_client.errors import UnsupportedModel, WrongPhase
 from kt_expert_client.membership import ALONE, current_membership
+from kt_expert_client.optimizers import has_stepped, translate
+from kt_expert_client.options import RunOptions
 from kt_expert_client.run import Run
 
 # Fills anchor.grad where there is no norm to report. Not 0: zero_grad(set_to_none=False) must be told apart, in fp16 too.
@@ -95,8 +97,16 @@ class OffloadedLayer:
 class ModelOffload:
     """Owns the connection of one model. The run is opened when the first call or the adapter needs it."""
 
-    def __init__(self, client: Client, model_types: Iterable[str], specs: Iterable[LocalLayerSpec], wire_dtype: str) -> None:
+    def __init__(
+        self,
+        client: Client,
+        model_types: Iterable[str],
+        specs: Iterable[LocalLayerSpec],
+        wire_dtype: str,
+        options: RunOptions | None = None,
+    ) -> None:
         self.client = client
+        self.options = options or RunOptions()
         self.wire_dtype = wire_dtype
         self.lora: tuple[LayerLora, ...] = ()
         self.anchor: Anchor | None = None
@@ -135,6 +145,7 @@ class ModelOffload:
                     world_size=member.world_size,
                     wire_dtype=self.wire_dtype,
                     ephemeral=member.ephemeral,
+                    options=self.options,
                 )
                 weakref.finalize(self, _leave_in_background, self._run).atexit = False
             return self._run
@@ -169,7 +180,7 @@ class ModelOffload:
         run.refresh_steps()
 
     def forget_moments(self) -> None:
-        """The optimizer is a new one: AdamW's moments on the server start at zero, as its own do."""
+        """The optimizer is a new one: the moments on the server start at zero, as its own do."""
         moments = self.download(moments=True) if self.member.rank == 0 else {}
         self.upload({key: torch.zeros_like(value) for key, value in moments.items()}, step=0)
 
@@ -203,24 +214,13 @@ class ModelOffload:
         """The server's update, with the hyper-parameters of the group that holds the anchor."""
         if self.anchor is None or self.anchor.weight.grad is None:
             return
-        if not isinstance(optimizer, (torch.optim.AdamW, torch.optim.Adam)) or group.get("amsgrad"):
-            raise UnsupportedModel(
-                f"the server updates LoRA with AdamW; the trainer's optimizer is {type(optimizer).__name__}"
-                f"{' with amsgrad' if group.get('amsgrad') else ''}. Use torch.optim.AdamW"
-            )
-        decay = float(group["weight_decay"])
-        if isinstance(optimizer, torch.optim.Adam) and not isinstance(optimizer, torch.optim.AdamW) and decay:
-            raise UnsupportedModel("Adam with L2 weight decay is not available on the server; use AdamW or decay 0")
-        if group.get("maximize"):
-            raise UnsupportedModel("maximize is not available on the server; negate the loss")
+        update = translate(optimizer, group)
         if _found_inf(optimizer):
             return  # the gradient scaler has this step skipped
-        if self.run.steps_taken and not _steps_of(optimizer, self.anchor.weight):
+        if self.run.steps_taken and not has_stepped(optimizer, group, self.anchor.weight):
             self.forget_moments()
         scale = float(self.anchor.weight.grad.item()) / self._filled / _grad_scale(optimizer)
-        beta1, beta2 = group["betas"]
-        adamw = AdamW(float(group["lr"]), float(beta1), float(beta2), float(group["eps"]), decay)
-        self.run.step(adamw, grad_scale=scale)
+        self.run.step(update, grad_scale=scale)
 
     def close(self) -> None:
         """Leaves the run. The model cannot train afterwards; other models are not touched."""
@@ -245,11 +245,6 @@ def _grad_scale(optimizer: torch.optim.Optimizer) -> float:
     """The factor gradients still carry: GradScaler leaves dividing by it to fused optimizers."""
     scale = getattr(optimizer, "grad_scale", None)
     return 1.0 if scale is None else float(scale)
-
-
-def _steps_of(optimizer: torch.optim.Optimizer, parameter: torch.Tensor) -> int:
-    """Steps this optimizer has taken with a parameter, before the one under way."""
-    return int(optimizer.state.get(parameter, {}).get("step", 0))
 
 
 def _synchronises_now() -> bool:

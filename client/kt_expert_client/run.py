@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import grpc
@@ -13,8 +13,9 @@ from kt_expert_proto.v1 import service_pb2 as pb
 from kt_expert_proto.v1 import service_pb2_grpc
 from kt_expert_proto.v1.session_pb2 import RequestOpen
 
-from kt_expert_client.adapter import PART_NAMES, PARTS, AdamW, AdapterTensors, TensorKey
+from kt_expert_client.adapter import PART_NAMES, PARTS, AdapterTensors, TensorKey
 from kt_expert_client.errors import InvalidRequest, from_rpc
+from kt_expert_client.optimizers import ParamGroup, Update
 from kt_expert_client.session import Pending, Session
 from kt_expert_client.staging import WIRE_TORCH_DTYPES, Delivery, HostTensor, Staging, byte_view
 
@@ -169,20 +170,23 @@ class Run:
         self._norm_sequence += 1
         return float(response.norm)
 
-    def step(self, adamw: AdamW, grad_scale: float = 1.0, timeout_s: float = DEFAULT_BARRIER_TIMEOUT_S) -> int:
-        """Barrier: one AdamW update with the averaged gradients times grad_scale. Closes the gradient window."""
+    def step(
+        self,
+        update: Update | Sequence[ParamGroup],
+        grad_scale: float = 1.0,
+        timeout_s: float = DEFAULT_BARRIER_TIMEOUT_S,
+    ) -> int:
+        """Barrier: one optimizer update with the averaged gradients times grad_scale. Closes the gradient window.
+
+        `update` goes for all tensors; as a sequence of groups, each for its own. Returns the steps taken.
+        """
+        groups = [ParamGroup(update)] if isinstance(update, Update) else update
         request = pb.StepRequest(
             member=self._member,
             after_request_id=self._session.last_request_id,
             step=self._step + 1,
             grad_scale=grad_scale,
-            adamw=pb.AdamW(
-                learning_rate=adamw.learning_rate,
-                beta1=adamw.beta1,
-                beta2=adamw.beta2,
-                eps=adamw.eps,
-                weight_decay=adamw.weight_decay,
-            ),
+            groups=[group.update.group(group.tensors) for group in groups],
             timeout_s=timeout_s,
         )
         self._step = int(self._call("step", self._stub.Step, request, timeout_s).step)

@@ -11,30 +11,31 @@ if TYPE_CHECKING:
     from torch import nn
 
     from kt_expert_client.offload import ModelOffload
+    from kt_expert_client.options import RunOptions
 
 SERVER_VARIABLE = "KT_EXPERT_SERVER"
 
 
-def offload_experts(address: str) -> AbstractContextManager[None]:
+def offload_experts(address: str, options: RunOptions | None = None) -> AbstractContextManager[None]:
     """Models loaded inside the block (``from_pretrained``, ``from_config``) get their experts from `address`.
 
-    They stay connected afterwards. Raises ServerUnavailable where nothing answers, WrongPhase where the server has loaded
-    another model.
+    They stay connected afterwards. `options` defaults to KT_EXPERT_TICKETS and KT_EXPERT_MOMENTS. Raises
+    ServerUnavailable where nothing answers, WrongPhase where the server has loaded another model.
     """
     from kt_expert_client.integrations.transformers import offload_experts as offload
 
-    return offload(address)
+    return offload(address, options)
 
 
-def attach(model: nn.Module, address: str | None = None) -> ModelOffload:
-    """Connects a model of your own making; `address` defaults to KT_EXPERT_SERVER.
+def attach(model: nn.Module, address: str | None = None, options: RunOptions | None = None) -> ModelOffload:
+    """Connects a model of your own making; `address` defaults to KT_EXPERT_SERVER, `options` as for offload_experts.
 
     Experts that hold weights lose them. Raises InvalidRequest without an address, UnsupportedModel for a model without
     offloadable experts.
     """
     from kt_expert_client.integrations.transformers import attach as attach_model
 
-    return attach_model(model, address)
+    return attach_model(model, address, options)
 
 
 def enable_from_environment() -> None:

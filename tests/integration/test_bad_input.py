@@ -187,12 +187,20 @@ def test_control_calls_name_what_is_wrong(member: RawMember) -> None:
     config = pb.RunConfig(world_size=1, wire_dtype=pb.WIRE_DTYPE_BF16)
     twice = pb.RunConfig(world_size=1, wire_dtype=1, lora=[pb.LayerLora(layer=0, rank_up=1), pb.LayerLora(layer=0)])
     far = pb.RunConfig(world_size=1, wire_dtype=1, lora=[pb.LayerLora(layer=9, rank_up=1)])
+    odd = pb.RunConfig(world_size=1, wire_dtype=1, moment_dtype=7)  # type: ignore[arg-type]  # not a value of the enum
+    empty = pb.StepRequest(member=member.joined.member, step=1, timeout_s=timeout)
+    partial = pb.StepRequest(
+        member=member.joined.member,
+        step=1,
+        timeout_s=timeout,
+        groups=[pb.ParamGroup(tensors=["a_up"], sgd=pb.Sgd(learning_rate=1.0))],
+    )
     huge = pb.RunConfig(world_size=1, wire_dtype=1, lora=[pb.LayerLora(layer=0, rank_up=1 << 20)])
-    adamw = pb.AdamW(learning_rate=1e-3, beta1=0.9, beta2=2.0, eps=1e-8)
-    step = pb.StepRequest(member=member.joined.member, step=1, grad_scale=1, adamw=adamw, timeout_s=1)
+    groups = [pb.ParamGroup(adamw=pb.Adam(learning_rate=1e-3, beta1=0.9, beta2=2.0, eps=1e-8))]
+    step = pb.StepRequest(member=member.joined.member, step=1, grad_scale=1, groups=groups, timeout_s=1)
     late = pb.StepRequest(
         member=member.joined.member, step=5, grad_scale=1, timeout_s=1,
-        adamw=pb.AdamW(learning_rate=1e-3, beta1=0.9, beta2=0.9, eps=1e-8),
+        groups=[pb.ParamGroup(adamw=pb.Adam(learning_rate=1e-3, beta1=0.9, beta2=0.9, eps=1e-8))],
     )  # fmt: skip
     cases = [
         (lambda: stub.JoinRun(pb.JoinRunRequest(run="nowhere"), timeout=timeout), MISSING, "run 'nowhere' is not open"),
@@ -203,7 +211,10 @@ def test_control_calls_name_what_is_wrong(member: RawMember) -> None:
         (lambda: stub.OpenRun(pb.OpenRunRequest(run="a", config=twice), timeout=timeout), INVALID, "two LoRA entries"),
         (lambda: stub.OpenRun(pb.OpenRunRequest(run="a", config=far), timeout=timeout), MISSING, "layer 9"),
         (lambda: stub.OpenRun(pb.OpenRunRequest(run="a", config=huge), timeout=timeout), INVALID, "at most 65536"),
-        (lambda: stub.Step(step, timeout=timeout), INVALID, "betas in [0, 1)"),
+        (lambda: stub.Step(step, timeout=timeout), INVALID, "beta2, expected 0 <= beta2 < 1: 2.0"),
+        (lambda: stub.Step(empty, timeout=timeout), INVALID, "the step has no groups"),
+        (lambda: stub.Step(partial, timeout=timeout), INVALID, "no group of the step holds a_gate"),
+        (lambda: stub.OpenRun(pb.OpenRunRequest(run="a", config=odd), timeout=timeout), INVALID, "MomentDtype"),
         (lambda: stub.Step(late, timeout=timeout), PHASE, "step 5 was asked for, the next is 1"),
         (lambda: stub.Hello(pb.HelloRequest(protocol_version=99), timeout=timeout), PHASE, "speaks protocol 99"),
     ]
@@ -282,8 +293,8 @@ def test_unacknowledged_errors_do_not_pile_up(member: RawMember) -> None:
 
 def test_a_missing_member_is_named_when_the_deadline_passes(server: ServerProcess) -> None:
     with RawMember(server.address, f"pair-{uuid.uuid4().hex}", world_size=3, rank=1) as member:
-        adamw = pb.AdamW(learning_rate=1e-3, beta1=0.9, beta2=0.999, eps=1e-8)
-        request = pb.StepRequest(member=member.joined.member, step=1, grad_scale=1.0, adamw=adamw, timeout_s=0.2)
+        groups = [pb.ParamGroup(adamw=pb.Adam(learning_rate=1e-3, beta1=0.9, beta2=0.999, eps=1e-8))]
+        request = pb.StepRequest(member=member.joined.member, step=1, grad_scale=1.0, groups=groups, timeout_s=0.2)
         code, details = _code(lambda: member.stub.Step(request, timeout=TIMEOUT_S))
         assert code is DEADLINE
         assert "waited 0.2 s for ranks [0, 2] of 3; nothing was applied" in details

@@ -8,7 +8,8 @@ import threading
 import kt_expert_client as kt
 import pytest
 import torch
-from kt_expert_client import AdamW, Client, LayerLora, Run, TensorKey
+from kt_expert_client import Adafactor, Adam, AdamW, Client, LayerLora, ParamGroup, Run, RunOptions, Sgd, TensorKey
+from kt_expert_client.optimizers import Update
 from support.batches import LAYERS, LORA, batch, train_step
 from support.server import ServerProcess
 
@@ -139,6 +140,71 @@ def test_an_adapter_that_changed_invalidates_its_tickets(client: Client) -> None
     run.put_adapter(run.get_adapter())
     with pytest.raises(kt.WrongPhase, match="the adapter changed since the forward"):
         run.submit_backward(0, handle.ticket, output).result()
+
+
+UPDATES = [AdamW(1e-2), Adam(1e-2, weight_decay=0.1), Sgd(1e-2, momentum=0.9), Adafactor(1e-2)]
+
+
+@pytest.mark.parametrize("moments", ["fp32", "bf16"])
+@pytest.mark.parametrize("update", UPDATES, ids=lambda update: type(update).__name__)
+def test_every_optimizer_survives_a_checkpoint(client: Client, update: Update, moments: str) -> None:
+    options, name = RunOptions(moments=moments), f"{type(update).__name__}-{moments}"
+    run = client.open_run(lora=LORA, wire_dtype="fp32", seed=2, options=options)
+    with_random_b(run)
+    train_step(run, 0)
+    before = run.get_adapter()
+    run.step(update)
+    moved = run.get_adapter()
+    assert not any(torch.equal(moved[key], before[key]) for key in before)
+    run.save_checkpoint(name)
+    train_step(run, 1)
+    run.step(update)
+    resumed = client.open_run(lora=LORA, wire_dtype="fp32", seed=9, options=options)
+    resumed.load_checkpoint(name)
+    train_step(resumed, 1)
+    resumed.step(update)
+    expected, got = (each.get_adapter(moments=True) for each in (run, resumed))
+    assert expected.keys() == got.keys()
+    assert all(torch.equal(got[key], expected[key]) for key in expected)
+
+
+def test_another_kind_of_optimizer_needs_a_new_start(client: Client) -> None:
+    run = client.open_run(lora=LORA, wire_dtype="fp32")
+    train_step(run, 0)
+    run.step(AdamW(1e-2))
+    train_step(run, 1)
+    with pytest.raises(kt.WrongPhase, match="has taken 1 steps with adamw and is asked for sgd"):
+        run.step(Sgd(1e-2))
+    run.step(Adam(1e-2))  # of the same kind of state
+    run.put_adapter({key: torch.zeros_like(value) for key, value in run.get_adapter(moments=True).items()}, step=0)
+    train_step(run, 2)
+    assert run.step(Sgd(1e-2)) == 1
+
+
+def test_groups_of_a_step_have_their_own_numbers(client: Client) -> None:
+    run = client.open_run(lora=LORA, wire_dtype="fp32")
+    with_random_b(run)
+    train_step(run, 0)
+    before = run.get_adapter()
+    b_tensors = ("b_gate", "b_up", "b_down")
+    run.step([ParamGroup(Sgd(0.0)), ParamGroup(Sgd(1.0), b_tensors)])
+    for key, value in run.get_adapter().items():
+        assert torch.equal(value, before[key]) == (key.tensor not in b_tensors)
+
+
+def test_tickets_of_inputs_give_the_same_bits_for_less(client: Client) -> None:
+    results, sizes = [], []
+    for tickets in ("activations", "inputs"):
+        run = client.open_run(lora=LORA, wire_dtype="fp32", seed=3, options=RunOptions(tickets=tickets))
+        with_random_b(run)
+        x, ids, weights = batch(40, 1)
+        handle = run.submit_forward(0, x, ids, weights)
+        output = handle.result()
+        status = next(each for each in client.status().runs if each.run == run.name)
+        sizes.append(status.members[0].ticket_bytes)
+        results.append([output, *run.submit_backward(0, handle.ticket, output).result(), torch.tensor(run.grad_norm())])
+    assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
+    assert sizes[1] < sizes[0] / 2
 
 
 def test_checkpoints_continue_bit_for_bit(client: Client) -> None:

@@ -25,6 +25,7 @@ from kt_expert_client.integrations.experts import (
     restore_stock_classes,
 )
 from kt_expert_client.offload import ModelOffload, OptimizerHook
+from kt_expert_client.options import RunOptions
 from kt_expert_client.start import SERVER_VARIABLE
 
 OFFLOAD_ATTRIBUTE = "kt_expert_offload"
@@ -37,7 +38,7 @@ class Offloader:
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
-        self._addresses: list[str] = []
+        self._targets: list[tuple[str, RunOptions]] = []
         self._clients: dict[str, Client] = {}
         self._originals: dict[str, Any] = {}
         self._optimizer_hook = OptimizerHook()
@@ -48,20 +49,20 @@ class Offloader:
                 self._clients[address] = connect(address)
             return self._clients[address]
 
-    def push(self, address: str) -> None:
+    def push(self, address: str, options: RunOptions) -> None:
         """Models loaded from now on use `address`."""
         with self._lock:
-            self._addresses.append(address)
-            if len(self._addresses) == 1:
+            self._targets.append((address, options))
+            if len(self._targets) == 1:
                 self._install()
 
     def pop(self) -> None:
         with self._lock:
-            self._addresses.pop()
-            if not self._addresses:
+            self._targets.pop()
+            if not self._targets:
                 self._uninstall()
 
-    def bind(self, model: nn.Module, address: str) -> ModelOffload | None:
+    def bind(self, model: nn.Module, address: str, options: RunOptions) -> ModelOffload | None:
         """Connects a model's remote experts to the server. None where it has none."""
         from kt_expert_client.integrations import peft as peft_integration
         from kt_expert_client.integrations import trainer as trainer_integration
@@ -71,7 +72,8 @@ class Offloader:
             return None
         dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
         specs = [local_spec(name, module) for name, module in remote]
-        offload = ModelOffload(self.client(address), _model_types(model), specs, "bf16" if dtype == torch.bfloat16 else "fp32")
+        wire_dtype = "bf16" if dtype == torch.bfloat16 else "fp32"
+        offload = ModelOffload(self.client(address), _model_types(model), specs, wire_dtype, options)
         for spec, (_, module) in zip(specs, remote, strict=True):
             module.kt_layer = offload.layers[spec.layer]
             module.kt_offload = offload
@@ -104,8 +106,8 @@ class Offloader:
                 result = original(cls, *args, **kwargs)
             model = result[0] if isinstance(result, tuple) else result
             with self._lock:
-                address = self._addresses[-1]
-            if self.bind(model, address) is None:
+                address, options = self._targets[-1]
+            if self.bind(model, address, options) is None:
                 _refuse_moe(model)
             return result
 
@@ -144,12 +146,12 @@ def expert_keys_expected(cls: type[PreTrainedModel]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def offload_experts(address: str) -> Iterator[None]:
+def offload_experts(address: str, options: RunOptions | None = None) -> Iterator[None]:
     """Models loaded inside (``from_pretrained``, ``from_config``) get their experts from the server at `address`.
 
     The models stay connected after the block. Raises ServerUnavailable, or WrongPhase where the server has another model.
     """
-    OFFLOADER.push(address)
+    OFFLOADER.push(address, options or RunOptions.from_environment())
     try:
         yield
     finally:
@@ -158,10 +160,10 @@ def offload_experts(address: str) -> Iterator[None]:
 
 def enable(address: str) -> None:
     """offload_experts for the rest of the process: what KT_EXPERT_SERVER does."""
-    OFFLOADER.push(address)
+    OFFLOADER.push(address, RunOptions.from_environment())
 
 
-def attach(model: nn.Module, address: str | None = None) -> ModelOffload:
+def attach(model: nn.Module, address: str | None = None, options: RunOptions | None = None) -> ModelOffload:
     """Connects a model that was built in another way: its experts lose their weights and compute on the server.
 
     `address` defaults to KT_EXPERT_SERVER. Raises InvalidRequest without an address, UnsupportedModel for a model without
@@ -176,7 +178,7 @@ def attach(model: nn.Module, address: str | None = None) -> ModelOffload:
     for module in list(model.modules()):
         if is_experts_class(type(module)):
             convert_in_place(module)
-    offload = OFFLOADER.bind(model, server)
+    offload = OFFLOADER.bind(model, server, options or RunOptions.from_environment())
     if offload is None:
         raise UnsupportedModel(f"{type(model).__name__} has no experts module with transformers' standard signature")
     return offload

@@ -277,6 +277,9 @@ class ControlService(service_pb2_grpc.ExpertServicer):
                 world_size=run.config.world_size,
                 wire_dtype=convert.WIRE_DTYPES[run.config.wire_dtype],
                 adapter_bytes=run.adapter_bytes,
+                moment_dtype=convert.MOMENTS[run.config.moment_dtype],
+                tickets=convert.TICKETS[run.config.tickets],
+                optimizer=run.optimizer,
                 members=[
                     pb.MemberStatus(
                         rank=member.rank,

@@ -9,11 +9,16 @@ from kt_expert_proto.v1 import service_pb2 as pb
 from kt_expert_server.errors import InvalidRequest
 from kt_expert_server.model.index import LayerPlan
 from kt_expert_server.runtime.adapter_io import TensorId
+from kt_expert_server.runtime.optimizer import ParamGroup, StepParams
 from kt_expert_server.runtime.registry import State
-from kt_expert_server.runtime.run import LayerLora, RunConfig, StepParams
+from kt_expert_server.runtime.run import LayerLora, RunConfig
 
 _DTYPES = {pb.WIRE_DTYPE_BF16: "bf16", pb.WIRE_DTYPE_FP32: "fp32"}
 WIRE_DTYPES = {name: value for value, name in _DTYPES.items()}
+_MOMENTS = {pb.MOMENT_DTYPE_FP32: "fp32", pb.MOMENT_DTYPE_BF16: "bf16"}
+MOMENTS = {name: value for value, name in _MOMENTS.items()}
+_TICKETS = {pb.TICKET_POLICY_ACTIVATIONS: "activations", pb.TICKET_POLICY_INPUTS: "inputs"}
+TICKETS = {name: value for value, name in _TICKETS.items()}
 STATES = {
     State.LOADING: pb.SERVER_STATE_LOADING,
     State.READY: pb.SERVER_STATE_READY,
@@ -23,6 +28,9 @@ _PARTS = {
     pb.ADAPTER_PART_PARAMETER: "parameter",
     pb.ADAPTER_PART_EXP_AVG: "exp_avg",
     pb.ADAPTER_PART_EXP_AVG_SQ: "exp_avg_sq",
+    pb.ADAPTER_PART_MOMENTUM_BUFFER: "momentum_buffer",
+    pb.ADAPTER_PART_ROW_VAR: "row_var",
+    pb.ADAPTER_PART_COL_VAR: "col_var",
 }
 PARTS = {name: value for value, name in _PARTS.items()}
 _MAX_LORA_SCALE = 1e6
@@ -42,7 +50,19 @@ def run_config(config: pb.RunConfig) -> RunConfig:
         if max(ranks) > _MAX_RANK:
             raise InvalidRequest(f"layer {entry.layer}: LoRA ranks are {ranks}, at most {_MAX_RANK} are taken")
         lora.append(LayerLora(entry.layer, entry.tied, *ranks, *scales))
-    return RunConfig(config.world_size, _DTYPES[config.wire_dtype], tuple(lora), config.seed)
+    if config.moment_dtype not in _MOMENTS or config.tickets not in _TICKETS:
+        raise InvalidRequest(
+            f"moment_dtype is {config.moment_dtype} and tickets {config.tickets}, expected values of MomentDtype and "
+            "TicketPolicy"
+        )
+    return RunConfig(
+        config.world_size,
+        _DTYPES[config.wire_dtype],
+        tuple(lora),
+        config.seed,
+        _MOMENTS[config.moment_dtype],
+        _TICKETS[config.tickets],
+    )
 
 
 def layer_spec(plan: LayerPlan) -> pb.LayerSpec:
@@ -60,17 +80,22 @@ def layer_spec(plan: LayerPlan) -> pb.LayerSpec:
 
 
 def step_params(request: pb.StepRequest) -> StepParams:
-    """Raises InvalidRequest for hyper-parameters AdamW is not defined for."""
-    adamw = request.adamw
-    values = (adamw.learning_rate, adamw.beta1, adamw.beta2, adamw.eps, adamw.weight_decay, request.grad_scale)
-    if not all(math.isfinite(value) for value in values):
-        raise InvalidRequest(f"the step's numbers are {values}, expected finite ones")
-    if not (0 <= adamw.beta1 < 1 and 0 <= adamw.beta2 < 1) or adamw.learning_rate < 0 or adamw.eps < 0:
-        raise InvalidRequest(
-            f"AdamW got lr {adamw.learning_rate}, betas {adamw.beta1}, {adamw.beta2}, eps {adamw.eps}; expected lr and eps "
-            "of at least 0 and betas in [0, 1)"
-        )
-    return StepParams(*values)
+    """Raises InvalidRequest for groups that do not cover every tensor once, or hyper-parameters without a meaning."""
+    if not request.groups:
+        raise InvalidRequest("the step has no groups; expected at least one with its hyper-parameters")
+    if not math.isfinite(request.grad_scale):
+        raise InvalidRequest(f"grad_scale is {request.grad_scale}, expected a finite number")
+    groups = []
+    for group in request.groups:
+        kind = group.WhichOneof("update")
+        if kind is None:
+            raise InvalidRequest("a group of the step has no update; expected adamw, adam, sgd or adafactor")
+        update = getattr(group, kind)
+        numbers = tuple((field.name, getattr(update, field.name)) for field in update.DESCRIPTOR.fields)
+        groups.append(ParamGroup(tuple(sorted(group.tensors)), kind, numbers))
+    params = StepParams(tuple(groups), request.grad_scale)
+    params.updates()
+    return params
 
 
 def timeout_s(wanted: float, limit: float) -> float:

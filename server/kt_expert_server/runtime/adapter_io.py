@@ -5,37 +5,68 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import kt_expert_native as native
 import numpy as np
 from numpy.typing import NDArray
 
 from kt_expert_server.errors import InvalidRequest, NotFound, WrongPhase
 from kt_expert_server.model.loader import BaseModel
-from kt_expert_server.runtime.compute import ensure_moments
+from kt_expert_server.runtime.compute import ensure_state
 from kt_expert_server.runtime.run import Run
 
-PARTS = ("parameter", "exp_avg", "exp_avg_sq")
+# What an optimizer keeps, by the kind whose state it is.
+SLOTS = {"exp_avg": "adamw", "exp_avg_sq": "adamw", "momentum_buffer": "sgd", "row_var": "adafactor", "col_var": "adafactor"}
+PARTS = ("parameter", *SLOTS)
 
 
 @dataclass(frozen=True, slots=True)
 class TensorId:
-    """One tensor of a run: part is parameter, exp_avg or exp_avg_sq."""
+    """One tensor of a run: part is parameter or a slot of the optimizer's state."""
 
     layer: int
     tensor: str
     part: str
 
 
+@dataclass(frozen=True, slots=True)
+class LiveTensor:
+    """Memory of a run as fp32 [E, rows, columns], whatever it is held in."""
+
+    memory: NDArray[np.float32] | NDArray[np.uint16]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.memory.shape
+
+    @property
+    def nbytes(self) -> int:
+        """Of the fp32 form."""
+        return self.memory.size * 4
+
+    def read(self) -> NDArray[np.float32]:
+        """A view where the memory is fp32, else a copy."""
+        if self.memory.dtype == np.float32:
+            return self.memory.view(np.float32)
+        return (self.memory.astype(np.uint32) << 16).view(np.float32)
+
+    def write(self, values: NDArray[np.float32]) -> None:
+        """Rounds to nearest where the memory is bf16."""
+        if self.memory.dtype == np.float32:
+            self.memory[...] = values
+            return
+        bits = np.ascontiguousarray(values).view(np.uint32)
+        self.memory[...] = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+
+
 def stored_tensors(run: Run, parameters: bool, moments: bool) -> Iterator[tuple[TensorId, NDArray[np.float32]]]:
-    """Tensors in layer order, as fp32 [E, rows, columns] views of the live memory."""
-    wanted = (("parameter",) if parameters else ()) + (("exp_avg", "exp_avg_sq") if moments else ())
+    """Tensors in layer order, as fp32 [E, rows, columns]."""
     for layer, adapter in sorted(run.adapters.items()):
-        sets = {"parameter": adapter.parameters, "exp_avg": adapter.exp_avg, "exp_avg_sq": adapter.exp_avg_sq}
-        for part in wanted:
-            tensors = sets[part]
-            if tensors is not None:
-                for name in tensors.names():
-                    yield TensorId(layer, name, part), tensors.tensor(name)
+        for name in adapter.parameters.names() if parameters else ():
+            yield TensorId(layer, name, "parameter"), adapter.parameters.tensor(name)
+        state = adapter.state if moments else None
+        if state is not None:
+            for slot in state.slots():
+                for name in state.names():
+                    yield TensorId(layer, name, slot), LiveTensor(state.tensor(slot, name)).read()
 
 
 class AdapterWriter:
@@ -49,7 +80,7 @@ class AdapterWriter:
         self._model = model
         self._current: TensorId | None = None
         self._buffer = bytearray()
-        self._target: NDArray[np.float32] | None = None
+        self._target: LiveTensor | None = None
         self.tensors = 0
 
     def write(self, tensor: TensorId, shape: tuple[int, ...], offset: int, data: bytes) -> None:
@@ -68,7 +99,7 @@ class AdapterWriter:
         if len(self._buffer) == self._target.nbytes:
             values = np.frombuffer(bytes(self._buffer), np.float32).reshape(self._target.shape)
             require_finite(tensor, values)
-            self._target[...] = values
+            self._target.write(values)
             self._run.adapter_version += 1  # from here on, tickets of the old values are stale
             self._buffer = bytearray()
             self._current = None
@@ -79,19 +110,20 @@ class AdapterWriter:
         if self._current is not None and self._target is not None:
             raise InvalidRequest(f"{self._current} ended after {len(self._buffer)} of {self._target.nbytes} bytes")
 
-    def locate(self, tensor: TensorId) -> NDArray[np.float32]:
-        """The live memory of a tensor. Raises NotFound, or WrongPhase for moments while a step is under way."""
+    def locate(self, tensor: TensorId) -> LiveTensor:
+        """Raises NotFound, or WrongPhase for moments while a step is under way."""
         adapter = self._run.adapters.get(tensor.layer)
         if adapter is None:
             raise NotFound(f"run {self._run.name!r} has no LoRA on layer {tensor.layer}")
-        tensors: native.LoraTensors = adapter.parameters
-        if tensor.part != "parameter":
-            require_no_step(self._run)
-            moments = ensure_moments(adapter, self._model.layers[tensor.layer].spec)
-            tensors = moments[0] if tensor.part == "exp_avg" else moments[1]
-        if tensor.tensor not in tensors.names():
-            raise NotFound(f"layer {tensor.layer} has LoRA tensors {tensors.names()}, not {tensor.tensor!r}")
-        return tensors.tensor(tensor.tensor)
+        if tensor.tensor not in adapter.parameters.names():
+            raise NotFound(f"layer {tensor.layer} has LoRA tensors {adapter.parameters.names()}, not {tensor.tensor!r}")
+        if tensor.part == "parameter":
+            return LiveTensor(adapter.parameters.tensor(tensor.tensor))
+        require_no_step(self._run)
+        spec, kind = self._model.layers[tensor.layer].spec, SLOTS[tensor.part]
+        if adapter.state is not None and adapter.state.kind != kind:
+            adapter.state = None  # what is put replaces what another optimizer kept
+        return LiveTensor(ensure_state(self._run, tensor.layer, spec, kind).tensor(tensor.part, tensor.tensor))
 
 
 def require_finite(tensor: TensorId, values: NDArray[np.float32]) -> None:

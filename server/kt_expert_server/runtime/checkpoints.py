@@ -63,7 +63,7 @@ class Checkpoints:
             drop_moments(run)
             writer, done = AdapterWriter(run, model), 0
             for tensor, values in tensors:
-                writer.locate(tensor)[...] = values
+                writer.locate(tensor).write(values)
                 done += values.nbytes
                 report(done, manifest.size_bytes)
 
@@ -88,7 +88,8 @@ def check(run: Run, tensor: TensorId, values: NDArray[np.float32]) -> None:
     adapter = run.adapters.get(tensor.layer)
     if adapter is None or tensor.tensor not in adapter.parameters.names():
         raise InvalidRequest(f"the checkpoint holds {tensor}, which run {run.name!r} does not have")
-    expected = adapter.parameters.tensor(tensor.tensor).shape
+    experts, rows, columns = adapter.parameters.tensor(tensor.tensor).shape
+    expected = {"row_var": (experts, rows, 1), "col_var": (experts, 1, columns)}.get(tensor.part, (experts, rows, columns))
     if values.shape != expected or values.dtype != np.float32:
         raise InvalidRequest(f"{tensor} has shape {values.shape} and dtype {values.dtype}, expected {expected} and float32")
     require_finite(tensor, values)
@@ -97,4 +98,4 @@ def check(run: Run, tensor: TensorId, values: NDArray[np.float32]) -> None:
 def drop_moments(run: Run) -> None:
     """A layer the snapshot has no moments of had taken no step then."""
     for adapter in run.adapters.values():
-        adapter.exp_avg = adapter.exp_avg_sq = None
+        adapter.state = None

@@ -15,11 +15,11 @@ from kt_expert_server.model.loader import LoadedLayer
 from kt_expert_server.runtime.engine_queue import EngineQueue
 from kt_expert_server.runtime.memory import Kind
 from kt_expert_server.runtime.observer import Observer
+from kt_expert_server.runtime.optimizer import StepParams, agreed_params
 from kt_expert_server.runtime.registry import Registry
-from kt_expert_server.runtime.run import LayerAdapter, Member, Run, SavedTicket, StepParams
+from kt_expert_server.runtime.run import LayerAdapter, Member, Run, SavedTicket
 
 Tokens = NDArray[np.uint16] | NDArray[np.float32]
-_SCALE_TOLERANCE = 1e-3  # clip coefficients of two ranks may differ by their own rounding
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,14 +62,17 @@ class Compute:
         tokens, top_k = request.expert_ids.shape
         budget, dtype = self._registry.budget, "bf16" if request.x.dtype == np.uint16 else "fp32"
         scratch = self._queue.engine.scratch_bytes(layer.spec, lora, tokens, top_k)
-        saved = self._queue.engine.ticket_bytes(layer.spec, lora, tokens, top_k, dtype) if request.save_for_backward else 0
+        policy = member.run.config.tickets if request.save_for_backward else "nothing"
+        saved = 0
+        if request.save_for_backward:
+            saved = self._queue.engine.ticket_bytes(layer.spec, lora, tokens, top_k, dtype, policy)
         queued = time.monotonic()
         async with self._queue.turn():
             require_joined(member)
             with budget.held(Kind.SCRATCH, scratch, f"a forward of {tokens} tokens"):
                 budget.reserve(Kind.TICKETS, saved, f"the ticket of {tokens} tokens")
                 try:
-                    y, ticket = await self._run_forward(layer, adapter, request, token, queued)
+                    y, ticket = await self._run_forward(layer, adapter, request, policy, token, queued)
                 except BaseException:
                     budget.release(Kind.TICKETS, saved)
                     raise
@@ -88,6 +91,7 @@ class Compute:
         layer: LoadedLayer,
         adapter: LayerAdapter | None,
         request: ForwardRequest,
+        policy: str,
         token: native.CancelToken,
         queued: float,
     ) -> tuple[Tokens, native.Ticket | None]:
@@ -102,7 +106,7 @@ class Compute:
                 request.expert_ids,
                 request.routing_weights,
                 y,
-                "activations" if request.save_for_backward else "nothing",
+                policy,
                 token,
             )
             return ticket, begun, time.monotonic()
@@ -219,27 +223,20 @@ class Compute:
             return await self._queue.run(lambda: sum(engine.gradient_square_sum(scale, each) for each in gradients) ** 0.5)
 
     async def step(self, run: Run, said: Mapping[int, StepParams]) -> int:
-        """Averages, clips and applies AdamW once, then closes every member's window. Returns the new step count."""
+        """Averages, clips and applies the optimizer once, then closes every member's window. Returns the new step count."""
         params = agreed_params(said)
         async with self._queue.turn():
             index, layers = run.step + 1, all_gradients(run)
-            native_params = native.AdamWParams(
-                learning_rate=params.learning_rate,
-                beta1=params.beta1,
-                beta2=params.beta2,
-                eps=params.eps,
-                weight_decay=params.weight_decay,
-                grad_scale=params.grad_scale / run.config.world_size,
-                step=index,
-            )
+            grad_scale = params.grad_scale / run.config.world_size
+            step = native.OptimizerStep(params.updates(), grad_scale=grad_scale, step=index)
             model = self._registry.loaded_model()
 
             def work() -> None:
                 # All memory first: from the first update on nothing may fail. A layer that saw no backward is not here;
                 # it keeps its parameters and moments, as torch does for a parameter without a gradient.
-                moments = [ensure_moments(adapter, model.layers[layer].spec) for layer, adapter, _ in layers]
-                for (_, adapter, gradients), (exp_avg, exp_avg_sq) in zip(layers, moments, strict=True):
-                    self._queue.engine.adamw(native_params, gradients, adapter.parameters, exp_avg, exp_avg_sq)
+                states = [ensure_state(run, layer, model.layers[layer].spec, params.state_kind) for layer, _, _ in layers]
+                for (_, adapter, gradients), state in zip(layers, states, strict=True):
+                    self._queue.engine.step(step, gradients, adapter.parameters, state)
 
             begun = time.monotonic()
             await self._queue.run(work)
@@ -298,25 +295,16 @@ def rank_gradients(run: Run, layer: int) -> list[native.LoraTensors]:
     return [run.members[rank].gradients[layer] for rank in sorted(run.members) if layer in run.members[rank].window]
 
 
-def ensure_moments(adapter: LayerAdapter, layer_spec: native.LayerSpec) -> tuple[native.LoraTensors, native.LoraTensors]:
-    if adapter.exp_avg is None or adapter.exp_avg_sq is None:
-        adapter.exp_avg = native.LoraTensors(layer_spec, adapter.spec)
-        adapter.exp_avg_sq = native.LoraTensors(layer_spec, adapter.spec)
-    return adapter.exp_avg, adapter.exp_avg_sq
-
-
-def agreed_params(said: Mapping[int, StepParams]) -> StepParams:
-    """The lowest rank's word, once all others are seen to say the same."""
-    first_rank = min(said)
-    first = said[first_rank]
-    for rank, other in said.items():
-        same = (other.learning_rate, other.beta1, other.beta2, other.eps, other.weight_decay) == (
-            first.learning_rate,
-            first.beta1,
-            first.beta2,
-            first.eps,
-            first.weight_decay,
-        )
-        if not same or abs(other.grad_scale - first.grad_scale) > _SCALE_TOLERANCE * abs(first.grad_scale):
-            raise InvalidRequest(f"rank {rank} asked for another step than rank {first_rank}: {other} against {first}")
-    return first
+def ensure_state(run: Run, layer: int, layer_spec: native.LayerSpec, kind: str) -> native.OptimizerState:
+    """The layer's optimizer state. Raises WrongPhase where steps of another kind have been taken."""
+    adapter = run.adapters[layer]
+    if adapter.state is not None and adapter.state.kind != kind:
+        if run.step > 0:
+            raise WrongPhase(
+                f"run {run.name!r} has taken {run.step} steps with {adapter.state.kind} and is asked for {kind}; set its "
+                "moments and step to zero first"
+            )
+        adapter.state = None
+    if adapter.state is None:
+        adapter.state = native.OptimizerState(layer_spec, adapter.spec, kind, run.config.moment_dtype)
+    return adapter.state

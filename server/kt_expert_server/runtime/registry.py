@@ -26,7 +26,7 @@ from kt_expert_server.runtime.names import check_name
 from kt_expert_server.runtime.run import LayerAdapter, LayerLora, Member, Run, RunConfig
 
 _MAX_WORLD_SIZE = 1024
-_MOMENTS = 2
+_LARGEST_STATE = "adamw"  # a run may choose its optimizer at the first step
 _TOKEN_BYTES = 16
 
 
@@ -127,7 +127,7 @@ class Registry:
         sizes = {
             Kind.ADAPTERS: size,
             Kind.GRADIENTS: size * config.world_size,
-            Kind.OPTIMIZER: size * _MOMENTS,
+            Kind.OPTIMIZER: sum(optimizer_bytes(model, lora, config.moment_dtype) for lora in config.lora),
         }
         done: dict[str, int] = {}
         try:
@@ -259,6 +259,10 @@ class Registry:
                         token.cancel()
                 return False
         return True
+
+
+def optimizer_bytes(model: BaseModel, lora: LayerLora, moment_dtype: str) -> int:
+    return native.OptimizerState.bytes_of(model.layers[lora.layer].spec, lora.native(), _LARGEST_STATE, moment_dtype)
 
 
 def adapter_bytes(model: BaseModel, lora: LayerLora) -> int:

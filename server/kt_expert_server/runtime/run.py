@@ -11,6 +11,7 @@ import kt_expert_native as native
 
 from kt_expert_server.errors import ServerError
 from kt_expert_server.runtime.barrier import Barrier
+from kt_expert_server.runtime.optimizer import StepParams
 from kt_expert_server.runtime.signal import Signal
 
 REMEMBERED_TICKETS = 4096  # consumed ticket ids kept per member, to tell a second use from an unknown one
@@ -49,16 +50,17 @@ class RunConfig:
     wire_dtype: str  # "bf16" or "fp32"
     lora: tuple[LayerLora, ...]
     seed: int
+    moment_dtype: str = "fp32"  # or "bf16"
+    tickets: str = "activations"  # or "inputs"
 
 
 @dataclass(slots=True)
 class LayerAdapter:
-    """fp32 master parameters and AdamW moments of one layer. Moments exist from the first step on."""
+    """fp32 master parameters and the optimizer's state of one layer. The state exists from the first step on."""
 
     spec: native.LoraSpec
     parameters: native.LoraTensors
-    exp_avg: native.LoraTensors | None = None
-    exp_avg_sq: native.LoraTensors | None = None
+    state: native.OptimizerState | None = None
 
 
 @dataclass(slots=True)
@@ -129,18 +131,6 @@ class Member:
         self.window.clear()
 
 
-@dataclass(frozen=True, slots=True)
-class StepParams:
-    """One member's word for a step. All members must say the same."""
-
-    learning_rate: float
-    beta1: float
-    beta2: float
-    eps: float
-    weight_decay: float
-    grad_scale: float
-
-
 @dataclass(slots=True)
 class Run:
     """One fine-tuning job on the loaded base model."""
@@ -159,6 +149,11 @@ class Run:
     @property
     def step(self) -> int:
         return self.step_barrier.completed
+
+    @property
+    def optimizer(self) -> str:
+        """The kind whose state the run holds; empty before the first step."""
+        return next((adapter.state.kind for adapter in self.adapters.values() if adapter.state is not None), "")
 
     @property
     def adapter_bytes(self) -> int:

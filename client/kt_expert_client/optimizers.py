@@ -1,0 +1,112 @@
+"""Optimizers the server knows, with torch.optim's names and defaults, and how a torch optimizer translates."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from kt_expert_proto.v1 import service_pb2 as pb
+
+from kt_expert_client.errors import UnsupportedModel
+
+_FP32_EPS = torch.finfo(torch.float32).eps
+
+
+@dataclass(frozen=True, slots=True)
+class AdamW:
+    """Hyper-parameters of one step, as a torch param group has them. Weight decay apart from the gradient."""
+
+    learning_rate: float
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.01
+
+    def group(self, tensors: Sequence[str]) -> pb.ParamGroup:
+        return pb.ParamGroup(tensors=tensors, adamw=pb.Adam(**asdict(self)))
+
+
+@dataclass(frozen=True, slots=True)
+class Adam:
+    """AdamW's neighbour whose weight decay is added to the gradient (L2)."""
+
+    learning_rate: float
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+
+    def group(self, tensors: Sequence[str]) -> pb.ParamGroup:
+        return pb.ParamGroup(tensors=tensors, adam=pb.Adam(**asdict(self)))
+
+
+@dataclass(frozen=True, slots=True)
+class Sgd:
+    """torch.optim.SGD."""
+
+    learning_rate: float
+    momentum: float = 0.0
+    dampening: float = 0.0
+    weight_decay: float = 0.0
+    nesterov: bool = False
+
+    def group(self, tensors: Sequence[str]) -> pb.ParamGroup:
+        return pb.ParamGroup(tensors=tensors, sgd=pb.Sgd(**asdict(self)))
+
+
+@dataclass(frozen=True, slots=True)
+class Adafactor:
+    """torch.optim.Adafactor; every expert's LoRA matrix is a parameter of its own."""
+
+    learning_rate: float
+    beta2_decay: float = -0.8
+    eps1: float = _FP32_EPS
+    eps2: float = 1e-3
+    clip_threshold: float = 1.0
+    weight_decay: float = 0.0
+
+    def group(self, tensors: Sequence[str]) -> pb.ParamGroup:
+        return pb.ParamGroup(tensors=tensors, adafactor=pb.Adafactor(**asdict(self)))
+
+
+Update = AdamW | Adam | Sgd | Adafactor
+
+
+@dataclass(frozen=True, slots=True)
+class ParamGroup:
+    """Hyper-parameters for some of a_gate, b_gate, a_up, b_up, a_down, b_down, or for all that no other group names."""
+
+    update: Update
+    tensors: tuple[str, ...] = ()
+
+
+def translate(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> Update:
+    """What the server has to do for this group. Raises UnsupportedModel for what it cannot."""
+    if group.get("maximize"):
+        raise UnsupportedModel("maximize is not available on the server; negate the loss")
+    rate, decay = float(group.get("lr", 0.0)), float(group.get("weight_decay", 0.0))
+    if isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW) and not group.get("amsgrad"):
+        beta1, beta2 = group["betas"]
+        decoupled = group.get("decoupled_weight_decay", isinstance(optimizer, torch.optim.AdamW))
+        kind = AdamW if decoupled else Adam
+        return kind(rate, float(beta1), float(beta2), float(group["eps"]), decay)
+    if isinstance(optimizer, torch.optim.SGD):
+        return Sgd(rate, float(group["momentum"]), float(group["dampening"]), decay, bool(group["nesterov"]))
+    if isinstance(optimizer, torch.optim.Adafactor):
+        eps1, eps2 = group["eps"]
+        eps1 = _FP32_EPS if eps1 is None else float(eps1)
+        return Adafactor(rate, float(group["beta2_decay"]), eps1, float(eps2), float(group["d"]), decay)
+    raise UnsupportedModel(
+        f"the server updates LoRA with torch.optim's AdamW, Adam, SGD or Adafactor; the trainer's optimizer is "
+        f"{type(optimizer).__module__}.{type(optimizer).__name__}{' with amsgrad' if group.get('amsgrad') else ''}"
+    )
+
+
+def has_stepped(optimizer: torch.optim.Optimizer, group: dict[str, Any], parameter: torch.Tensor) -> bool:
+    """Whether this optimizer holds a state of the parameter, or needs none: false only for a new one."""
+    state = optimizer.state.get(parameter, {})
+    if isinstance(optimizer, torch.optim.SGD):
+        return not group["momentum"] or state.get("momentum_buffer") is not None
+    return int(state.get("step", 0)) > 0

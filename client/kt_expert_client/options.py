@@ -1,0 +1,46 @@
+"""What a run asks of the server beside its adapter."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+from kt_expert_proto.v1 import service_pb2 as pb
+
+from kt_expert_client.errors import InvalidRequest
+
+TICKETS_VARIABLE = "KT_EXPERT_TICKETS"
+MOMENTS_VARIABLE = "KT_EXPERT_MOMENTS"
+_TICKETS = {"activations": pb.TICKET_POLICY_ACTIVATIONS, "inputs": pb.TICKET_POLICY_INPUTS}
+_MOMENTS = {"fp32": pb.MOMENT_DTYPE_FP32, "bf16": pb.MOMENT_DTYPE_BF16}
+
+
+@dataclass(frozen=True, slots=True)
+class RunOptions:
+    """Memory against time.
+
+    tickets: "activations" keeps what a backward needs; "inputs" keeps the inputs alone and computes the rest again, to the
+    same bits, for about a third of the backward's time and a fraction of the memory. moments: "fp32", or "bf16" for half
+    the optimizer's memory.
+    """
+
+    tickets: str = "activations"
+    moments: str = "fp32"
+
+    def __post_init__(self) -> None:
+        for name, value, known in (("tickets", self.tickets, _TICKETS), ("moments", self.moments, _MOMENTS)):
+            if value not in known:
+                raise InvalidRequest(f"{name} is {value!r}, expected one of {', '.join(known)}")
+
+    @classmethod
+    def from_environment(cls) -> RunOptions:
+        """KT_EXPERT_TICKETS and KT_EXPERT_MOMENTS, where they are set. Raises InvalidRequest for an unknown value."""
+        return cls(os.environ.get(TICKETS_VARIABLE, "activations"), os.environ.get(MOMENTS_VARIABLE, "fp32"))
+
+    @property
+    def ticket_policy(self) -> pb.TicketPolicy:
+        return _TICKETS[self.tickets]
+
+    @property
+    def moment_dtype(self) -> pb.MomentDtype:
+        return _MOMENTS[self.moments]
