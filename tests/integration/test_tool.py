@@ -49,6 +49,16 @@ def test_bench_writes_its_figures(tmp_path: Path, capsys: pytest.CaptureFixture[
     capsys.readouterr()
 
 
+def test_bench_measures_optimizers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "optimizers.json"
+    assert main(["bench", "optimizer", "--shape", "4,64,32,2", "--rank", "0,4", "--repeats", "1", "--json", str(path)]) == 0
+    report = json.loads(path.read_text())
+    assert {(row["optimizer"], row["moments"]) for row in report["rows"]} >= {("adamw", "bf16"), ("adafactor", "fp32")}
+    assert all(row["seconds"] > 0 and row["bandwidth_fraction"] > 0 and row["rank"] == 4 for row in report["rows"])
+    assert report["update_gbs"] > 0
+    assert "adafactor" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <mutex>
 #include <string>
@@ -128,9 +129,10 @@ class Engine {
   double gradient_square_sum(double scale, const std::vector<const LoraTensors*>& gradients);
 
   // What this machine gives the engine's threads together, measured now: the peak of the rung's multiply-adds
-  // (flop per second) and of reading memory (bytes per second, from 256 MiB).
+  // (flop per second), of reading memory, and of changing it in place (bytes per second read and written, of 256 MiB).
   double measure_peak_flops();
   double measure_read_bandwidth();
+  double measure_update_bandwidth();
 
   static std::int64_t ticket_bytes(const LayerSpec& layer, const LoraSpec& lora, std::int64_t tokens, int top_k,
                                    FloatType type, SavePolicy policy);
@@ -146,6 +148,7 @@ class Engine {
 
   const KernelTable& kernels_for_tokens(FloatType type) const;
   WorkerScratch worker_scratch(int worker);
+  double measure_sweeps(int passes, const std::function<void(float*, std::int64_t)>& body);
 
   const std::string reason_;
   const KernelTable& kernels_;

@@ -1,6 +1,7 @@
-// The two bounds a layer's speed is stated against, measured on the engine's own threads.
+// The bounds that speed is stated against, measured on the engine's own threads.
 #include <algorithm>
 #include <chrono>
+#include <functional>
 #include <vector>
 
 #include "gemm/kernels.h"
@@ -37,6 +38,14 @@ double Engine::measure_peak_flops() {
 }
 
 double Engine::measure_read_bandwidth() {
+  return measure_sweeps(1, [this](float* piece, std::int64_t count) { kernels_.read(piece, count); });
+}
+
+double Engine::measure_update_bandwidth() {
+  return measure_sweeps(2, [this](float* piece, std::int64_t count) { kernels_.scale(0.5f, piece, count); });
+}
+
+double Engine::measure_sweeps(int passes, const std::function<void(float*, std::int64_t)>& body) {
   std::lock_guard<std::mutex> lock(mutex_);
   constexpr std::int64_t kFloats = std::int64_t{64} << 20, kTaskFloats = std::int64_t{1} << 18;
   constexpr int kSweeps = 4;
@@ -45,9 +54,9 @@ double Engine::measure_read_bandwidth() {
             [&](std::int64_t task, int) { std::fill_n(memory.data() + task * kTaskFloats, kTaskFloats, 1.0f); });
   const auto begun = Clock::now();
   pool_.run(kSweeps * kFloats / kTaskFloats, [&](std::int64_t task, int) {
-    kernels_.read(memory.data() + task % (kFloats / kTaskFloats) * kTaskFloats, kTaskFloats);
+    body(memory.data() + task % (kFloats / kTaskFloats) * kTaskFloats, kTaskFloats);
   });
-  return static_cast<double>(kSweeps * kFloats) * static_cast<double>(sizeof(float)) / seconds_since(begun);
+  return static_cast<double>(passes * kSweeps * kFloats) * static_cast<double>(sizeof(float)) / seconds_since(begun);
 }
 
 }  // namespace kt_expert

@@ -1,4 +1,7 @@
-"""kt-expert bench kernels: forward and backward of one MoE layer on this machine, beside its bounds and its peers."""
+"""kt-expert bench: one MoE layer on this machine beside its bounds and its peers.
+
+`kernels` runs forward and backward, `optimizer` the update of the layer's LoRA.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ import kt_expert_native as native
 from rich.console import Console
 
 from kt_expert_server.bench.kernels import Plan, measure
+from kt_expert_server.bench.optimizer import measure_optimizers, print_optimizers
 from kt_expert_server.bench.peers import KtKernel, Peer, TorchLoop
 from kt_expert_server.bench.report import print_rows, write_plot
 from kt_expert_server.bench.shapes import PUBLISHED, LayerShape, parse_shape
@@ -25,7 +29,7 @@ _MEMORY_SHARE = 0.6  # of what this process may use, for weights
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("what", choices=("kernels",))
+    parser.add_argument("what", choices=("kernels", "optimizer"))
     parser.add_argument("--shape", default="qwen3-30b-a3b", help=f"{', '.join(PUBLISHED)}, a model directory, or E,H,I,k")
     parser.add_argument("--tokens", default="1,16,128,2048", help="batch sizes, separated by commas")
     parser.add_argument("--rank", default="0,16", help="LoRA ranks, separated by commas; 0 is none")
@@ -43,15 +47,14 @@ def run(options: argparse.Namespace) -> int:
     if not console.is_terminal:
         console = Console(width=_FILE_WIDTH)
     asked = parse_shape(options.shape)
+    if options.what == "optimizer":
+        return _run_optimizers(console, asked, options)
     formats = WEIGHT_FORMATS if options.format == "all" else tuple(options.format.split(","))
     peer_names = [name for name in options.against.split(",") if name]
     _validate(formats, peer_names, options)
     shape = _that_fits(asked, formats, peer_names)
     plan = Plan(shape, _numbers(options.tokens, "--tokens", 1), _numbers(options.rank, "--rank", 0), formats, options.repeats)
-    try:
-        engine = native.Engine(options.threads, os.environ.get(ISA_VARIABLE, ""))
-    except native.NativeError as error:
-        raise InvalidRequest(str(error)) from error
+    engine = _engine(options.threads)
     console.print(
         f"{shape.name}: E={shape.experts} H={shape.hidden} I={shape.intermediate} k={shape.top_k}, "
         f"{engine.kernel} on {engine.threads} threads"
@@ -66,12 +69,33 @@ def run(options: argparse.Namespace) -> int:
         for peer in peers:
             peer.close()
     console.print(f"multiply-add peak {report.fma_peak_gflops:.1f} GFLOP/s, reading {report.read_gbs:.1f} GB/s, same run")
-    if options.json is not None:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(report.as_json(), indent=1), encoding="utf-8")
+    _write_json(options.json, report.as_json())
     if options.plot is not None:
         write_plot(report, options.plot)
     return 0
+
+
+def _run_optimizers(console: Console, shape: LayerShape, options: argparse.Namespace) -> int:
+    if options.repeats < 1 or options.threads < 1:
+        raise InvalidRequest(f"--repeats {options.repeats} and --threads {options.threads} must be at least 1")
+    ranks = [rank for rank in _numbers(options.rank, "--rank", 0) if rank > 0]
+    report = measure_optimizers(_engine(options.threads), shape, ranks, options.repeats)
+    print_optimizers(console, report)
+    _write_json(options.json, report.as_json())
+    return 0
+
+
+def _engine(threads: int) -> native.Engine:
+    try:
+        return native.Engine(threads, os.environ.get(ISA_VARIABLE, ""))
+    except native.NativeError as error:
+        raise InvalidRequest(str(error)) from error
+
+
+def _write_json(path: Path | None, content: dict[str, object]) -> None:
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(content, indent=1), encoding="utf-8")
 
 
 def _numbers(text: str, option: str, least: int) -> tuple[int, ...]:
