@@ -58,6 +58,7 @@ class LoraSpec:
         scale_gate: float = 0.0,
         scale_up: float = 0.0,
         scale_down: float = 0.0,
+        dropout: float = 0.0,
     ) -> None: ...
 
 class LoraTensors:
@@ -138,6 +139,8 @@ class Engine:
         y: NDArray[Any],
         save: str = "nothing",
         token: CancelToken | None = None,
+        dropout_seed: int = 0,
+        dropout_layer: int = 0,
     ) -> Ticket | None: ...
     def backward(
         self,

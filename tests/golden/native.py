@@ -63,7 +63,18 @@ def run(
     y, dx = empty_tokens(case, dtype), empty_tokens(case, dtype)
     d_weights = np.empty((case.shape.tokens, case.shape.top_k), np.float32)
     ids = case.ids.to(torch.int32).numpy()
-    ticket = engine.forward(weights, adapter, tokens(case.x, dtype), ids, case.routing_weights.float().numpy(), y, save)
+    ticket = engine.forward(
+        weights,
+        adapter,
+        tokens(case.x, dtype),
+        ids,
+        case.routing_weights.float().numpy(),
+        y,
+        save,
+        None,
+        case.dropout_seed,
+        case.dropout_layer,
+    )
     assert ticket is not None
     engine.backward(weights, adapter, gradients, ticket, tokens(case.dy, dtype), dx, d_weights)
     names = gradients.names() if gradients is not None else []

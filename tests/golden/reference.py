@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from golden.philox import keep
+
 LORA_TENSORS = ("a_gate", "b_gate", "a_up", "b_up", "a_down", "b_down")
 
 
@@ -40,6 +42,7 @@ class Lora:
     scale_gate: float = 0.0
     scale_up: float = 0.0
     scale_down: float = 0.0
+    dropout: float = 0.0
 
 
 NO_LORA = Lora()
@@ -58,6 +61,8 @@ class Case:
     ids: Tensor
     routing_weights: Tensor
     dy: Tensor
+    dropout_seed: int = 0  # 0: nothing is dropped
+    dropout_layer: int = 0
 
 
 @dataclass
@@ -146,13 +151,19 @@ def forward(case: Case, x: Tensor, routing_weights: Tensor, adapter: dict[str, T
     lora = case.lora
     y = torch.zeros_like(x)
 
-    def project(name: str, expert: int, rows: Tensor, rank: int, scale: float) -> Tensor:
+    def factors(token: Tensor, site: int, width: int) -> Tensor | float:
+        if not case.dropout_seed or not lora.dropout:
+            return 1.0
+        rows = [keep(case.dropout_seed, case.dropout_layer, int(t), site, width, lora.dropout) for t in token]
+        return torch.stack(rows)
+
+    def project(name: str, expert: int, rows: Tensor, rank: int, scale: float, kept: Tensor | float) -> Tensor:
         out = rows @ case.weights[name][expert].T
         if case.biases:
             out = out + case.biases[name][expert]
         if rank:
             a = adapter["a_gate" if name == "up" and lora.tied else f"a_{name}"][expert]
-            out = out + scale * (rows @ a.T) @ adapter[f"b_{name}"][expert].T
+            out = out + scale * (rows * kept @ a.T) @ adapter[f"b_{name}"][expert].T
         return out
 
     for expert in range(case.shape.experts):
@@ -160,9 +171,11 @@ def forward(case: Case, x: Tensor, routing_weights: Tensor, adapter: dict[str, T
         if not len(token):
             continue
         rows = x[token]
-        gate = project("gate", expert, rows, lora.rank_gate, lora.scale_gate)
-        up = project("up", expert, rows, lora.rank_up, lora.scale_up)
-        out = project("down", expert, _activate(case.shape, gate, up), lora.rank_down, lora.scale_down)
+        kept_x = factors(token, 0, case.shape.hidden)
+        kept_h = factors(token, expert + 1, case.shape.intermediate)
+        gate = project("gate", expert, rows, lora.rank_gate, lora.scale_gate, kept_x)
+        up = project("up", expert, rows, lora.rank_up, lora.scale_up, kept_x)
+        out = project("down", expert, _activate(case.shape, gate, up), lora.rank_down, lora.scale_down, kept_h)
         y = y.index_add(0, token, out * routing_weights[token, slot, None])
     return y
 

@@ -50,18 +50,27 @@ struct HiddenStore {
   float* h_a_down = nullptr;  // scale * h A_down^T
 };
 
+// What decides a forward's dropout beside the adapter's probability. Where a value stands in the batch, the layer and
+// this seed give the mask, so the same request drops the same values again.
+struct DropoutSeed {
+  std::uint64_t seed = 0;  // 0: nothing is dropped, as in evaluation
+  std::uint32_t layer = 0;
+};
+
 // The saved state of one forward, independent of every other: any number may live, consumed in any order.
 // x is kept in the type it came in, the pre-activations in fp32: rounding them to bf16 would alone cost 1.7e-3 and push
 // gradients past the numerics contract.
 class Ticket {
  public:
-  Ticket(const LayerSpec& layer, const LoraSpec& lora, Routing routing, FloatType type, SavePolicy policy);
+  Ticket(const LayerSpec& layer, const LoraSpec& lora, Routing routing, FloatType type, SavePolicy policy,
+         DropoutSeed dropout);
 
   const LayerSpec& layer() const { return layer_; }
   const LoraSpec& lora() const { return lora_; }
   const Routing& routing() const { return routing_; }
   FloatType type() const { return type_; }
   SavePolicy policy() const { return policy_; }
+  DropoutSeed dropout() const { return dropout_; }
   TokensIn x() const { return {x_.data(), type_}; }
   // A ticket is written by the forward that makes it and only read afterwards.
   HiddenStore store() const { return store_; }
@@ -74,6 +83,7 @@ class Ticket {
   Routing routing_;
   FloatType type_;
   SavePolicy policy_;
+  DropoutSeed dropout_;
   AlignedBuffer<std::uint8_t> x_;  // [tokens, H]
   AlignedBuffer<float> hidden_;    // what store_ points into
   HiddenStore store_;
@@ -87,6 +97,7 @@ struct ForwardArgs {
   TokensOut y;
   SavePolicy save = SavePolicy::kNothing;
   const CancelToken* token = nullptr;
+  DropoutSeed dropout;
 };
 
 struct BackwardArgs {

@@ -20,6 +20,7 @@ struct LoraSpec {
   float scale_gate = 0.0f;
   float scale_up = 0.0f;
   float scale_down = 0.0f;
+  float dropout = 0.0f;  // probability to drop a value of LoRA's input, x (one mask for gate and up) or h, in training
 
   void validate() const;
   bool any() const { return rank_gate > 0 || rank_up > 0 || rank_down > 0; }

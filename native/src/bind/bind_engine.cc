@@ -51,7 +51,8 @@ TokensOut tokens_out(py::array& array, const char* name, py::ssize_t tokens, py:
 
 std::unique_ptr<Ticket> forward(Engine& engine, const LayerWeights& weights, const LoraTensors* adapter,
                                 const py::array& x, const IdArray& expert_ids, const FloatArray& routing_weights,
-                                py::array y, const std::string& save, const CancelToken* token) {
+                                py::array y, const std::string& save, const CancelToken* token,
+                                std::uint64_t dropout_seed, std::uint32_t dropout_layer) {
   if (expert_ids.ndim() != 2 || routing_weights.ndim() != 2 || routing_weights.shape(0) != expert_ids.shape(0) ||
       routing_weights.shape(1) != expert_ids.shape(1)) {
     throw InvalidArgument("expert_ids has shape " + shape_text(expert_ids) + " and routing_weights " +
@@ -65,6 +66,7 @@ std::unique_ptr<Ticket> forward(Engine& engine, const LayerWeights& weights, con
   args.x = tokens_in(x, "x", tokens, spec.hidden);
   args.y = tokens_out(y, "y", tokens, spec.hidden);
   args.save = save_policy_from(save);
+  args.dropout = {dropout_seed, dropout_layer};
   args.token = token;
   const Span<const std::int32_t> ids{expert_ids.data(), static_cast<std::size_t>(expert_ids.size())};
   const Span<const float> route_weights{routing_weights.data(), static_cast<std::size_t>(routing_weights.size())};
@@ -117,7 +119,8 @@ void bind_engine(py::module_& module) {
       .def("measure_update_bandwidth", &Engine::measure_update_bandwidth, py::call_guard<py::gil_scoped_release>())
       .def("forward", &forward, py::arg("weights"), py::arg("adapter").none(true), py::arg("x"),
            py::arg("expert_ids").noconvert(), py::arg("routing_weights").noconvert(), py::arg("y"),
-           py::arg("save") = "nothing", py::arg("token").none(true) = nullptr)
+           py::arg("save") = "nothing", py::arg("token").none(true) = nullptr, py::arg("dropout_seed") = 0,
+           py::arg("dropout_layer") = 0)
       .def("backward", &backward, py::arg("weights"), py::arg("adapter").none(true), py::arg("gradients").none(true),
            py::arg("ticket"), py::arg("dy"), py::arg("dx"), py::arg("d_weights").noconvert(),
            py::arg("token").none(true) = nullptr)

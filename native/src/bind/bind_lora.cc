@@ -10,8 +10,8 @@ namespace {
 namespace py = pybind11;
 
 LoraSpec make_spec(bool tied, int rank_gate, int rank_up, int rank_down, float scale_gate, float scale_up,
-                   float scale_down) {
-  LoraSpec spec{tied, rank_gate, rank_up, rank_down, scale_gate, scale_up, scale_down};
+                   float scale_down, float dropout) {
+  LoraSpec spec{tied, rank_gate, rank_up, rank_down, scale_gate, scale_up, scale_down, dropout};
   spec.validate();
   return spec;
 }
@@ -40,7 +40,7 @@ void bind_lora(py::module_& module) {
   py::class_<LoraSpec>(module, "LoraSpec")
       .def(py::init(&make_spec), py::kw_only(), py::arg("tied") = false, py::arg("rank_gate") = 0,
            py::arg("rank_up") = 0, py::arg("rank_down") = 0, py::arg("scale_gate") = 0.0f, py::arg("scale_up") = 0.0f,
-           py::arg("scale_down") = 0.0f);
+           py::arg("scale_down") = 0.0f, py::arg("dropout") = 0.0f);
   py::class_<LoraTensors>(module, "LoraTensors")
       .def(py::init<const LayerSpec&, const LoraSpec&>(), py::arg("layer"), py::arg("lora"))
       .def("names", &present_names)

@@ -68,7 +68,8 @@ void Engine::BackwardPass::run(Engine& engine, const BackwardArgs& args) {
   HiddenStore saved = ticket.store();
   if (ticket.policy() == SavePolicy::kInputs) {
     saved = buffers.recomputed;
-    HiddenPass hidden(engine, ticket.type(), *args.weights, args.lora, routing, args.token, carver, saved);
+    HiddenPass hidden(engine, ticket.type(), *args.weights, args.lora, routing, args.token, ticket.dropout(), carver,
+                      saved);
     hidden.run(ticket.x());
     saved = hidden.kept();
     BackwardPass(engine, args, saved, buffers).run_phases();
@@ -79,7 +80,8 @@ void Engine::BackwardPass::run(Engine& engine, const BackwardArgs& args) {
 
 Engine::BackwardPass::BackwardPass(Engine& engine, const BackwardArgs& args, const HiddenStore& saved,
                                    const Buffers& buffers)
-    : Pass(engine, args.ticket->type(), *args.weights, args.lora, args.ticket->routing(), args.token),
+    : Pass(engine, args.ticket->type(), *args.weights, args.lora, args.ticket->routing(), args.token,
+           args.ticket->dropout()),
       args_(args),
       saved_(saved),
       buffers_(buffers),
@@ -101,7 +103,12 @@ void Engine::BackwardPass::run_phases() {
 void Engine::BackwardPass::load() {
   load_operands(args_.dy, buffers_.dy);
   if (!lora_.any()) return;
-  x_ = {load_f32(args_.ticket->x(), buffers_.x_f32), layer_.hidden, nullptr};
+  if (drops()) {
+    load_dropped_x(args_.ticket->x(), buffers_.x_f32);
+    x_ = {buffers_.x_f32, layer_.hidden, nullptr};
+  } else {
+    x_ = {load_f32(args_.ticket->x(), buffers_.x_f32), layer_.hidden, nullptr};
+  }
   const OperandRows& dy = buffers_.dy.tokens;
   if (kernels_.operand == OperandType::kF32) {
     dy_ = {dy.f32(), dy.stride, nullptr};
@@ -132,16 +139,22 @@ void Engine::BackwardPass::hidden_block(const BlockTask& at) {
                     d_h, block_stride_, scratch.panels);
   if (lora_.rank_down > 0) {
     const float* a = adapter_->expert(LoraTensor::kADown, task.expert) + first;
-    multiply_lora(task, buffers_.dy_b_down, {a, layer_.intermediate, RightLayout::kKN}, at.columns, d_h, at.worker);
+    const F32Matrix matrix{a, layer_.intermediate, RightLayout::kKN};
+    if (drops()) {
+      multiply_dropped_lora(task, buffers_.dy_b_down, matrix, first, at.columns, d_h, at.worker,
+                            [&](std::int64_t row) { return h_dropout(task.expert, row); });
+    } else {
+      multiply_lora(task, buffers_.dy_b_down, matrix, at.columns, d_h, at.worker);
+    }
   }
   for (int m = 0; m < task.count; ++m) {
     const std::int64_t in_block = std::int64_t{m} * block_stride_;
-    finish_hidden_row(task.first + m, first, at.columns, padded, d_h + in_block, h + in_block);
+    finish_hidden_row(task.expert, task.first + m, first, at.columns, padded, d_h + in_block, h + in_block);
   }
 }
 
-void Engine::BackwardPass::finish_hidden_row(std::int64_t row, int first_column, int columns, std::int64_t padded,
-                                             float* d_h, float* h) {
+void Engine::BackwardPass::finish_hidden_row(int expert, std::int64_t row, int first_column, int columns,
+                                             std::int64_t padded, float* d_h, float* h) {
   const std::int64_t at = row * layer_.intermediate + first_column;
   const bool gated = has_gate(layer_.activation.kind);
   const float* gate = gated ? saved_.gate + at : nullptr;
@@ -150,7 +163,10 @@ void Engine::BackwardPass::finish_hidden_row(std::int64_t row, int first_column,
   for (int c = 0; c < columns; c += kDotColumns) {
     parts[c / kDotColumns] = kernels_.dot(h + c, d_h + c, std::min(kDotColumns, columns - c));
   }
-  if (buffers_.h_f32 != nullptr) std::copy_n(h, columns, buffers_.h_f32 + at);
+  if (buffers_.h_f32 != nullptr) {
+    std::copy_n(h, columns, buffers_.h_f32 + at);
+    if (drops()) drop_row(h_dropout(expert, row), first_column, buffers_.h_f32 + at, columns);
+  }
   kernels_.scale(routing_.row_weight[static_cast<std::size_t>(row)], d_h, columns);
   float* d_gate = h;  // h is not needed any more
   kernels_.activate_backward(layer_.activation, gate, saved_.up + at, d_h, d_gate, d_h, columns);
@@ -242,8 +258,14 @@ void Engine::BackwardPass::input_block(const BlockTask& at, float* block) const 
   };
   const auto lora = [&](LoraTensor a, const LoraRows& rows) {
     if (!is_first(at.slice) || rows.rank == 0) return;
-    const float* matrix = adapter_->expert(a, task.expert) + at.first_column;
-    multiply_lora(task, rows, {matrix, layer_.hidden, RightLayout::kKN}, at.columns, block, at.worker);
+    const F32Matrix matrix{adapter_->expert(a, task.expert) + at.first_column, layer_.hidden, RightLayout::kKN};
+    if (drops()) {
+      multiply_dropped_lora(task, rows, matrix, at.first_column, at.columns, block, at.worker, [&](std::int64_t row) {
+        return x_dropout(routing_.row_token[static_cast<std::size_t>(row)]);
+      });
+    } else {
+      multiply_lora(task, rows, matrix, at.columns, block, at.worker);
+    }
   };
   if (has_gate(layer_.activation.kind)) base(Projection::kGate, buffers_.d_gate);
   base(Projection::kUp, buffers_.d_up);

@@ -37,7 +37,8 @@ class Engine::BackwardPass : private Engine::Pass {
   void load();
   void project_dy();
   void hidden_block(const BlockTask& at);
-  void finish_hidden_row(std::int64_t row, int first_column, int columns, std::int64_t padded, float* d_h, float* h);
+  void finish_hidden_row(int expert, std::int64_t row, int first_column, int columns, std::int64_t padded, float* d_h,
+                         float* h);
   void finish_route_gradients();
   float dot_with_dy(const float* bias, std::int64_t token) const;
   void project_hidden();

@@ -19,7 +19,8 @@ void require_same_layer(const LayerSpec& layer, const LayerSpec& other, const ch
 }
 
 bool same_ranks(const LoraSpec& a, const LoraSpec& b) {
-  return a.tied == b.tied && a.rank_gate == b.rank_gate && a.rank_up == b.rank_up && a.rank_down == b.rank_down;
+  return a.tied == b.tied && a.rank_gate == b.rank_gate && a.rank_up == b.rank_up && a.rank_down == b.rank_down &&
+         a.dropout == b.dropout;
 }
 
 // Floats of one ticket's matrices, or, with `base`, where they lie.
@@ -45,12 +46,14 @@ std::int64_t lay_out(const LayerSpec& layer, const LoraSpec& lora, std::int64_t 
 
 }  // namespace
 
-Ticket::Ticket(const LayerSpec& layer, const LoraSpec& lora, Routing routing, FloatType type, SavePolicy policy)
+Ticket::Ticket(const LayerSpec& layer, const LoraSpec& lora, Routing routing, FloatType type, SavePolicy policy,
+               DropoutSeed dropout)
     : layer_(layer),
       lora_(lora),
       routing_(std::move(routing)),
       type_(type),
       policy_(policy),
+      dropout_(dropout),
       x_(static_cast<std::size_t>(std::int64_t{routing_.tokens} * layer.hidden * size_of(type))),
       hidden_(static_cast<std::size_t>(lay_out(layer, lora, routing_.routes, policy, nullptr, nullptr))) {
   lay_out(layer, lora, routing_.routes, policy, hidden_.data(), &store_);

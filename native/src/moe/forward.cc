@@ -4,7 +4,8 @@
 namespace kt_expert {
 
 Engine::ForwardPass::ForwardPass(Engine& engine, const ForwardArgs& args, Carver& carver, const HiddenStore& store)
-    : HiddenPass(engine, args.x.type, *args.weights, args.lora, args.routing, args.token, carver, store), args_(args) {
+    : HiddenPass(engine, args.x.type, *args.weights, args.lora, args.routing, args.token, args.dropout, carver, store),
+      args_(args) {
   sums_ =
       TokenSums::take(carver, routing_.tokens, layer_.hidden, static_cast<int>(weights_.slices().size()), args.y.type);
 }
@@ -28,7 +29,7 @@ std::unique_ptr<Ticket> Engine::ForwardPass::run(Engine& engine, const ForwardAr
   std::unique_ptr<Ticket> ticket;
   HiddenStore store;
   if (args.save != SavePolicy::kNothing) {
-    ticket = std::make_unique<Ticket>(layer, lora, args.routing, args.x.type, args.save);
+    ticket = std::make_unique<Ticket>(layer, lora, args.routing, args.x.type, args.save, args.dropout);
     store = ticket->store();
     std::copy_n(static_cast<const std::uint8_t*>(args.x.data), ticket->x_.size(), ticket->x_.data());
   }

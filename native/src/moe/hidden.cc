@@ -3,9 +3,9 @@
 namespace kt_expert {
 
 Engine::HiddenPass::HiddenPass(Engine& engine, FloatType type, const LayerWeights& weights, const LoraTensors* adapter,
-                               const Routing& routing, const CancelToken* token, Carver& carver,
+                               const Routing& routing, const CancelToken* token, DropoutSeed dropout, Carver& carver,
                                const HiddenStore& store)
-    : Pass(engine, type, weights, adapter, routing, token), store_(store) {
+    : Pass(engine, type, weights, adapter, routing, token, dropout), store_(store) {
   buffers_ = take(carver, kernels_, layer_, lora_, routing.tokens, routing.routes, pool_.size(), store);
 }
 
@@ -15,6 +15,10 @@ Engine::HiddenPass::Buffers Engine::HiddenPass::take(Carver& carver, const Kerne
   Buffers buffers;
   buffers.x = TokenOperands::take(carver, kernels, tokens, routes, layer.hidden);
   buffers.h = OperandRows::take(carver, kernels, routes, layer.intermediate);
+  if (lora.dropout > 0.0f) {
+    buffers.dropped_x = TokenOperands::take(carver, kernels, tokens, routes, layer.hidden);
+    buffers.dropped_h = OperandRows::take(carver, kernels, routes, layer.intermediate);
+  }
   buffers.x_a_gate = LoraRows::take(carver, kernels, routes, lora.rank_gate, store.x_a_gate);
   buffers.x_a_up = lora.tied ? buffers.x_a_gate : LoraRows::take(carver, kernels, routes, lora.rank_up, store.x_a_up);
   buffers.h_a_down = LoraRows::take(carver, kernels, routes, lora.rank_down, store.h_a_down);
@@ -34,6 +38,7 @@ void Engine::HiddenPass::reserve(Carver& carver, const KernelTable& kernels, con
 void Engine::HiddenPass::run(TokensIn x) {
   load_operands(x, buffers_.x);
   if (in_integers()) quantise(buffers_.x.tokens, routing_.row_token.data(), layer_.hidden, buffers_.x_codes);
+  if (drops()) load_dropped_x(x, buffers_.dropped_x);
   project_x();
   for_each_hidden_block([&](const BlockTask& at) { gate_up_block(at); });
   if (in_integers()) quantise(buffers_.h, nullptr, layer_.intermediate, buffers_.h_codes);
@@ -62,11 +67,12 @@ void Engine::HiddenPass::quantise(const OperandRows& source, const std::int32_t*
 
 void Engine::HiddenPass::project_x() {
   if (lora_.rank_gate == 0 && lora_.rank_up == 0) return;
+  const TokenOperands& x = drops() ? buffers_.dropped_x : buffers_.x;
   for_each_row_task([&](const RowTask& task, int worker) {
     const auto project = [&](LoraTensor a, float scale, const LoraRows& target) {
       if (target.rank == 0) return;
       const F32Matrix matrix{adapter_->expert(a, task.expert), layer_.hidden, RightLayout::kNK};
-      const LoraInput input{kernels_, buffers_.x.of(task, routing_), matrix, layer_.hidden};
+      const LoraInput input{kernels_, x.of(task, routing_), matrix, layer_.hidden};
       project_lora(task, &input, 1, scale, target, worker);
     };
     project(LoraTensor::kAGate, lora_.scale_gate, buffers_.x_a_gate);
@@ -126,6 +132,10 @@ void Engine::HiddenPass::gate_up_block(const BlockTask& at) {
     kernels_.activate(layer_.activation, gate + in_block, up + in_block, up + in_block, at.columns);
     std::uint8_t* target = buffers_.h.row(row) + first * operand_bytes(kernels_.operand);
     store_operands(kernels_, up + in_block, at.columns, padded, target);
+    if (!drops() || lora_.rank_down == 0) continue;
+    drop_row(h_dropout(at.rows.expert, row), first, up + in_block, at.columns);
+    target = buffers_.dropped_h.row(row) + first * operand_bytes(kernels_.operand);
+    store_operands(kernels_, up + in_block, at.columns, padded, target);
   }
 }
 
@@ -133,7 +143,8 @@ void Engine::HiddenPass::project_h() {
   if (lora_.rank_down == 0) return;
   for_each_row_task([&](const RowTask& task, int worker) {
     const F32Matrix matrix{adapter_->expert(LoraTensor::kADown, task.expert), layer_.intermediate, RightLayout::kNK};
-    const LoraInput input{kernels_, buffers_.h.from(task.first), matrix, layer_.intermediate};
+    const OperandRows& h = drops() ? buffers_.dropped_h : buffers_.h;
+    const LoraInput input{kernels_, h.from(task.first), matrix, layer_.intermediate};
     project_lora(task, &input, 1, lora_.scale_down, buffers_.h_a_down, worker);
   });
 }

@@ -9,7 +9,8 @@ namespace kt_expert {
 class Engine::HiddenPass : protected Engine::Pass {
  public:
   HiddenPass(Engine& engine, FloatType type, const LayerWeights& weights, const LoraTensors* adapter,
-             const Routing& routing, const CancelToken* token, Carver& carver, const HiddenStore& store);
+             const Routing& routing, const CancelToken* token, DropoutSeed dropout, Carver& carver,
+             const HiddenStore& store);
 
   // Announces what the constructor takes.
   static void reserve(Carver& carver, const KernelTable& kernels, const LayerSpec& layer, const LoraSpec& lora,
@@ -29,8 +30,10 @@ class Engine::HiddenPass : protected Engine::Pass {
 
  private:
   struct Buffers {
-    TokenOperands x;  // rows of H
-    OperandRows h;    // [routes, I]
+    TokenOperands x;          // rows of H
+    OperandRows h;            // [routes, I]
+    TokenOperands dropped_x;  // as LoRA sees them, only where its input is dropped
+    OperandRows dropped_h;
     LoraRows x_a_gate, x_a_up, h_a_down;
     IntegerBuffer x_codes, h_codes;  // only where the rung multiplies in integers
     float* plain_rows = nullptr;     // [workers, max(H, I)] a row on its way to codes

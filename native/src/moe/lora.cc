@@ -35,6 +35,9 @@ void LoraSpec::validate() const {
   require_rank("gate", rank_gate);
   require_rank("up", rank_up);
   require_rank("down", rank_down);
+  if (!(dropout >= 0.0f && dropout < 1.0f)) {
+    throw InvalidArgument("LoRA dropout is " + std::to_string(dropout) + ", expected a probability in [0, 1)");
+  }
   if (tied && (rank_gate != rank_up || scale_gate != scale_up)) {
     throw InvalidArgument("tied LoRA needs one rank and one scale for gate and up, got ranks " +
                           std::to_string(rank_gate) + " and " + std::to_string(rank_up) + ", scales " +

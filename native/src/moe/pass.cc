@@ -29,11 +29,12 @@ WorkerScratch WorkerScratch::at(std::uint8_t* base) {
 }
 
 Engine::Pass::Pass(Engine& engine, FloatType type, const LayerWeights& weights, const LoraTensors* adapter,
-                   const Routing& routing, const CancelToken* token)
+                   const Routing& routing, const CancelToken* token, DropoutSeed dropout)
     : engine_(engine),
       kernels_(engine.kernels_for_tokens(type)),
       pool_(engine.pool_),
       token_(token),
+      dropout_(dropout),
       weights_(weights),
       layer_(weights.spec()),
       adapter_(adapter),
@@ -74,14 +75,60 @@ void Engine::Pass::load_operands(TokensIn in, const TokenOperands& target) const
       }
     }
   });
+  gather(target);
+}
+
+void Engine::Pass::gather(const TokenOperands& target) const {
   if (target.gathered.data == nullptr) return;
-  const std::size_t bytes = static_cast<std::size_t>(padded * operand_bytes(kernels_.operand));
+  const std::size_t bytes =
+      static_cast<std::size_t>(align_up(layer_.hidden, kDepthAlign) * operand_bytes(kernels_.operand));
   for_each_piece(routing_.routes, [&](std::int64_t first, std::int64_t last, int) {
     for (std::int64_t row = first; row < last; ++row) {
       const std::int32_t token = routing_.row_token[static_cast<std::size_t>(row)];
       std::memcpy(target.gathered.row(row), target.tokens.row(token), bytes);
     }
   });
+}
+
+DropoutRow Engine::Pass::dropout_row(std::int64_t token, std::uint32_t site) const {
+  constexpr double kWords = 4294967296.0;  // 2^32
+  return {dropout_.seed,
+          dropout_.layer,
+          static_cast<std::uint32_t>(token),
+          site,
+          static_cast<std::uint32_t>(static_cast<double>(lora_.dropout) * kWords),
+          1.0f / (1.0f - lora_.dropout)};
+}
+
+void Engine::Pass::load_dropped_x(TokensIn in, float* copy) const {
+  const std::int64_t width = layer_.hidden;
+  const float* loaded = load_f32(in, copy);
+  for_each_piece(routing_.tokens, [&](std::int64_t first, std::int64_t last, int) {
+    for (std::int64_t t = first; t < last; ++t) {
+      if (loaded != copy) std::copy_n(loaded + t * width, width, copy + t * width);
+      drop_row(x_dropout(t), 0, copy + t * width, width);
+    }
+  });
+}
+
+void Engine::Pass::load_dropped_x(TokensIn in, const TokenOperands& target) const {
+  const std::int64_t width = layer_.hidden, padded = align_up(width, kDepthAlign);
+  for_each_piece(routing_.tokens, [&](std::int64_t first, std::int64_t last, int worker) {
+    float* row = scratch_of(worker).blocks[0];
+    for (std::int64_t t = first; t < last; ++t) {
+      for (std::int64_t c = 0; c < width; c += kBlockFloats) {
+        const std::int64_t count = std::min(kBlockFloats, width - c), end = c + count == width ? padded - c : count;
+        if (in.type == FloatType::kF32) {
+          std::copy_n(static_cast<const float*>(in.data) + t * width + c, count, row);
+        } else {
+          kernels_.bf16_to_f32(static_cast<const bf16_t*>(in.data) + t * width + c, row, count);
+        }
+        drop_row(x_dropout(t), c, row, count);
+        store_operands(kernels_, row, count, end, target.tokens.row(t) + c * operand_bytes(kernels_.operand));
+      }
+    }
+  });
+  gather(target);
 }
 
 const float* Engine::Pass::load_f32(TokensIn in, float* copy) const {

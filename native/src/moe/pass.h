@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "gemm/dropout.h"
 #include "gemm/gemm.h"
 #include "gemm/tiles.h"
 #include "kt_expert/engine.h"
@@ -170,7 +171,27 @@ class Engine::Pass {
  protected:
   // `type` is the tokens': it decides the rung.
   Pass(Engine& engine, FloatType type, const LayerWeights& weights, const LoraTensors* adapter, const Routing& routing,
-       const CancelToken* token);
+       const CancelToken* token, DropoutSeed dropout);
+
+  bool drops() const { return dropout_.seed != 0 && lora_.dropout > 0.0f; }
+  // The masks of a token's x, and of a row's h.
+  DropoutRow x_dropout(std::int64_t token) const { return dropout_row(token, 0); }
+  DropoutRow h_dropout(int expert, std::int64_t row) const {
+    return dropout_row(routing_.row_token[static_cast<std::size_t>(row)], static_cast<std::uint32_t>(expert) + 1);
+  }
+  // block += multiply_lora(...), its values dropped like those of the input they are the gradient of; `row_of` gives
+  // the mask of a row.
+  template <typename RowOf>
+  void multiply_dropped_lora(const RowTask& task, const LoraRows& rows, const F32Matrix& matrix, int first_column,
+                             int columns, float* block, int worker, const RowOf& row_of) const {
+    float* other = scratch_of(worker).blocks[1];
+    clear_block(other, task.count, static_cast<int>(align_up(columns, kPanelColumns)));
+    multiply_lora(task, rows, matrix, columns, other, worker);
+    for (int m = 0; m < task.count; ++m) {
+      drop_row(row_of(task.first + m), first_column, block_row(other, m), columns);
+      kernels_.add_scaled(1.0f, block_row(other, m), block_row(block, m), columns);
+    }
+  }
 
   WorkerScratch scratch_of(int worker) const { return engine_.worker_scratch(worker); }
   // The widest column block that still gives every worker of a node a few tasks.
@@ -246,6 +267,10 @@ class Engine::Pass {
   void load_operands(TokensIn in, const TokenOperands& target) const;
   // Token rows in fp32, [tokens, H]: `in` itself or a converted copy.
   const float* load_f32(TokensIn in, float* copy) const;
+  // x as LoRA sees it where values are dropped: in fp32, and as operands of the rung.
+  void load_dropped_x(TokensIn in, float* copy) const;
+  void load_dropped_x(TokensIn in, const TokenOperands& target) const;
+  void gather(const TokenOperands& target) const;
 
   struct LoraInput {
     const KernelTable& kernels;  // whose operands the rows are
@@ -275,10 +300,13 @@ class Engine::Pass {
   void finish_columns(const TokenSums& sums, const TokensOut& out, int first_column, int columns) const;
   void finish_sums(const TokenSums& sums, const TokensOut& out) const;
 
+  DropoutRow dropout_row(std::int64_t token, std::uint32_t site) const;
+
   Engine& engine_;
   const KernelTable& kernels_;
   ThreadPool& pool_;
   const CancelToken* token_;
+  const DropoutSeed dropout_;
   const LayerWeights& weights_;
   const LayerSpec& layer_;
   const LoraTensors* adapter_;
