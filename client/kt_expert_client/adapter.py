@@ -32,7 +32,10 @@ AdapterTensors = dict[TensorKey, torch.Tensor]
 
 @dataclass(frozen=True, slots=True)
 class LayerLora:
-    """LoRA of one layer. Rank 0 leaves a projection alone; tied: gate and up share A; scale: alpha/r or alpha/sqrt(r)."""
+    """LoRA of one layer. Rank 0 leaves a projection alone; tied: gate and up share A; scale: alpha/r or alpha/sqrt(r).
+
+    dropout is the probability to drop a value of LoRA's input, in forwards that carry a dropout seed.
+    """
 
     layer: int
     tied: bool = False
@@ -42,6 +45,7 @@ class LayerLora:
     scale_gate: float = 0.0
     scale_up: float = 0.0
     scale_down: float = 0.0
+    dropout: float = 0.0
 
     def to_proto(self) -> pb.LayerLora:
         return pb.LayerLora(
@@ -53,4 +57,5 @@ class LayerLora:
             scale_gate=self.scale_gate,
             scale_up=self.scale_up,
             scale_down=self.scale_down,
+            dropout=self.dropout,
         )

@@ -20,8 +20,9 @@ class RemoteLayer(Protocol):
         *,
         keep: bool,
         use_adapter: bool,
+        dropout_seed: int,
     ) -> tuple[torch.Tensor, int]:
-        """Returns the output [T, H] and the ticket (0 where `keep` is false)."""
+        """Returns the output [T, H] and the ticket (0 where `keep` is false). Seed 0 drops nothing."""
 
     def backward(self, ticket: int, grad_output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns the gradients of hidden states [T, H] and routing weights [T, k]."""
@@ -49,8 +50,11 @@ class ExpertsFunction(torch.autograd.Function):
         layer: RemoteLayer,
         keep: bool,
         use_adapter: bool,
+        dropout_seed: int,
     ) -> torch.Tensor:
-        output, ticket = layer.forward(hidden_states, expert_ids, routing_weights, keep=keep, use_adapter=use_adapter)
+        output, ticket = layer.forward(
+            hidden_states, expert_ids, routing_weights, keep=keep, use_adapter=use_adapter, dropout_seed=dropout_seed
+        )
         ctx.layer = layer
         ctx.anchor_like = None if anchor is None else (anchor.shape, anchor.dtype, anchor.device)
         ctx.weights_dtype = routing_weights.dtype
@@ -73,6 +77,7 @@ class ExpertsFunction(torch.autograd.Function):
             grad_hidden if ctx.needs_input_grad[0] else None,
             grad_weights.to(ctx.weights_dtype) if ctx.needs_input_grad[1] else None,
             grad_anchor,
+            None,
             None,
             None,
             None,

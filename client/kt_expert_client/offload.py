@@ -72,9 +72,16 @@ class OffloadedLayer:
         *,
         keep: bool,
         use_adapter: bool,
+        dropout_seed: int,
     ) -> tuple[torch.Tensor, int]:
         handle = self._offload.run.submit_forward(
-            self.layer, hidden_states, expert_ids, routing_weights, save_for_backward=keep, use_adapter=use_adapter
+            self.layer,
+            hidden_states,
+            expert_ids,
+            routing_weights,
+            save_for_backward=keep,
+            use_adapter=use_adapter,
+            dropout_seed=dropout_seed,
         )
         output = handle.result()
         if not keep:

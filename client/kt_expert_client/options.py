@@ -11,31 +11,40 @@ from kt_expert_client.errors import InvalidRequest
 
 TICKETS_VARIABLE = "KT_EXPERT_TICKETS"
 MOMENTS_VARIABLE = "KT_EXPERT_MOMENTS"
+DROPOUT_VARIABLE = "KT_EXPERT_DROPOUT"
 _TICKETS = {"activations": pb.TICKET_POLICY_ACTIVATIONS, "inputs": pb.TICKET_POLICY_INPUTS}
 _MOMENTS = {"fp32": pb.MOMENT_DTYPE_FP32, "bf16": pb.MOMENT_DTYPE_BF16}
 
 
 @dataclass(frozen=True, slots=True)
 class RunOptions:
-    """Memory against time.
+    """Memory against time, and the dropout that PEFT does not offer for expert parameters.
 
     tickets: "activations" keeps what a backward needs; "inputs" keeps the inputs alone and computes the rest again, to the
     same bits, for about a third of the backward's time and a fraction of the memory. moments: "fp32", or "bf16" for half
-    the optimizer's memory.
+    the optimizer's memory. dropout: the probability with which the experts' LoRA drops its inputs while the model trains.
     """
 
     tickets: str = "activations"
     moments: str = "fp32"
+    dropout: float = 0.0
 
     def __post_init__(self) -> None:
+        if not 0.0 <= self.dropout < 1.0:
+            raise InvalidRequest(f"dropout is {self.dropout}, expected a probability in [0, 1)")
         for name, value, known in (("tickets", self.tickets, _TICKETS), ("moments", self.moments, _MOMENTS)):
             if value not in known:
                 raise InvalidRequest(f"{name} is {value!r}, expected one of {', '.join(known)}")
 
     @classmethod
     def from_environment(cls) -> RunOptions:
-        """KT_EXPERT_TICKETS and KT_EXPERT_MOMENTS, where they are set. Raises InvalidRequest for an unknown value."""
-        return cls(os.environ.get(TICKETS_VARIABLE, "activations"), os.environ.get(MOMENTS_VARIABLE, "fp32"))
+        """KT_EXPERT_TICKETS, KT_EXPERT_MOMENTS and KT_EXPERT_DROPOUT, where they are set. Raises InvalidRequest."""
+        dropout = os.environ.get(DROPOUT_VARIABLE, "0")
+        try:
+            probability = float(dropout)
+        except ValueError:
+            raise InvalidRequest(f"{DROPOUT_VARIABLE} is {dropout!r}, expected a number") from None
+        return cls(os.environ.get(TICKETS_VARIABLE, "activations"), os.environ.get(MOMENTS_VARIABLE, "fp32"), probability)
 
     @property
     def ticket_policy(self) -> pb.TicketPolicy:

@@ -94,13 +94,16 @@ class Run:
         *,
         save_for_backward: bool = True,
         use_adapter: bool = True,
+        dropout_seed: int = 0,
         timeout_s: float = DEFAULT_REQUEST_TIMEOUT_S,
     ) -> ForwardHandle:
         """Sends one layer's batch and returns at once.
 
         hidden_states [T, H], any float dtype (sent in the run's wire dtype); expert_ids [T, k] integer, E itself skips a
-        route; routing_weights [T, k], sent as fp32. Tensors on CPU or CUDA. Raises InvalidRequest for shapes that do not
-        fit together, OutOfCapacity or DeadlineExceeded where no credits are free; everything else comes with result().
+        route; routing_weights [T, k], sent as fp32. Tensors on CPU or CUDA. dropout_seed, a number below 2**64, drops
+        LoRA inputs with the adapter's probability, the same ones for the same seed; 0 drops none. Raises InvalidRequest
+        for shapes that do not fit together, OutOfCapacity or DeadlineExceeded where no credits are free; everything else
+        comes with result().
         """
         tokens, hidden = _check_forward(hidden_states, expert_ids, routing_weights)
         wire = WIRE_TORCH_DTYPES[self.wire_dtype]
@@ -111,7 +114,12 @@ class Run:
             Tensor.HIDDEN_STATES: (header.dtype, self._staging.to_host(hidden_states, wire)),
         }
         output = self._staging.host_buffer((tokens, hidden), wire, pinned=hidden_states.is_cuda)
-        opened = RequestOpen(top_k=expert_ids.shape[1], save_for_backward=save_for_backward, use_adapter=use_adapter)
+        opened = RequestOpen(
+            top_k=expert_ids.shape[1],
+            save_for_backward=save_for_backward,
+            use_adapter=use_adapter,
+            dropout_seed=dropout_seed,
+        )
         pending = self._session.submit(header, opened, sent, {Tensor.OUTPUT: output}, timeout_s, lambda: self._recycle(sent))
         return ForwardHandle(pending, Delivery(self._staging, output, hidden_states.device, hidden_states.dtype))
 

@@ -19,7 +19,7 @@ SERVER_VARIABLE = "KT_EXPERT_SERVER"
 def offload_experts(address: str, options: RunOptions | None = None) -> AbstractContextManager[None]:
     """Models loaded inside the block (``from_pretrained``, ``from_config``) get their experts from `address`.
 
-    They stay connected afterwards. `options` defaults to KT_EXPERT_TICKETS and KT_EXPERT_MOMENTS. Raises
+    They stay connected afterwards. `options` defaults to RunOptions.from_environment(). Raises
     ServerUnavailable where nothing answers, WrongPhase where the server has loaded another model.
     """
     from kt_expert_client.integrations.transformers import offload_experts as offload

@@ -140,6 +140,26 @@ def test_disable_adapter_generate_and_evaluate(server: ServerProcess, qwen3_chec
     assert losses[0] == pytest.approx(losses[1], abs=LOSS_BOUND)
 
 
+def test_dropout_is_the_same_under_checkpointing(
+    server: ServerProcess, qwen3_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Checkpointing runs a forward twice with torch's generator wound back: the experts drop the same values twice."""
+    histories, outputs = {}, {}
+    for name, dropout in (("none", "0"), *((name, "0.3") for name in CHECKPOINTING)):
+        monkeypatch.setenv("KT_EXPERT_DROPOUT", dropout)
+        model = adapted(qwen3_checkpoint, server.address)
+        with no_tickets_left(server):
+            made = trainer(model, tmp_path / name, **CHECKPOINTING.get(name, {}))
+            made.train()
+        histories[name] = [loss for loss, _, _ in history(made)]
+        outputs[name] = logits(model, random_tokens(1, 9))
+        assert torch.equal(outputs[name], logits(model, random_tokens(1, 9)))  # off in evaluation
+    assert histories["plain"] != pytest.approx(histories["none"], abs=1e-4)
+    for name in CHECKPOINTING:
+        assert histories[name] == pytest.approx(histories["plain"], abs=LOSS_BOUND)
+        assert (outputs[name] - outputs["plain"]).abs().max() < LOGIT_BOUND
+
+
 @pytest.mark.parametrize(
     "make",
     [

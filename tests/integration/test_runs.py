@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import socket
 import threading
 
@@ -190,6 +191,20 @@ def test_groups_of_a_step_have_their_own_numbers(client: Client) -> None:
     run.step([ParamGroup(Sgd(0.0)), ParamGroup(Sgd(1.0), b_tensors)])
     for key, value in run.get_adapter().items():
         assert torch.equal(value, before[key]) == (key.tensor not in b_tensors)
+
+
+def test_dropout_is_replayed_by_its_seed(client: Client) -> None:
+    lora = [dataclasses.replace(entry, dropout=0.4) for entry in LORA]
+    run = client.open_run(lora=lora, wire_dtype="fp32", seed=3)
+    with_random_b(run)
+    x, ids, weights = batch(30, 1)
+    seeds = (7, 7, 8, 0)
+    first, again, other, off = (run.submit_forward(0, x, ids, weights, dropout_seed=seed).result() for seed in seeds)
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    assert not torch.equal(first, off)
+    with pytest.raises(kt.InvalidRequest, match=r"LoRA dropout is 1.0+, expected a probability"):
+        client.open_run(lora=[dataclasses.replace(LORA[0], dropout=1.0)])
 
 
 def test_tickets_of_inputs_give_the_same_bits_for_less(client: Client) -> None:

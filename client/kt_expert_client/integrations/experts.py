@@ -20,6 +20,7 @@ _SILU_NAMES = {"SiLU", "SiLUActivation"}
 _GPT_OSS_CLASS = "GptOssExperts"
 GATE_UP = "gate_up_proj"
 DOWN = "down_proj"
+_LARGEST_SEED = (1 << 63) - 1
 
 
 class RemoteExperts(nn.Module):
@@ -80,8 +81,14 @@ class RemoteExperts(nn.Module):
             layer,
             torch.is_grad_enabled() and needs_grad,
             switch is None or switch.kt_adapter_on,
+            draw_dropout_seed() if self.training and offload.options.dropout > 0 else 0,
         )
         return output
+
+
+def draw_dropout_seed() -> int:
+    """From torch's own generator, which torch.manual_seed sets and which checkpointing winds back for a recompute."""
+    return int(torch.randint(1, _LARGEST_SEED, (), dtype=torch.int64))
 
 
 def is_experts_class(candidate: object) -> bool:

@@ -110,7 +110,7 @@ class RemoteAdapter:
             self._take_out()
 
     def _install(self, tensors: AdapterTensors) -> None:
-        lora = [_layer_lora(layer, self._name) for layer in self._layers if layer.wrappers]
+        lora = [_layer_lora(layer, self._name, self._offload.options.dropout) for layer in self._layers if layer.wrappers]
         if not lora:
             return
         device = next((p.device for p in self._model.parameters() if p.requires_grad), torch.device("cpu"))
@@ -275,12 +275,13 @@ def _find_layer(model: nn.Module, module: Any) -> _AdaptedLayer:
     return _AdaptedLayer(module.kt_layer.layer, module, parent, attribute, wrappers)
 
 
-def _layer_lora(layer: _AdaptedLayer, adapter: str) -> LayerLora:
+def _layer_lora(layer: _AdaptedLayer, adapter: str, dropout: float) -> LayerLora:
     rank, scale = {GATE_UP: 0, DOWN: 0}, {GATE_UP: 0.0, DOWN: 0.0}
     for wrapper in layer.wrappers:
         rank[wrapper.parameter_name] = wrapper.r[adapter]
         scale[wrapper.parameter_name] = wrapper.scaling[adapter]
-    return LayerLora(layer.layer, True, rank[GATE_UP], rank[GATE_UP], rank[DOWN], scale[GATE_UP], scale[GATE_UP], scale[DOWN])
+    ranks, scales = (rank[GATE_UP], rank[GATE_UP], rank[DOWN]), (scale[GATE_UP], scale[GATE_UP], scale[DOWN])
+    return LayerLora(layer.layer, True, *ranks, *scales, dropout)
 
 
 def _to_server(layer: _AdaptedLayer, parameter: str, a: torch.Tensor, b: torch.Tensor) -> AdapterTensors:

@@ -49,7 +49,7 @@ def run_config(config: pb.RunConfig) -> RunConfig:
         ranks = (entry.rank_gate, entry.rank_up, entry.rank_down)
         if max(ranks) > _MAX_RANK:
             raise InvalidRequest(f"layer {entry.layer}: LoRA ranks are {ranks}, at most {_MAX_RANK} are taken")
-        lora.append(LayerLora(entry.layer, entry.tied, *ranks, *scales))
+        lora.append(LayerLora(entry.layer, entry.tied, *ranks, *scales, entry.dropout))
     if config.moment_dtype not in _MOMENTS or config.tickets not in _TICKETS:
         raise InvalidRequest(
             f"moment_dtype is {config.moment_dtype} and tickets {config.tickets}, expected values of MomentDtype and "

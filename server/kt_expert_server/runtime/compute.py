@@ -33,6 +33,7 @@ class ForwardRequest:
     routing_weights: NDArray[np.float32]
     save_for_backward: bool
     use_adapter: bool
+    dropout_seed: int = 0  # nothing is dropped
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +109,8 @@ class Compute:
                 y,
                 policy,
                 token,
+                request.dropout_seed,
+                request.layer,
             )
             return ticket, begun, time.monotonic()
 

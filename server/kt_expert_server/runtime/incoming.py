@@ -79,6 +79,7 @@ class IncomingRequest:
                 self._array(Tensor.ROUTING_WEIGHTS),
                 self.open.save_for_backward,
                 self.open.use_adapter,
+                self.open.dropout_seed,
             )
         return BackwardRequest(
             self.header.request_id,

@@ -29,6 +29,7 @@ class LayerLora:
     scale_gate: float
     scale_up: float
     scale_down: float
+    dropout: float = 0.0
 
     def native(self) -> native.LoraSpec:
         return native.LoraSpec(
@@ -39,6 +40,7 @@ class LayerLora:
             scale_gate=self.scale_gate,
             scale_up=self.scale_up,
             scale_down=self.scale_down,
+            dropout=self.dropout,
         )
 
 

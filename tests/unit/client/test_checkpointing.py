@@ -29,8 +29,10 @@ class CountingLayer:
         *,
         keep: bool,
         use_adapter: bool,
+        dropout_seed: int,
     ) -> tuple[torch.Tensor, int]:
         assert use_adapter
+        assert dropout_seed == 5
         assert expert_ids.shape == routing_weights.shape
         self.forwards += 1
         if keep:
@@ -50,7 +52,7 @@ def one(layer: CountingLayer) -> Model:
     def run(x: torch.Tensor) -> torch.Tensor:
         weights, ids = torch.ones(len(x), 1), torch.zeros(len(x), 1, dtype=torch.int64)
         keep = torch.is_grad_enabled() and x.requires_grad
-        return ExpertsFunction.apply(x, weights, None, ids, layer, keep, True)
+        return ExpertsFunction.apply(x, weights, None, ids, layer, keep, True, 5)
 
     return run
 
