@@ -27,6 +27,7 @@ from kt_expert_native._core import (
     Ticket,
     Unsupported,
     list_isas,
+    list_memory_nodes,
     list_weight_formats,
 )
 
@@ -47,5 +48,6 @@ __all__ = [
     "Ticket",
     "Unsupported",
     "list_isas",
+    "list_memory_nodes",
     "list_weight_formats",
 ]

@@ -10,6 +10,7 @@ from pathlib import Path
 import kt_expert_native as native
 
 from kt_expert_server.errors import InvalidRequest
+from kt_expert_server.model.placement import Placement
 
 DEFAULT_LISTEN = "127.0.0.1:7443"
 DEFAULT_METRICS_LISTEN = "127.0.0.1:9464"
@@ -66,6 +67,7 @@ class ServerConfig:
     isa: str
     memory_limit_bytes: int
     shutdown_timeout_s: float
+    placement: Placement
     limits: Limits = Limits()
 
     def __post_init__(self) -> None:

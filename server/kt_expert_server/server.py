@@ -13,7 +13,6 @@ from importlib.metadata import version
 from typing import Any
 
 import grpc
-import kt_expert_native as native
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 from kt_expert_proto.frame import MAX_MESSAGE_BYTES
@@ -23,7 +22,7 @@ from kt_expert_server.api.control import ControlService
 from kt_expert_server.api.status import CallGuard
 from kt_expert_server.api.stream import SessionStreams
 from kt_expert_server.config import Address, ServerConfig
-from kt_expert_server.errors import InvalidRequest, ListenError, ServerUnavailable
+from kt_expert_server.errors import ListenError, ServerUnavailable
 from kt_expert_server.model.index import ModelPlan
 from kt_expert_server.model.loader import BaseModel, load_model, resident_bytes
 from kt_expert_server.model.memory_plan import RUNTIME_BYTES
@@ -66,11 +65,7 @@ class Server:
         self._budget = MemoryBudget(config.memory_limit_bytes)
         self._budget.record(Kind.RUNTIME, RUNTIME_BYTES)
         self._registry = Registry(self._budget, config.limits)
-        try:
-            engine = native.Engine(config.threads, config.isa)
-        except native.NativeError as error:
-            raise InvalidRequest(str(error)) from error
-        self._queue = EngineQueue(engine)
+        self._queue = EngineQueue(config.placement.engine(config.threads, config.isa))
         self._version = version("kt-expert")
         self._metrics = Metrics(self._version, self._queue.engine.isa, config.weight_format)
         self._compute = Compute(self._registry, self._queue, self._metrics)
@@ -157,7 +152,8 @@ class Server:
     async def _load(self, on_loaded_bytes: Callable[[int], None]) -> BaseModel | None:
         """None where the server was told to stop meanwhile."""
         weight_format = self._config.weight_format
-        self._budget.reserve(Kind.WEIGHTS, resident_bytes(self._plan, weight_format), "the model")
+        nodes = self._config.placement.nodes
+        self._budget.reserve(Kind.WEIGHTS, resident_bytes(self._plan, weight_format, nodes), "the model")
 
         def progress(size_bytes: int) -> None:
             if self._stop.is_set():
@@ -166,7 +162,9 @@ class Server:
             on_loaded_bytes(size_bytes)
 
         try:
-            return await asyncio.get_running_loop().run_in_executor(None, load_model, self._plan, weight_format, progress)
+            return await asyncio.get_running_loop().run_in_executor(
+                None, load_model, self._plan, weight_format, progress, self._config.placement
+            )
         except _StoppedWhileLoadingError:
             return None
 

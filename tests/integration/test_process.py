@@ -166,3 +166,24 @@ def test_a_full_disk_fails_the_save_and_nothing_else(qwen3_checkpoint: Path, tmp
     process.terminate()
     assert process.wait(60) == 0
     process.stdout.close()
+
+
+def test_weights_cut_for_several_nodes_compute_the_same(qwen3_checkpoint: Path, tmp_path: Path) -> None:
+    x, ids, weights = batch(40, 3)
+    results = []
+    for nodes in ("1", "3"):
+        log = tmp_path / nodes
+        with ServerProcess(qwen3_checkpoint, log, "--nodes", nodes) as server, kt.connect(server.address) as client:
+            run = client.open_run(lora=LORA, wire_dtype="fp32", seed=4)
+            handle = run.submit_forward(0, x, ids, weights)
+            output = handle.result()
+            results.append([output, *run.submit_backward(0, handle.ticket, output).result()])
+    assert "cut into 3 slices, on no particular memory" in (tmp_path / "3").read_text()
+    for one, three in zip(*results, strict=True):
+        assert torch.allclose(one, three, rtol=1e-5, atol=1e-6)
+
+
+def test_a_number_of_nodes_without_a_meaning_is_refused(qwen3_checkpoint: Path) -> None:
+    result = run_server("--model", str(qwen3_checkpoint), "--nodes", "many")
+    assert result.returncode == 2
+    assert "--nodes is 'many', expected a number of at least 1, or auto" in result.stderr

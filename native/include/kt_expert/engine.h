@@ -114,8 +114,9 @@ struct BackwardArgs {
 class Engine {
  public:
   // `isa` empty: the best this machine has. Throws Unsupported for one it lacks. `nodes` memory nodes share the
-  // threads; 1 unless weights are split.
-  Engine(int threads, const std::string& isa, int nodes);
+  // threads; 1 unless weights are split. With `memory_nodes`, ids of as many of the machine's own, threads stay near
+  // them.
+  Engine(int threads, const std::string& isa, int nodes, const std::vector<int>& memory_nodes = {});
   ~Engine();
 
   int threads() const { return pool_.size(); }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <string>
 #include <vector>
 
 #include "kt_expert/aligned_buffer.h"
@@ -63,7 +64,8 @@ class LayerWeights {
     }
   };
 
-  LayerWeights(const LayerSpec& spec, WeightFormat format, int nodes);
+  // With `memory_nodes`, ids of as many of the machine's own, each slice's pages are asked for from its node.
+  LayerWeights(const LayerSpec& spec, WeightFormat format, int nodes, const std::vector<int>& memory_nodes = {});
 
   const LayerSpec& spec() const { return spec_; }
   WeightFormat format() const { return format_; }
@@ -71,6 +73,8 @@ class LayerWeights {
   Span<float> bias(Projection projection, int expert);
   const float* bias(Projection projection, int expert) const;
   std::int64_t bytes() const;
+  // What kept slices from the nodes they were asked for on; empty where nothing did.
+  const std::string& placement_obstacle() const { return placement_obstacle_; }
   // What `bytes` will be, before anything is allocated.
   static std::int64_t bytes_of(const LayerSpec& spec, WeightFormat format, int nodes);
 
@@ -103,6 +107,7 @@ class LayerWeights {
   LayerSpec spec_;
   WeightFormat format_;
   std::vector<Slice> slices_;
+  std::string placement_obstacle_;
   AlignedBuffer<float> biases_[kProjections];
 };
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <string>
 
 #include "kt_expert/aligned_buffer.h"
 #include "kt_expert/bf16.h"
@@ -83,6 +84,9 @@ class PackedTensor {
   // largest code (mxfp4: in that code's binade). Throws InvalidArgument for a value that is not finite in a quantised
   // format.
   void encode(int expert, const DenseSource& source);
+  // Before the first encode: asks for the pages from a memory node. Returns what stands in the way, as prefer_node
+  // does.
+  std::string place(int node);
   // Takes the codes as they are. Throws InvalidArgument for a NaN code or a scale the format cannot apply.
   void set_native(int expert, const NativeSource& source);
 

@@ -20,11 +20,13 @@ class ThreadPool {
   // `threads` counts the calling thread too. Workers are dealt to `nodes` groups of neighbours. Throws InvalidArgument
   // for threads outside [1, kMaxThreads] or nodes outside [1, kMaxNodes].
   explicit ThreadPool(int threads, int nodes = 1);
+  // A group for every set of cores, whose workers stay on them; the caller does while it works.
+  ThreadPool(int threads, std::vector<std::vector<int>> node_cpus);
   ~ThreadPool();
   ThreadPool(const ThreadPool&) = delete;
   ThreadPool& operator=(const ThreadPool&) = delete;
 
-  int size() const { return static_cast<int>(workers_.size()) + 1; }
+  int size() const { return size_; }
   int nodes() const { return nodes_; }
 
   // Runs body(task, worker) for every task in [0, tasks); worker is in [0, size()). Returns when all have ended.
@@ -41,6 +43,8 @@ class ThreadPool {
   static constexpr int kMaxNodes = 64;
 
  private:
+  int node_of(int worker) const { return static_cast<int>(static_cast<std::int64_t>(worker) * nodes_ / size_); }
+  const std::vector<int>& cpus_of(int worker) const { return node_cpus_[static_cast<std::size_t>(node_of(worker))]; }
   void stop();
   void worker_loop(int worker);
   void drain(int worker);
@@ -53,7 +57,9 @@ class ThreadPool {
     std::int64_t tasks = 0;
   };
 
+  const int size_;
   const int nodes_;
+  const std::vector<std::vector<int>> node_cpus_;  // empty sets: anywhere
   std::unique_ptr<TaskCounter[]> counters_;
   std::vector<std::thread> workers_;
   std::mutex run_mutex_;  // one loop at a time

@@ -107,7 +107,8 @@ void bind_engine(py::module_& module) {
       .def("fired", &CancelToken::fired);
   py::class_<Ticket>(module, "Ticket").def_property_readonly("nbytes", &Ticket::bytes);
   py::class_<Engine>(module, "Engine")
-      .def(py::init<int, const std::string&, int>(), py::arg("threads"), py::arg("isa") = "", py::arg("nodes") = 1)
+      .def(py::init<int, const std::string&, int, const std::vector<int>&>(), py::arg("threads"), py::arg("isa") = "",
+           py::arg("nodes") = 1, py::arg("memory_nodes") = std::vector<int>{})
       .def_property_readonly("nodes", &Engine::nodes)
       .def_property_readonly("threads", &Engine::threads)
       .def_property_readonly("isa", &Engine::isa)

@@ -1,4 +1,5 @@
 #include <pybind11/numpy.h>
+#include <pybind11/stl.h>
 
 #include <algorithm>
 
@@ -89,10 +90,13 @@ void bind_layer(py::module_& module) {
       .def_readonly("intermediate_size", &LayerSpec::intermediate)
       .def_readonly("has_bias", &LayerSpec::has_bias);
   py::class_<LayerWeights>(module, "LayerWeights")
-      .def(py::init([](const LayerSpec& spec, const std::string& format, int nodes) {
-             return LayerWeights(spec, weight_format_from_name(format), nodes);
-           }),
-           py::arg("spec"), py::arg("weight_format") = "bf16", py::arg("nodes") = 1)
+      .def(py::init(
+               [](const LayerSpec& spec, const std::string& format, int nodes, const std::vector<int>& memory_nodes) {
+                 return LayerWeights(spec, weight_format_from_name(format), nodes, memory_nodes);
+               }),
+           py::arg("spec"), py::arg("weight_format") = "bf16", py::arg("nodes") = 1,
+           py::arg("memory_nodes") = std::vector<int>{})
+      .def_property_readonly("placement_obstacle", &LayerWeights::placement_obstacle)
       .def_property_readonly("spec", &LayerWeights::spec)
       .def_property_readonly("weight_format",
                              [](const LayerWeights& self) { return weight_format_name(self.format()); })

@@ -4,6 +4,7 @@
 #include "gemm/kernels.h"
 #include "kt_expert/cpu_features.h"
 #include "kt_expert/error.h"
+#include "kt_expert/topology.h"
 
 namespace kt_expert {
 namespace {
@@ -12,6 +13,12 @@ std::vector<std::pair<std::string, std::string>> list_isas() {
   std::vector<std::pair<std::string, std::string>> rungs;
   for (Isa isa : all_isas()) rungs.emplace_back(isa_name(isa), isa_obstacle(isa));
   return rungs;
+}
+
+std::vector<std::pair<int, std::vector<int>>> list_memory_nodes() {
+  std::vector<std::pair<int, std::vector<int>>> nodes;
+  for (const MemoryNode& node : memory_nodes()) nodes.emplace_back(node.id, node.cpus);
+  return nodes;
 }
 
 std::vector<std::string> list_weight_formats() {
@@ -41,6 +48,8 @@ PYBIND11_MODULE(_core, module) {
   kt_expert::bind_optimizer(module);
   kt_expert::bind_engine(module);
   module.def("list_weight_formats", &kt_expert::list_weight_formats, "Every form weights can be held in.");
+  module.def("list_memory_nodes", &kt_expert::list_memory_nodes,
+             "Ids of the machine's memory nodes and the cores of each that this process may run on.");
   module.def("list_isas", &kt_expert::list_isas,
              "Every rung of the instruction-set ladder and what keeps it from running here, empty where nothing does.");
 }

@@ -1,9 +1,12 @@
 #include "kt_expert/thread_pool.h"
 
+#include <algorithm>
 #include <chrono>
 #include <string>
+#include <utility>
 
 #include "kt_expert/error.h"
+#include "kt_expert/topology.h"
 
 namespace kt_expert {
 namespace {
@@ -14,16 +17,20 @@ constexpr std::chrono::microseconds kSpinLimit{50};
 
 }  // namespace
 
-ThreadPool::ThreadPool(int threads, int nodes) : nodes_(nodes) {
+ThreadPool::ThreadPool(int threads, int nodes)
+    : ThreadPool(threads, std::vector<std::vector<int>>(static_cast<std::size_t>(std::max(0, nodes)))) {}
+
+ThreadPool::ThreadPool(int threads, std::vector<std::vector<int>> node_cpus)
+    : size_(threads), nodes_(static_cast<int>(node_cpus.size())), node_cpus_(std::move(node_cpus)) {
   if (threads < 1 || threads > kMaxThreads) {
     throw InvalidArgument("thread count " + std::to_string(threads) + " is outside [1, " + std::to_string(kMaxThreads) +
                           "]; give the number of physical cores");
   }
-  if (nodes < 1 || nodes > kMaxNodes) {
-    throw InvalidArgument("the number of memory nodes is " + std::to_string(nodes) + ", expected a value in [1, " +
+  if (nodes_ < 1 || nodes_ > kMaxNodes) {
+    throw InvalidArgument("the number of memory nodes is " + std::to_string(nodes_) + ", expected a value in [1, " +
                           std::to_string(kMaxNodes) + "]");
   }
-  counters_ = std::make_unique<TaskCounter[]>(static_cast<std::size_t>(nodes));
+  counters_ = std::make_unique<TaskCounter[]>(static_cast<std::size_t>(nodes_));
   workers_.reserve(static_cast<std::size_t>(threads - 1));
   try {
     for (int worker = 1; worker < threads; ++worker) {
@@ -80,7 +87,10 @@ void ThreadPool::run_on_nodes(const std::vector<std::int64_t>& tasks,
     }
   }
   if (total > 1) work_ready_.notify_all();
-  drain(0);
+  {
+    const PinnedThread near(cpus_of(0));
+    drain(0);
+  }
   std::unique_lock<std::mutex> lock(mutex_);
   work_done_.wait(lock, [this] { return active_workers_ == 0; });
   body_ = nullptr;
@@ -88,7 +98,7 @@ void ThreadPool::run_on_nodes(const std::vector<std::int64_t>& tasks,
 }
 
 void ThreadPool::drain(int worker) {
-  const int own = static_cast<int>(static_cast<std::int64_t>(worker) * nodes_ / size());
+  const int own = node_of(worker);
   for (int step = 0; step < nodes_; ++step) {
     if (!drain_node((own + step) % nodes_, worker)) return;
   }
@@ -126,6 +136,7 @@ bool ThreadPool::wait_for_work(std::uint64_t seen_generation) {
 }
 
 void ThreadPool::worker_loop(int worker) {
+  const PinnedThread near(cpus_of(worker));
   std::uint64_t seen = 0;
   while (wait_for_work(seen)) {
     {

@@ -1,8 +1,10 @@
 #include "kt_expert/engine.h"
 
+#include <algorithm>
 #include <utility>
 
 #include "kt_expert/error.h"
+#include "kt_expert/topology.h"
 #include "moe/backward.h"
 #include "moe/forward.h"
 
@@ -64,12 +66,35 @@ std::int64_t Ticket::bytes() const {
          routing_bytes(routing_.tokens, routing_.top_k, layer_.experts);
 }
 
-Engine::Engine(int threads, const std::string& isa, int nodes)
+namespace {
+
+// The cores of every node; empty sets where the nodes are none of the machine's.
+std::vector<std::vector<int>> node_cpus(int nodes, const std::vector<int>& ids) {
+  std::vector<std::vector<int>> cpus;
+  if (ids.empty()) return std::vector<std::vector<int>>(static_cast<std::size_t>(std::max(0, nodes)));
+  if (static_cast<int>(ids.size()) != nodes) {
+    throw InvalidArgument(std::to_string(ids.size()) + " memory nodes are named for " + std::to_string(nodes));
+  }
+  const std::vector<MemoryNode> machine = memory_nodes();
+  for (const int id : ids) {
+    const auto found =
+        std::find_if(machine.begin(), machine.end(), [&](const MemoryNode& node) { return node.id == id; });
+    if (found == machine.end()) {
+      throw InvalidArgument("memory node " + std::to_string(id) + " has no core this process may run on");
+    }
+    cpus.push_back(found->cpus);
+  }
+  return cpus;
+}
+
+}  // namespace
+
+Engine::Engine(int threads, const std::string& isa, int nodes, const std::vector<int>& memory_nodes)
     : reason_(explain_choice(isa)),
       kernels_(kernels_for(choose_isa(isa))),
       fp32_kernels_(kernels_.operand == OperandType::kF32 ? kernels_ : kernels_for(Isa::kAvx512)),
       worker_bytes_(std::max(WorkerScratch::bytes(kernels_), WorkerScratch::bytes(fp32_kernels_))),
-      pool_(threads, nodes),
+      pool_(threads, node_cpus(nodes, memory_nodes)),
       worker_scratch_(static_cast<std::size_t>(worker_bytes_ * threads)),
       arena_(std::make_unique<Arena>()) {}
 

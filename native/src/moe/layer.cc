@@ -69,14 +69,22 @@ void LayerSpec::validate() const {
   }
 }
 
-LayerWeights::LayerWeights(const LayerSpec& spec, WeightFormat format, int nodes) : spec_(spec), format_(format) {
+LayerWeights::LayerWeights(const LayerSpec& spec, WeightFormat format, int nodes, const std::vector<int>& memory_nodes)
+    : spec_(spec), format_(format) {
   spec_.validate();
+  if (!memory_nodes.empty() && static_cast<int>(memory_nodes.size()) != nodes) {
+    throw InvalidArgument(std::to_string(memory_nodes.size()) + " memory nodes are named for " + std::to_string(nodes));
+  }
   for (const SliceShape& shape : slice_shapes(spec, format, nodes)) {
     Slice slice;
     slice.first = shape.first;
     slice.count = shape.count;
     for (int p = 0; p < kProjections; ++p) {
-      if (shape.matrices[p].rows > 0) slice.matrices[p] = PackedTensor(spec.experts, shape.matrices[p]);
+      if (shape.matrices[p].rows == 0) continue;
+      slice.matrices[p] = PackedTensor(spec.experts, shape.matrices[p]);
+      if (memory_nodes.empty()) continue;
+      const std::string obstacle = slice.matrices[p].place(memory_nodes[slices_.size()]);
+      if (!obstacle.empty()) placement_obstacle_ = obstacle;
     }
     slices_.push_back(std::move(slice));
   }

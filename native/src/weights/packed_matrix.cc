@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "kt_expert/error.h"
+#include "kt_expert/topology.h"
 #include "weights/codes.h"
 
 namespace kt_expert {
@@ -202,6 +203,11 @@ PackedTensor::PackedTensor(int experts, const PackedShape& shape)
       shape_(shape),
       blocks_(static_cast<std::size_t>(experts * shape.block_bytes_total() + kReadAheadBytes)),
       scales_(static_cast<std::size_t>(experts * shape.scale_bytes_total())) {}
+
+std::string PackedTensor::place(int node) {
+  const std::string obstacle = prefer_node(blocks_.data(), blocks_.size(), node);
+  return obstacle.empty() ? prefer_node(scales_.data(), scales_.size(), node) : obstacle;
+}
 
 PackedMatrix PackedTensor::matrix(int expert) const {
   PackedMatrix view;

@@ -305,7 +305,7 @@ class ControlService(service_pb2_grpc.ExpertServicer):
                     isa=engine.isa,
                     kernel=engine.kernel,
                     weight_format=loaded.weights.weight_format,
-                    reason=_kernel_reason(engine, loaded.weights.weight_format),
+                    reason=_kernel_reason(engine, loaded.weights),
                 )
                 for layer, loaded in layers.items()
             ],
@@ -322,10 +322,12 @@ class ControlService(service_pb2_grpc.ExpertServicer):
         return await self._guard.unary(method, context, body)
 
 
-def _kernel_reason(engine: native.Engine, weight_format: str) -> str:
+def _kernel_reason(engine: native.Engine, weights: native.LayerWeights) -> str:
     reason = engine.reason
     if engine.fp32_kernel != engine.kernel:
         reason += f"; fp32 tokens run on {engine.fp32_kernel}"
-    if weight_format == "int8" and engine.isa in _ROUNDING_ISAS:
+    if weights.weight_format == "int8" and engine.isa in _ROUNDING_ISAS:
         reason += "; activations are rounded to eight bits"
+    if weights.placement_obstacle:
+        reason += f"; its memory is not placed on its nodes ({weights.placement_obstacle})"
     return reason

@@ -47,6 +47,8 @@ def _print_host(problems: list[str]) -> None:
         print(f"{'  for fp32 tokens':22}{engine.fp32_kernel}")
     print(f"{'cores':22}{available_cores()} for this process")
     print(f"{'memory':22}{format_bytes(available_memory())} for this process")
+    for node, cpus in native.list_memory_nodes():
+        print(f"{'  node ' + str(node):22}{len(cpus)} cores")
     print(f"{'huge pages':22}{_huge_pages()}")
     if engine.isa == "scalar":
         problems.append("only the scalar reference runs here: forward and backward will be very slow; use a CPU with AVX2")

@@ -28,6 +28,7 @@ from kt_expert_server.config import (
 from kt_expert_server.errors import InvalidRequest, ServerError
 from kt_expert_server.model.index import ModelPlan, plan_model
 from kt_expert_server.model.memory_plan import plan_memory
+from kt_expert_server.model.placement import AUTO, choose_placement
 from kt_expert_server.server import Server
 
 _GIB = 1024**3
@@ -61,6 +62,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--state-dir", type=Path, metavar="DIR", help="where checkpoints are kept; none without it")
     parser.add_argument("--threads", type=int, metavar="N", help="engine threads (default: all cores of this process)")
     parser.add_argument(
+        "--nodes", default=AUTO, metavar="N", help="memory nodes to split weights and threads over (default: the machine's)"
+    )
+    parser.add_argument(
         "--weight-format", default=DEFAULT_WEIGHT_FORMAT, choices=WEIGHT_FORMATS, help="format resident in memory"
     )
     parser.add_argument("--memory-limit", type=float, metavar="GIB", help="limit of all reservations (default: cgroup's)")
@@ -76,12 +80,14 @@ def _config(options: argparse.Namespace) -> ServerConfig:
         if value is not None and not (math.isfinite(value) and value >= 0):
             raise InvalidRequest(f"{name} is {value}, expected a number of at least 0")
     limit = available_memory() if options.memory_limit is None else int(options.memory_limit * _GIB)
+    threads = available_cores() if options.threads is None else options.threads
     return ServerConfig(
         model_dir=options.model,
         listen=Address.parse(options.listen),
         metrics_listen=Address.parse(options.metrics_listen),
         state_dir=options.state_dir,
-        threads=available_cores() if options.threads is None else options.threads,
+        threads=threads,
+        placement=choose_placement(options.nodes, threads),
         weight_format=options.weight_format,
         isa=os.environ.get(ISA_VARIABLE, ""),
         memory_limit_bytes=limit,
@@ -90,11 +96,11 @@ def _config(options: argparse.Namespace) -> ServerConfig:
 
 
 def _print_plan(plan: ModelPlan, config: ServerConfig) -> None:
-    memory = plan_memory(plan, config.weight_format, config.memory_limit_bytes)
+    memory = plan_memory(plan, config.weight_format, config.memory_limit_bytes, config.placement.nodes)
     first = plan.layers[0]
     print(
         f"{plan.model_type}: {len(plan.layers)} MoE layers, {first.num_experts} experts of {first.hidden_size} x "
-        f"{first.intermediate_size}, top-{first.top_k}, format {config.weight_format}",
+        f"{first.intermediate_size}, top-{first.top_k}, format {config.weight_format}, {config.placement.describe()}",
         file=sys.stderr,
     )
     for line in memory.lines(config.threads):

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kt_expert_server.model.index import LayerPlan, ModelPlan
+from kt_expert_server.model.placement import ONE_NODE, Placement
 from kt_expert_server.model.safetensors_file import SafetensorsFile, TensorInfo
 
 
@@ -42,18 +43,20 @@ def native_spec(plan: LayerPlan) -> native.LayerSpec:
     )
 
 
-def resident_bytes(plan: ModelPlan, weight_format: str) -> int:
-    """Bytes the weights of all layers take in `weight_format`."""
-    return sum(native.LayerWeights.nbytes_of(native_spec(layer), weight_format) for layer in plan.layers)
+def resident_bytes(plan: ModelPlan, weight_format: str, nodes: int = 1) -> int:
+    """Bytes the weights of all layers take in `weight_format`, cut for so many memory nodes."""
+    return sum(native.LayerWeights.nbytes_of(native_spec(layer), weight_format, nodes) for layer in plan.layers)
 
 
-def load_model(plan: ModelPlan, weight_format: str, progress: Callable[[int], None]) -> BaseModel:
+def load_model(
+    plan: ModelPlan, weight_format: str, progress: Callable[[int], None], placement: Placement = ONE_NODE
+) -> BaseModel:
     """Reads every expert tensor once and converts it to `weight_format`. `progress` receives what ModelPlan.bf16_bytes
     counts, as it becomes resident."""
     layers = {}
     for layer_plan in plan.layers:
         spec = native_spec(layer_plan)
-        layers[layer_plan.layer] = LoadedLayer(layer_plan, spec, native.LayerWeights(spec, weight_format))
+        layers[layer_plan.layer] = LoadedLayer(layer_plan, spec, placement.weights(spec, weight_format))
     # One file at a time, in file order: disks like it, and at most one file is open.
     wanted: dict[str, list[tuple[LoadedLayer, str, TensorInfo]]] = {}
     for layer in layers.values():

@@ -24,6 +24,7 @@ class MemoryPlan:
     limit: int
     adapter_example: int
     ticket_example: int
+    nodes: int = 1
 
     @property
     def required(self) -> int:
@@ -42,6 +43,7 @@ class MemoryPlan:
         free = self.limit - self.required
         return [
             f"  weights            {format_bytes(self.weights):>12}  resident once, for forward and backward",
+            *self._node_lines(),
             f"  runtime            {format_bytes(self.runtime):>12}  interpreter, libraries, scratch of {threads} threads",
             f"  left for runs      {format_bytes(free):>12}  adapters, gradients, optimizer, tickets",
             f"  limit              {format_bytes(self.limit):>12}",
@@ -49,18 +51,25 @@ class MemoryPlan:
             f"{format_bytes(self.ticket_example)} of tickets per {EXAMPLE_TOKENS} tokens in flight through all layers",
         ]
 
+    def _node_lines(self) -> list[str]:
+        if self.nodes == 1:
+            return []
+        return [
+            f"    each of {self.nodes} nodes    {format_bytes(self.weights / self.nodes):>12}  cut along the intermediate size"
+        ]
 
-def plan_memory(model: ModelPlan, weight_format: str, limit: int) -> MemoryPlan:
+
+def plan_memory(model: ModelPlan, weight_format: str, limit: int, nodes: int = 1) -> MemoryPlan:
     adapter = ticket = 0
     for layer in model.layers:
         per_expert = EXAMPLE_RANK * (2 * layer.hidden_size + 3 * layer.intermediate_size)
         adapter += layer.num_experts * per_expert * _FP32_BYTES * _OPTIMIZER_COPIES
         saved = layer.hidden_size * 2 + layer.top_k * 2 * layer.intermediate_size * _FP32_BYTES
         ticket += EXAMPLE_TOKENS * saved
-    return MemoryPlan(resident_bytes(model, weight_format), RUNTIME_BYTES, limit, adapter, ticket)
+    return MemoryPlan(resident_bytes(model, weight_format, nodes), RUNTIME_BYTES, limit, adapter, ticket, nodes)
 
 
-def format_bytes(size: int) -> str:
+def format_bytes(size: float) -> str:
     value = float(size)
     for unit in ("B", "KiB", "MiB", "GiB"):
         if abs(value) < 1024:
