@@ -16,7 +16,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # Bochs and a kernel, built once from Debian's packages and named after what went in.
 EMULATOR_CACHE ?= build/emulator
 
-.PHONY: setup demo test check format native-test sanitize fuzz emulated python-test bench clean system-packages
+.PHONY: setup demo test check format native-test mca sanitize fuzz emulated python-test bench clean system-packages
 
 setup: $(STAMP)
 
@@ -36,7 +36,7 @@ $(STAMP): pyproject.toml $(NATIVE_SOURCES) $(PROTO_SOURCES) | $(VENV)/.torch
 demo: $(STAMP)
 	$(BIN)/python deploy/demo/run.py $(DEMO_FLAGS)
 
-test: check native-test emulated python-test
+test: check native-test mca emulated python-test
 	$(MAKE) demo DEMO_FLAGS="--out build/demo-small --base-steps 40 --steps 6"
 
 check: $(STAMP)
@@ -57,6 +57,10 @@ native-test: $(STAMP) system-packages
 	cmake -S native -B $(NATIVE_BUILD) -G Ninja -DKT_EXPERT_BUILD_MODULE=OFF -DKT_EXPERT_BUILD_TESTS=ON > /dev/null
 	cmake --build $(NATIVE_BUILD)
 	ctest --test-dir $(NATIVE_BUILD) --output-on-failure --no-tests=error
+
+# Inner loops beside their bounds: llvm-mca for vectors, an account of the instructions for tiles.
+mca: native-test
+	PYTHONPATH=native $(BIN)/python -m analysis $(NATIVE_BUILD)
 
 # Memory errors and undefined behaviour, then data races.
 sanitize: $(STAMP) system-packages

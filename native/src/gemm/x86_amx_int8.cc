@@ -1,5 +1,7 @@
 // AMX INT8: int8 weights times activations quantised to int8 in tiles, 16 x 16 outputs and 64 depths an instruction.
 // Everything else is the AMX BF16 rung.
+#include <immintrin.h>
+
 #include <algorithm>
 
 #include "gemm/x86_amx.h"
@@ -17,13 +19,12 @@ constexpr int kStripColumns = kTilePanels * kTileRows;
 void add_scaled_sums(const std::int32_t* exact, const float* row_scales, int rows, const PackedMatrix& w, int first_row,
                      int panels, float* c, std::int64_t c_stride) {
   for (int p = 0; p < panels; ++p) {
-    const float* column_scales = reinterpret_cast<const float*>(scales_at<kFormat>(w, first_row + p, 0));
+    const __m512 column_scales = _mm512_loadu_ps(scales_at<kFormat>(w, first_row + p, 0));
     for (int m = 0; m < rows; ++m) {
-      const std::int32_t* sums = exact + m * kStripColumns + p * kTileRows;
+      const __m512 sums = _mm512_cvtepi32_ps(_mm512_loadu_si512(exact + m * kStripColumns + p * kTileRows));
+      const __m512 scale = _mm512_mul_ps(column_scales, _mm512_set1_ps(row_scales[m]));
       float* target = c + m * c_stride + p * kTileRows;
-      for (int n = 0; n < kTileRows; ++n) {
-        target[n] += static_cast<float>(sums[n]) * (row_scales[m] * column_scales[n]);
-      }
+      _mm512_storeu_ps(target, _mm512_fmadd_ps(sums, scale, _mm512_loadu_ps(target)));
     }
   }
 }
