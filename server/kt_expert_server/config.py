@@ -15,7 +15,8 @@ from kt_expert_server.model.placement import Placement
 DEFAULT_LISTEN = "127.0.0.1:7443"
 DEFAULT_METRICS_LISTEN = "127.0.0.1:9464"
 WEIGHT_FORMATS = tuple(native.list_weight_formats())
-DEFAULT_WEIGHT_FORMAT = "bf16"
+AUTO_FORMAT = "auto"  # the checkpoint's own
+SERVED_FORMATS = (AUTO_FORMAT, *WEIGHT_FORMATS)
 ISA_VARIABLE = "KT_EXPERT_ISA"  # forces an instruction set
 _ADDRESS = re.compile(r"^(?P<host>[^:\s]+|\[[0-9a-fA-F:]+\]):(?P<port>\d{1,5})$")
 _MAX_PORT = 65535
@@ -71,9 +72,9 @@ class ServerConfig:
     limits: Limits = Limits()
 
     def __post_init__(self) -> None:
-        if self.weight_format not in WEIGHT_FORMATS:
+        if self.weight_format not in SERVED_FORMATS:
             raise InvalidRequest(
-                f"weight format {self.weight_format!r} is not available; choose one of: {', '.join(WEIGHT_FORMATS)}"
+                f"weight format {self.weight_format!r} is not available; choose one of: {', '.join(SERVED_FORMATS)}"
             )
         if self.threads < 1:
             raise InvalidRequest(f"threads is {self.threads}, expected at least 1")

@@ -24,7 +24,7 @@ from kt_expert_server.api.stream import SessionStreams
 from kt_expert_server.config import Address, ServerConfig
 from kt_expert_server.errors import ListenError, ServerUnavailable
 from kt_expert_server.model.index import ModelPlan
-from kt_expert_server.model.loader import BaseModel, load_model, resident_bytes
+from kt_expert_server.model.loader import BaseModel, load_model, resident_bytes, shown_format
 from kt_expert_server.model.memory_plan import RUNTIME_BYTES
 from kt_expert_server.observe.http import ObserveServer
 from kt_expert_server.observe.metrics import Metrics
@@ -67,7 +67,7 @@ class Server:
         self._registry = Registry(self._budget, config.limits)
         self._queue = EngineQueue(config.placement.engine(config.threads, config.isa))
         self._version = version("kt-expert")
-        self._metrics = Metrics(self._version, self._queue.engine.isa, config.weight_format)
+        self._metrics = Metrics(self._version, self._queue.engine.isa, shown_format(plan, config.weight_format))
         self._compute = Compute(self._registry, self._queue, self._metrics)
         store = CheckpointStore(config.state_dir) if config.state_dir is not None else None
         if store is not None:

@@ -19,7 +19,7 @@ from kt_expert_server.bench.optimizer import measure_optimizers, print_optimizer
 from kt_expert_server.bench.peers import KtKernel, Peer, TorchLoop
 from kt_expert_server.bench.report import print_rows, write_plot
 from kt_expert_server.bench.shapes import PUBLISHED, LayerShape, parse_shape
-from kt_expert_server.config import DEFAULT_WEIGHT_FORMAT, ISA_VARIABLE, WEIGHT_FORMATS, available_cores, available_memory
+from kt_expert_server.config import ISA_VARIABLE, WEIGHT_FORMATS, available_cores, available_memory
 from kt_expert_server.errors import InvalidRequest
 
 PEERS = ("torch", "kt-kernel")
@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shape", default="qwen3-30b-a3b", help=f"{', '.join(PUBLISHED)}, a model directory, or E,H,I,k")
     parser.add_argument("--tokens", default="1,16,128,2048", help="batch sizes, separated by commas")
     parser.add_argument("--rank", default="0,16", help="LoRA ranks, separated by commas; 0 is none")
-    parser.add_argument("--format", default=DEFAULT_WEIGHT_FORMAT, help=f"of {', '.join(WEIGHT_FORMATS)}; or all")
+    parser.add_argument("--format", default="bf16", help=f"of {', '.join(WEIGHT_FORMATS)}; or all")
     parser.add_argument("--against", default="", help=f"peers to run beside: {', '.join(PEERS)}")
     parser.add_argument("--kt-kernel-python", metavar="PYTHON", help="a Python that has kt-kernel")
     parser.add_argument("--threads", type=int, default=available_cores())

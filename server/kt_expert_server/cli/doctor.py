@@ -11,7 +11,7 @@ from pathlib import Path
 
 import kt_expert_native as native
 
-from kt_expert_server.config import DEFAULT_WEIGHT_FORMAT, ISA_VARIABLE, available_cores, available_memory
+from kt_expert_server.config import AUTO_FORMAT, ISA_VARIABLE, available_cores, available_memory
 from kt_expert_server.errors import InvalidRequest, ServerError
 from kt_expert_server.model.index import plan_model
 from kt_expert_server.model.memory_plan import format_bytes, plan_memory
@@ -59,8 +59,8 @@ def _print_host(problems: list[str]) -> None:
 def _print_model(directory: Path, problems: list[str]) -> None:
     try:
         plan = plan_model(directory)
-        memory = plan_memory(plan, DEFAULT_WEIGHT_FORMAT, available_memory())
-        size = f"{format_bytes(memory.weights)} of experts in {DEFAULT_WEIGHT_FORMAT}"
+        memory = plan_memory(plan, AUTO_FORMAT, available_memory())
+        size = f"{format_bytes(memory.weights)} of experts in {plan.form}"
         print(f"{'model':22}{plan.model_type}, {len(plan.layers)} MoE layers, {size}")
         memory.check()
     except ServerError as error:

@@ -15,11 +15,11 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from kt_expert_server.config import (
+    AUTO_FORMAT,
     DEFAULT_LISTEN,
     DEFAULT_METRICS_LISTEN,
-    DEFAULT_WEIGHT_FORMAT,
     ISA_VARIABLE,
-    WEIGHT_FORMATS,
+    SERVED_FORMATS,
     Address,
     ServerConfig,
     available_cores,
@@ -27,6 +27,7 @@ from kt_expert_server.config import (
 )
 from kt_expert_server.errors import InvalidRequest, ServerError
 from kt_expert_server.model.index import ModelPlan, plan_model
+from kt_expert_server.model.loader import shown_format
 from kt_expert_server.model.memory_plan import plan_memory
 from kt_expert_server.model.placement import AUTO, choose_placement
 from kt_expert_server.server import Server
@@ -65,7 +66,10 @@ def _parser() -> argparse.ArgumentParser:
         "--nodes", default=AUTO, metavar="N", help="memory nodes to split weights and threads over (default: the machine's)"
     )
     parser.add_argument(
-        "--weight-format", default=DEFAULT_WEIGHT_FORMAT, choices=WEIGHT_FORMATS, help="format resident in memory"
+        "--weight-format",
+        default=AUTO_FORMAT,
+        choices=SERVED_FORMATS,
+        help="format resident in memory (default: the checkpoint's own)",
     )
     parser.add_argument("--memory-limit", type=float, metavar="GIB", help="limit of all reservations (default: cgroup's)")
     parser.add_argument(
@@ -100,7 +104,8 @@ def _print_plan(plan: ModelPlan, config: ServerConfig) -> None:
     first = plan.layers[0]
     print(
         f"{plan.model_type}: {len(plan.layers)} MoE layers, {first.num_experts} experts of {first.hidden_size} x "
-        f"{first.intermediate_size}, top-{first.top_k}, format {config.weight_format}, {config.placement.describe()}",
+        f"{first.intermediate_size}, top-{first.top_k}, format {shown_format(plan, config.weight_format)}, "
+        f"{config.placement.describe()}",
         file=sys.stderr,
     )
     for line in memory.lines(config.threads):

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from kt_expert_server.cli import bench, doctor
-from kt_expert_server.config import DEFAULT_WEIGHT_FORMAT, WEIGHT_FORMATS, available_memory
+from kt_expert_server.config import AUTO_FORMAT, SERVED_FORMATS, available_memory
 from kt_expert_server.errors import ServerError
 from kt_expert_server.model.index import plan_model
 from kt_expert_server.model.memory_plan import plan_memory
@@ -35,7 +35,7 @@ def _parser() -> argparse.ArgumentParser:
     doctor_parser.set_defaults(run=doctor.run)
     plan_parser = commands.add_parser("plan", help="memory a checkpoint needs, without loading it")
     plan_parser.add_argument("--model", type=Path, metavar="DIR", required=True)
-    plan_parser.add_argument("--weight-format", default=DEFAULT_WEIGHT_FORMAT, choices=WEIGHT_FORMATS)
+    plan_parser.add_argument("--weight-format", default=AUTO_FORMAT, choices=SERVED_FORMATS)
     plan_parser.add_argument("--memory-limit", type=float, metavar="GIB")
     plan_parser.set_defaults(run=_plan)
     bench_parser = commands.add_parser("bench", help="measure the engine on this machine")

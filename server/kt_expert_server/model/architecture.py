@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from kt_expert_server.errors import ModelError
 
+FP8_SCALE_SUFFIX = "_scale_inv"  # behind the name of a matrix of fp8 codes
 GPT_OSS_ALPHA = 1.702  # GptOssExperts.alpha in transformers
 GPT_OSS_LIMIT = 7.0  # GptOssExperts.limit in transformers
 
@@ -38,6 +39,7 @@ class Naming:
     biases: tuple[str, str] | None = None
     transposed: bool = False
     interleaved: bool = False
+    scales: tuple[str, str] | None = None  # of fused names that hold mxfp4 blocks
 
 
 _PROJ = ("experts.{e}.gate_proj.weight", "experts.{e}.up_proj.weight", "experts.{e}.down_proj.weight")
@@ -53,6 +55,13 @@ _GPT_OSS = Naming(
     biases=("experts.gate_up_proj_bias", "experts.down_proj_bias"),
     transposed=True,
     interleaved=True,
+)
+_GPT_OSS_MXFP4 = Naming(
+    "mlp",
+    fused=("experts.gate_up_proj_blocks", "experts.down_proj_blocks"),
+    biases=_GPT_OSS.biases,
+    interleaved=True,
+    scales=("experts.gate_up_proj_scales", "experts.down_proj_scales"),
 )
 _GRANITE = Naming("block_sparse_moe", fused=("input_linear.weight", "output_linear.weight"))
 
@@ -81,7 +90,7 @@ FAMILIES: Mapping[str, Family] = {
     "dots1": _STANDARD,
     "ernie4_5_moe": Family((_MLP, _MLP_FUSED), top_k_key="moe_k"),
     "glm4_moe": _STANDARD,
-    "gpt_oss": Family((_GPT_OSS,), intermediate_key="intermediate_size", gpt_oss=True),
+    "gpt_oss": Family((_GPT_OSS, _GPT_OSS_MXFP4), intermediate_key="intermediate_size", gpt_oss=True),
     "granitemoe": Family((_GRANITE,), intermediate_key="intermediate_size"),
     "hunyuan_v1_moe": Family((_MLP, _MLP_FUSED), intermediate_key="intermediate_size", top_k_key="moe_topk"),
     "minimax_m2": _MIXTRAL,
@@ -129,8 +138,9 @@ def activation_of(config: Mapping[str, object], family: Family) -> ActivationSpe
 
 def layer_pattern(naming: Naming) -> re.Pattern[str]:
     """Matches a tensor of one layer's experts: groups prefix, layer, tensor and, where per expert, expert."""
-    names = naming.per_expert or (naming.fused or ()) + (naming.biases or ())
+    names = naming.per_expert or (naming.fused or ()) + (naming.biases or ()) + (naming.scales or ())
+    coded = f"(?:{re.escape(FP8_SCALE_SUFFIX)})?" if naming.per_expert else ""
     alternatives = "|".join(re.escape(name).replace(re.escape("{e}"), r"(\d+)") for name in names)
     return re.compile(
-        rf"^(?P<prefix>(?:[\w.]+\.)?layers\.(?P<layer>\d+)\.{re.escape(naming.block)}\.)(?P<tensor>{alternatives})$"
+        rf"^(?P<prefix>(?:[\w.]+\.)?layers\.(?P<layer>\d+)\.{re.escape(naming.block)}\.)(?P<tensor>(?:{alternatives}){coded})$"
     )

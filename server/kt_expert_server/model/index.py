@@ -11,6 +11,7 @@ from pathlib import Path
 
 from kt_expert_server.errors import ModelError
 from kt_expert_server.model.architecture import (
+    FP8_SCALE_SUFFIX,
     ActivationSpec,
     Family,
     Naming,
@@ -19,7 +20,8 @@ from kt_expert_server.model.architecture import (
     layer_pattern,
     top_k_of,
 )
-from kt_expert_server.model.safetensors_file import DTYPE_BYTES, SafetensorsFile, TensorInfo
+from kt_expert_server.model.quantised import MXFP4_GROUP, scale_shape
+from kt_expert_server.model.safetensors_file import FLOAT_BYTES, SafetensorsFile, TensorInfo
 
 _INDEX_NAME = "model.safetensors.index.json"
 _SINGLE_NAME = "model.safetensors"
@@ -43,6 +45,13 @@ class LayerPlan:
     tensors: Mapping[str, tuple[str, TensorInfo]]
 
     @property
+    def form(self) -> str:
+        """The weight format the checkpoint holds it in: bf16 for all floating-point types."""
+        if self.naming.scales is not None:
+            return "mxfp4"
+        return "fp8" if any(name.endswith(FP8_SCALE_SUFFIX) for name in self.tensors) else "bf16"
+
+    @property
     def bf16_bytes(self) -> int:
         """Bytes of its matrices in bf16 and its biases in fp32: what the progress of a load counts."""
         matrices = 3 * self.num_experts * self.hidden_size * self.intermediate_size * BF16_BYTES
@@ -58,6 +67,11 @@ class ModelPlan:
     model_type: str
     digest: str
     layers: tuple[LayerPlan, ...]
+
+    @property
+    def form(self) -> str:
+        """The weight format of the checkpoint; where layers differ, all of them."""
+        return "+".join(sorted({layer.form for layer in self.layers}))
 
     @property
     def bf16_bytes(self) -> int:
@@ -128,13 +142,15 @@ def _layers(config: Mapping[str, object], family: Family, index: Mapping[str, tu
             match = pattern.match(tensor)
             if match is not None:
                 found.setdefault(match["prefix"], {})[match["tensor"]] = place
-                about[match["prefix"]] = (int(match["layer"]), naming)
+                if match["tensor"] not in (naming.biases or ()):  # they are called alike in two namings
+                    about[match["prefix"]] = (int(match["layer"]), naming)
     depth = config.get("num_hidden_layers")
     plans = [
         _layer_plan(config, family, prefix, *about[prefix], tensors)
         for prefix, tensors in found.items()
+        if prefix in about
         # Layers past num_hidden_layers predict further tokens (MTP) and are no part of the trained model.
-        if not isinstance(depth, int) or about[prefix][0] < depth
+        and (not isinstance(depth, int) or about[prefix][0] < depth)
     ]
     return tuple(sorted(plans, key=lambda plan: plan.layer))
 
@@ -147,9 +163,12 @@ def _layer_plan(
     naming: Naming,
     tensors: Mapping[str, tuple[str, TensorInfo]],
 ) -> LayerPlan:
-    experts, hidden, intermediate = (
-        _fused_sizes(naming, prefix, tensors) if naming.fused else _expert_sizes(naming, prefix, tensors)
-    )
+    if naming.scales is not None:
+        experts, hidden, intermediate = _mxfp4_sizes(naming, prefix, tensors)
+    elif naming.fused:
+        experts, hidden, intermediate = _fused_sizes(naming, prefix, tensors)
+    else:
+        experts, hidden, intermediate = _expert_sizes(naming, prefix, tensors)
     expected = config.get("hidden_size")
     if isinstance(expected, int) and expected != hidden:
         raise ModelError(f"{prefix} has hidden size {hidden}, config.json says {expected}")
@@ -172,16 +191,19 @@ def _expert_sizes(naming: Naming, prefix: str, tensors: Mapping[str, tuple[str, 
         raise ModelError(f"{prefix} has no per-expert names")
     experts = 1 + max(int(found[0]) for name in tensors if (found := re.findall(r"experts\.(\d+)\.", name)))
     gate, up, down = naming.per_expert
-    intermediate, hidden = _shape(prefix, tensors, gate.format(e=0), 2)
+    coded = any(name.endswith(FP8_SCALE_SUFFIX) for name in tensors)
+    dtypes = ("F8_E4M3",) if coded else tuple(FLOAT_BYTES)
+    intermediate, hidden = _shape(prefix, tensors, gate.format(e=0), 2, dtypes)
     for expert in range(experts):
         for name, shape in (
             (gate, (intermediate, hidden)),
             (up, (intermediate, hidden)),
             (down, (hidden, intermediate)),
         ):
-            got = _shape(prefix, tensors, name.format(e=expert), 2)
-            if got != shape:
-                raise ModelError(f"{prefix}{name.format(e=expert)} has shape {got}, expected {shape}")
+            full = name.format(e=expert)
+            _require_shape(prefix, tensors, full, shape, dtypes)
+            if coded:
+                _require_shape(prefix, tensors, full + FP8_SCALE_SUFFIX, scale_shape("fp8", *shape), ("F32",))
     return experts, hidden, intermediate
 
 
@@ -200,12 +222,47 @@ def _fused_sizes(naming: Naming, prefix: str, tensors: Mapping[str, tuple[str, T
     return experts, hidden, intermediate
 
 
-def _shape(prefix: str, tensors: Mapping[str, tuple[str, TensorInfo]], name: str, dimensions: int) -> tuple[int, ...]:
+def _mxfp4_sizes(naming: Naming, prefix: str, tensors: Mapping[str, tuple[str, TensorInfo]]) -> tuple[int, int, int]:
+    """Blocks are [E, rows, groups, 16 bytes], scales [E, rows, groups]."""
+    if naming.fused is None or naming.scales is None:
+        raise ModelError(f"{prefix} has no fused names")
+    gate_up, down = naming.fused
+    experts, wide, groups, _ = _shape(prefix, tensors, gate_up, 4, ("U8",))
+    hidden, intermediate = groups * MXFP4_GROUP, wide // 2
+    sizes = ((gate_up, naming.scales[0], 2 * intermediate, hidden), (down, naming.scales[1], hidden, intermediate))
+    for blocks, scales, rows, columns in sizes:
+        shape = (experts, *scale_shape("mxfp4", rows, columns))
+        _require_shape(prefix, tensors, blocks, (*shape, MXFP4_GROUP // 2), ("U8",))
+        _require_shape(prefix, tensors, scales, shape, ("U8",))
+    for name, width in zip(naming.biases or (), (2 * intermediate, hidden), strict=False):
+        _require_shape(prefix, tensors, name, (experts, width))
+    return experts, hidden, intermediate
+
+
+def _require_shape(
+    prefix: str,
+    tensors: Mapping[str, tuple[str, TensorInfo]],
+    name: str,
+    expected: tuple[int, ...],
+    dtypes: tuple[str, ...] = tuple(FLOAT_BYTES),
+) -> None:
+    got = _shape(prefix, tensors, name, len(expected), dtypes)
+    if got != expected:
+        raise ModelError(f"{prefix}{name} has shape {got}, expected {expected}")
+
+
+def _shape(
+    prefix: str,
+    tensors: Mapping[str, tuple[str, TensorInfo]],
+    name: str,
+    dimensions: int,
+    dtypes: tuple[str, ...] = tuple(FLOAT_BYTES),
+) -> tuple[int, ...]:
     if name not in tensors:
         raise ModelError(f"{prefix}{name} is missing from the checkpoint")
     info = tensors[name][1]
-    if info.dtype not in DTYPE_BYTES:
-        raise ModelError(f"{prefix}{name} has dtype {info.dtype}; supported: {', '.join(DTYPE_BYTES)}")
+    if info.dtype not in dtypes:
+        raise ModelError(f"{prefix}{name} has dtype {info.dtype}; supported here: {', '.join(dtypes)}")
     if len(info.shape) != dimensions:
         raise ModelError(f"{prefix}{name} has {len(info.shape)} dimensions, expected {dimensions}")
     return info.shape

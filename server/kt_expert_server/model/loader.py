@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import kt_expert_native as native
 import numpy as np
 from numpy.typing import NDArray
 
-from kt_expert_server.model.index import LayerPlan, ModelPlan
+from kt_expert_server.config import AUTO_FORMAT
+from kt_expert_server.model.architecture import FP8_SCALE_SUFFIX
+from kt_expert_server.model.index import BF16_BYTES, LayerPlan, ModelPlan
 from kt_expert_server.model.placement import ONE_NODE, Placement
-from kt_expert_server.model.safetensors_file import SafetensorsFile, TensorInfo
+from kt_expert_server.model.quantised import CodedMatrix
+from kt_expert_server.model.safetensors_file import FLOAT_BYTES, SafetensorsFile, TensorInfo
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +26,10 @@ class LoadedLayer:
     plan: LayerPlan
     spec: native.LayerSpec
     weights: native.LayerWeights
+
+
+_PROJECTIONS = ("gate", "up", "down")
+_CODES_A_BYTE = 2  # of a 4-bit format
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,18 +54,30 @@ def native_spec(plan: LayerPlan) -> native.LayerSpec:
 
 def resident_bytes(plan: ModelPlan, weight_format: str, nodes: int = 1) -> int:
     """Bytes the weights of all layers take in `weight_format`, cut for so many memory nodes."""
-    return sum(native.LayerWeights.nbytes_of(native_spec(layer), weight_format, nodes) for layer in plan.layers)
+    return sum(
+        native.LayerWeights.nbytes_of(native_spec(layer), format_of(layer, weight_format), nodes) for layer in plan.layers
+    )
+
+
+def format_of(layer: LayerPlan, weight_format: str) -> str:
+    """The format a layer is held in: "auto" keeps the checkpoint's own."""
+    return layer.form if weight_format == AUTO_FORMAT else weight_format
+
+
+def shown_format(plan: ModelPlan, weight_format: str) -> str:
+    """What the model is held in, in one word; formats joined by + where layers differ."""
+    return plan.form if weight_format == AUTO_FORMAT else weight_format
 
 
 def load_model(
     plan: ModelPlan, weight_format: str, progress: Callable[[int], None], placement: Placement = ONE_NODE
 ) -> BaseModel:
-    """Reads every expert tensor once and converts it to `weight_format`. `progress` receives what ModelPlan.bf16_bytes
+    """Reads every expert tensor once, keeps it or converts it to `weight_format`. `progress` receives what ModelPlan.bf16_bytes
     counts, as it becomes resident."""
     layers = {}
     for layer_plan in plan.layers:
         spec = native_spec(layer_plan)
-        layers[layer_plan.layer] = LoadedLayer(layer_plan, spec, placement.weights(spec, weight_format))
+        layers[layer_plan.layer] = LoadedLayer(layer_plan, spec, placement.weights(spec, format_of(layer_plan, weight_format)))
     # One file at a time, in file order: disks like it, and at most one file is open.
     wanted: dict[str, list[tuple[LoadedLayer, str, TensorInfo]]] = {}
     for layer in layers.values():
@@ -65,26 +86,68 @@ def load_model(
     for file_name in sorted(wanted):
         with SafetensorsFile(plan.directory / file_name) as file:
             for layer, name, info in sorted(wanted[file_name], key=lambda entry: entry[2].begin):
-                _load_tensor(file, layer, name, info)
-                elements = info.size_bytes // {"F32": 4}.get(info.dtype, 2)
-                progress(elements * 2)
+                progress(_load_tensor(plan.directory, file, layer, name, info))
     return BaseModel(plan, layers)
 
 
-def _load_tensor(file: SafetensorsFile, layer: LoadedLayer, name: str, info: TensorInfo) -> None:
+def _load_tensor(directory: Path, file: SafetensorsFile, layer: LoadedLayer, name: str, info: TensorInfo) -> int:
+    """Returns the bytes its values would take in bf16."""
     naming = layer.plan.naming
     if naming.per_expert is not None:
-        expert = int(name.split(".")[1])
-        for projection, template in zip(("gate", "up", "down"), naming.per_expert, strict=True):
-            if template.format(e=expert) == name:
-                source = np.empty(info.shape, np.uint16)
-                _read_bf16(file, info, 0, source)
-                layer.weights.set_matrix(projection, expert, source.reshape(-1))
-        return
+        return _load_expert(directory, file, layer, name, info)
+    if naming.scales is not None and name in naming.scales:
+        return 0  # read with the codes
     if naming.biases is not None and name in naming.biases:
         _load_bias(file, layer, name == naming.biases[0], info)
+    elif naming.fused is not None and naming.scales is not None:
+        _load_blocks(directory, file, layer, name == naming.fused[0], info)
+        return info.size_bytes * _CODES_A_BYTE * BF16_BYTES
     elif naming.fused is not None:
         _load_fused(file, layer, name == naming.fused[0], info)
+    return info.size_bytes // FLOAT_BYTES[info.dtype] * BF16_BYTES
+
+
+def _load_expert(directory: Path, file: SafetensorsFile, layer: LoadedLayer, name: str, info: TensorInfo) -> int:
+    if name.endswith(FP8_SCALE_SUFFIX):
+        return 0  # read with the codes
+    expert, templates = int(name.split(".")[1]), layer.plan.naming.per_expert or ("", "", "")
+    projection = next(p for p, template in zip(_PROJECTIONS, templates, strict=True) if template.format(e=expert) == name)
+    if layer.plan.form == "fp8":
+        codes = np.empty(info.shape, np.uint8)
+        file.read_into(info, 0, codes.data)
+        scales = _read_beside(directory, file, layer, name + FP8_SCALE_SUFFIX, np.float32)
+        CodedMatrix("fp8", codes, scales).store(layer.weights, projection, expert, layer.plan.prefix + name)
+        return info.size_bytes * BF16_BYTES
+    source = np.empty(info.shape, np.uint16)
+    _read_bf16(file, info, 0, source)
+    layer.weights.set_matrix(projection, expert, source.reshape(-1))
+    return info.size_bytes // FLOAT_BYTES[info.dtype] * BF16_BYTES
+
+
+def _load_blocks(directory: Path, file: SafetensorsFile, layer: LoadedLayer, is_gate_up: bool, info: TensorInfo) -> None:
+    """One expert at a time; rows of gate and up alternate."""
+    names = layer.plan.naming.scales or ("", "")
+    all_scales = _read_beside(directory, file, layer, names[0 if is_gate_up else 1], np.uint8)
+    experts, rows = info.shape[:2]
+    for expert in range(experts):
+        codes = np.empty((rows, info.size_bytes // experts // rows), np.uint8)
+        file.read_into(info, expert * codes.nbytes, codes.data)
+        parts = (("gate", slice(0, None, 2)), ("up", slice(1, None, 2))) if is_gate_up else (("down", slice(None)),)
+        for projection, part in parts:
+            matrix = CodedMatrix("mxfp4", codes[part], all_scales[expert, part])
+            matrix.store(layer.weights, projection, expert, layer.plan.prefix + names[0 if is_gate_up else 1])
+
+
+def _read_beside(directory: Path, file: SafetensorsFile, layer: LoadedLayer, name: str, dtype: type[np.generic]) -> Any:
+    """A whole tensor of scales, in most checkpoints of the same file."""
+    file_name, info = layer.plan.tensors[name]
+    values = np.empty(info.shape, dtype)
+    if file.name == file_name:
+        file.read_into(info, 0, values.data)
+    else:
+        with SafetensorsFile(directory / file_name) as other:
+            other.read_into(info, 0, values.data)
+    return values
 
 
 def _load_fused(file: SafetensorsFile, layer: LoadedLayer, is_gate_up: bool, info: TensorInfo) -> None:

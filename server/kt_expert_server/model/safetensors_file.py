@@ -17,7 +17,8 @@ from kt_expert_server.errors import ModelError
 
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 _LENGTH_BYTES = 8
-DTYPE_BYTES = {"BF16": 2, "F16": 2, "F32": 4}
+FLOAT_BYTES = {"BF16": 2, "F16": 2, "F32": 4}
+DTYPE_BYTES = FLOAT_BYTES | {"F8_E4M3": 1, "U8": 1}
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +45,10 @@ class SafetensorsFile:
         except BaseException:
             os.close(self._fd)
             raise
+
+    @property
+    def name(self) -> str:
+        return self._path.name
 
     def __enter__(self) -> SafetensorsFile:
         return self

@@ -74,6 +74,96 @@ def test_fused_concatenated(tmp_path: Path) -> None:
     assert_holds(load(write(tmp_path, tensors, model_type="qwen3_moe")), weights)
 
 
+Tensors = dict[str, torch.Tensor]
+
+
+def fp8_tensors(weights: Tensors, scale: float = 0.01) -> tuple[Tensors, Tensors]:
+    """A DeepSeek-V3 layer's tensors, and the values they stand for."""
+    tensors, values = {}, {}
+    for name, matrices in weights.items():
+        codes = (matrices / scale).clamp(-448, 448).to(torch.float8_e4m3fn)
+        rows, columns = matrices.shape[1:]
+        shape = (E, -(-rows // 128), -(-columns // 128))
+        scales = scale * (1 + torch.arange(np.prod(shape), dtype=torch.float32).reshape(shape))
+        wide = scales.repeat_interleave(128, 1)[:, :rows].repeat_interleave(128, 2)[:, :, :columns]
+        values[name] = codes.float() * wide
+        for expert in range(E):
+            base = f"{PREFIX}mlp.experts.{expert}.{name}_proj.weight"
+            tensors |= {base: codes[expert], f"{base}_scale_inv": scales[expert]}
+    return tensors, values
+
+
+@pytest.mark.parametrize("sizes", [(H, I), (200, 150)])
+def test_fp8_is_kept_as_it_is(tmp_path: Path, sizes: tuple[int, int]) -> None:
+    hidden, intermediate = sizes
+    generator = torch.Generator().manual_seed(1)
+    shapes = {"gate": (intermediate, hidden), "up": (intermediate, hidden), "down": (hidden, intermediate)}
+    weights = {name: torch.randn(E, *shape, generator=generator) for name, shape in shapes.items()}
+    tensors, values = fp8_tensors(weights)
+    plan = plan_model(write(tmp_path, tensors, model_type="deepseek_v3", hidden_size=hidden))
+    progress: list[int] = []
+    model = load_model(plan, "auto", progress.append)
+    assert plan.form == model.layers[0].weights.weight_format == "fp8"
+    assert sum(progress) == plan.bf16_bytes
+    for name, expected in values.items():
+        for expert in range(E):
+            assert np.array_equal(model.layers[0].weights.dequantized(name, expert), expected[expert].numpy())
+    converted = load_model(plan, "bf16", progress.append)
+    for name, expected in values.items():
+        assert np.array_equal(converted.layers[0].weights.dequantized(name, 1), expected[1].bfloat16().float().numpy())
+
+
+E2M1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0])
+
+
+def mxfp4_tensors(hidden: int, intermediate: int) -> tuple[Tensors, Tensors]:
+    """gpt-oss's tensors, gate and up in alternating rows, and the values of [gate_up, down]."""
+    generator = torch.Generator().manual_seed(2)
+    tensors, values = {}, {}
+    for name, rows, columns in (("gate_up", 2 * intermediate, hidden), ("down", hidden, intermediate)):
+        codes = torch.randint(0, 16, (E, rows, columns), generator=generator)
+        scales = torch.randint(118, 130, (E, rows, columns // 32), generator=generator)
+        values[name] = E2M1[codes] * torch.exp2(scales.float() - 127).repeat_interleave(32, 2)
+        packed = (codes[..., 0::2] | codes[..., 1::2] << 4).to(torch.uint8)
+        tensors[f"{PREFIX}mlp.experts.{name}_proj_blocks"] = packed.reshape(E, rows, columns // 32, 16)
+        tensors[f"{PREFIX}mlp.experts.{name}_proj_scales"] = scales.to(torch.uint8)
+        tensors[f"{PREFIX}mlp.experts.{name}_proj_bias"] = torch.randn(E, rows, generator=generator).bfloat16()
+    return tensors, values
+
+
+@pytest.mark.parametrize("weight_format", ["auto", "bf16"])
+def test_mxfp4_is_kept_as_it_is(tmp_path: Path, weight_format: str) -> None:
+    tensors, values = mxfp4_tensors(64, 32)
+    plan = plan_model(write(tmp_path, tensors, model_type="gpt_oss", hidden_size=64))
+    model = load_model(plan, weight_format, lambda _: None)
+    weights = model.layers[0].weights
+    assert plan.form == "mxfp4"
+    assert weights.weight_format == ("mxfp4" if weight_format == "auto" else "bf16")
+    bias = tensors[f"{PREFIX}mlp.experts.gate_up_proj_bias"]
+    for expert in range(E):
+        gate, up = values["gate_up"][expert, 0::2], values["gate_up"][expert, 1::2]
+        for name, expected in (("gate", gate), ("up", up), ("down", values["down"][expert])):
+            assert np.array_equal(weights.dequantized(name, expert), expected.numpy())
+        assert np.array_equal(weights.bias("up", expert), bias[expert, 1::2].float().numpy())
+
+
+def test_damaged_codes_are_named(tmp_path: Path) -> None:
+    tensors, _ = fp8_tensors(expert_weights())
+    name = f"{PREFIX}mlp.experts.1.up_proj.weight"
+    bad = {
+        "nan": ({name: torch.full((I, H), float("nan")).to(torch.float8_e4m3fn)}, r"experts\.1\.up_proj\.weight, expert 1"),
+        "shape": ({name + "_scale_inv": torch.ones(2, 1)}, r"up_proj\.weight_scale_inv has shape \(2, 1\), expected \(1, 1\)"),
+        "dtype": ({name: torch.zeros(I, H).bfloat16()}, "has dtype BF16; supported here: F8_E4M3"),
+    }
+    for case, (changed, sentence) in bad.items():
+        directory = write(tmp_path / case, tensors | changed, model_type="deepseek_v3")
+        with pytest.raises(ModelError, match=sentence):
+            load_model(plan_model(directory), "auto", lambda _: None)
+    del tensors[name + "_scale_inv"]
+    with pytest.raises(ModelError, match=r"up_proj\.weight_scale_inv is missing"):
+        plan_model(write(tmp_path / "missing", tensors, model_type="deepseek_v3"))
+
+
 def test_granite_names(tmp_path: Path) -> None:
     weights = expert_weights()
     tensors = {
@@ -140,7 +230,7 @@ def test_an_unsupported_dtype_is_named(tmp_path: Path) -> None:
         for name, values in expert_weights().items()
         for e in range(E)
     }
-    with pytest.raises(ModelError, match=r"has dtype F8_E4M3; supported: BF16, F16, F32"):
+    with pytest.raises(ModelError, match=r"has dtype F8_E4M3; supported here: BF16, F16, F32"):
         plan_model(write(tmp_path, tensors, model_type="qwen3_moe"))
 
 
