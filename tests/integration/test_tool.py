@@ -42,11 +42,23 @@ def test_bench_writes_its_figures(tmp_path: Path, capsys: pytest.CaptureFixture[
         assert row["seconds"] > 0
         assert row["gflops"] > 0
         assert row["bound_fraction"] > 0
+        assert row["weight_error"] is None if row["format"] == "bf16" else 0 < row["weight_error"] < 0.3
         forward = row["pass"] == "forward"  # noqa: S105
         peers = {"torch_fp32_lora", "torch_fp32"} if forward else {"torch_fp32_lora"}
         assert set(row["versus"]) == peers | ({"bf16"} if row["format"] != "bf16" else set())
     assert plot.stat().st_size > 0
     capsys.readouterr()
+
+
+def test_bench_measures_memory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "memory.json"
+    arguments = ["--shape", "4,64,32,2", "--tokens", "8", "--rank", "4", "--json", str(path)]
+    assert main(["bench", "memory", *arguments]) == 0
+    (row,) = json.loads(path.read_text())["rows"]
+    assert row["peak"] >= row["after_load"] > row["weights"] > 0
+    assert row["allowed"] == int(1.05 * row["weights"]) + 300 * 1024**2
+    assert "allowed" in capsys.readouterr().out
+    assert main(["bench", "memory", "--tokens", "1,2"]) == 2
 
 
 def test_bench_measures_optimizers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

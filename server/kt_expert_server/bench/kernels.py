@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import kt_expert_native as native
+import numpy as np
 
 from kt_expert_server.bench.layer import Batch, LayerBench, make_batch
 from kt_expert_server.bench.peers import Peer
@@ -22,7 +23,8 @@ _GIGA = 1e9
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One of the engine's measurements. `versus` maps a contender to its time over ours; `lora_overhead` is the time
+    """One of the engine's measurements. `weight_error` is the relative L2 of the output against the same weights in bf16,
+    which are normally distributed here; `versus` maps a contender to its time over ours; `lora_overhead` is the time
     over that of rank 0, less one."""
 
     tokens: int
@@ -34,6 +36,7 @@ class Row:
     bound_fraction: float
     extra_bytes: int
     lora_overhead: float | None = None
+    weight_error: float | None = None
     versus: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -59,6 +62,7 @@ class Report:
                 "bound_fraction": row.bound_fraction,
                 "extra_bytes": row.extra_bytes,
                 "lora_overhead": row.lora_overhead,
+                "weight_error": row.weight_error,
                 "versus": dict(row.versus),
             }
             for row in self.rows
@@ -109,6 +113,7 @@ def measure(
     bandwidths: list[float] = []
     measured: list[tuple[Batch, _Samples]] = []
     rows: list[Row] = []
+    errors: dict[str, float] = {}
     for tokens in plan.tokens:
         batch, samples = make_batch(plan.shape, tokens), _Samples()
         for _ in range(plan.repeats + 1):
@@ -120,8 +125,9 @@ def measure(
             for peer in peers:
                 samples.add(peer.name, peer.run(batch))
         measured.append((batch, samples))
+        errors = errors or _weight_errors(layers, batch)
         peak, bandwidth = statistics.median(peaks), statistics.median(bandwidths)
-        rows = [row for made in measured for row in _rows(plan, layers, peers, *made, peak, bandwidth)]
+        rows = [row for made in measured for row in _rows(plan, layers, peers, *made, peak, bandwidth, errors)]
         on_rows([row for row in rows if row.tokens == tokens])
     return Report(
         plan.shape,
@@ -132,6 +138,15 @@ def measure(
         statistics.median(bandwidths),
         rows,
     )
+
+
+def _weight_errors(layers: Mapping[str, LayerBench], batch: Batch) -> dict[str, float]:
+    """Of every quantised format against bf16; empty where bf16 is not among them."""
+    if "bf16" not in layers:
+        return {}
+    expected = layers["bf16"].output(batch)
+    others = {name: layer.output(batch) for name, layer in layers.items() if name != "bf16"}
+    return {name: float(np.linalg.norm(got - expected) / np.linalg.norm(expected)) for name, got in others.items()}
 
 
 def _own(weight_format: str, rank: int) -> str:
@@ -146,6 +161,7 @@ def _rows(
     samples: _Samples,
     peak: float,
     bandwidth: float,
+    errors: Mapping[str, float],
 ) -> list[Row]:
     rows = []
     flop = plan.shape.flop(batch.tokens)
@@ -172,6 +188,7 @@ def _rows(
                         bound / seconds,
                         layer.extra_bytes(batch, rank),
                         None if plain is None else seconds / plain - 1.0,
+                        errors.get(name),
                         {other: value / seconds for other, value in others.items() if value is not None},
                     )
                 )

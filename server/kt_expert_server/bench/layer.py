@@ -85,6 +85,17 @@ class LayerBench:
         self.engine.backward(self.weights, adapter, gradients, ticket, batch.dy, dx, d_weights)
         return forward, time.perf_counter() - begun
 
+    def output(self, batch: Batch) -> NDArray[np.float32]:
+        """y [T, H] of the base model alone, for tokens in fp32."""
+        x = (batch.x.astype(np.uint32) << 16).view(np.float32)
+        y = np.empty_like(x)
+        self.engine.forward(self.weights, None, x, batch.ids, batch.weights, y)
+        return y
+
+    def adapter_bytes(self, rank: int) -> int:
+        """Of the adapter and its gradients."""
+        return sum(tensors.nbytes for tensors in self._adapter(rank) if tensors is not None)
+
     def extra_bytes(self, batch: Batch, rank: int) -> int:
         """Peak memory of a forward and backward beyond the weights and the adapter: scratch and one ticket."""
         lora = self._lora(rank)

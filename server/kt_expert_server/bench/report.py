@@ -17,7 +17,7 @@ _MEBI = 1024**2
 def print_rows(console: Console, rows: Sequence[Row], *, peers: Sequence[str]) -> None:
     """One table a batch size."""
     table = Table(title=f"{rows[0].tokens} tokens", title_justify="left")
-    for name in ("pass", "format", "rank", "ms", "GFLOP/s", "of bound", "over rank 0", "extra MiB", *peers):
+    for name in ("pass", "format", "rank", "ms", "GFLOP/s", "of bound", "over rank 0", "extra MiB", "error", *peers):
         table.add_column(name, justify="left" if name in ("pass", "format") else "right")
     for row in rows:
         overhead = "" if row.lora_overhead is None else f"{row.lora_overhead:+.1%}"
@@ -31,6 +31,7 @@ def print_rows(console: Console, rows: Sequence[Row], *, peers: Sequence[str]) -
             f"{row.bound_fraction:.2f}",
             overhead,
             f"{row.extra_bytes / _MEBI:.0f}",
+            "" if row.weight_error is None else f"{row.weight_error:.2%}",
             *versus,
         )
     console.print(table)

@@ -1,6 +1,6 @@
 """kt-expert bench: one MoE layer on this machine beside its bounds and its peers.
 
-`kernels` runs forward and backward, `optimizer` the update of the layer's LoRA.
+`kernels` runs forward and backward, `optimizer` the update of the layer's LoRA, `memory` shows what the process holds.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import kt_expert_native as native
 from rich.console import Console
 
 from kt_expert_server.bench.kernels import Plan, measure
+from kt_expert_server.bench.memory import measure_memory, memory_as_json, print_memory
 from kt_expert_server.bench.optimizer import measure_optimizers, print_optimizers
 from kt_expert_server.bench.peers import KtKernel, Peer, TorchLoop
 from kt_expert_server.bench.report import print_rows, write_plot
@@ -29,7 +30,7 @@ _MEMORY_SHARE = 0.6  # of what this process may use, for weights
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("what", choices=("kernels", "optimizer"))
+    parser.add_argument("what", choices=("kernels", "optimizer", "memory"))
     parser.add_argument("--shape", default="qwen3-30b-a3b", help=f"{', '.join(PUBLISHED)}, a model directory, or E,H,I,k")
     parser.add_argument("--tokens", default="1,16,128,2048", help="batch sizes, separated by commas")
     parser.add_argument("--rank", default="0,16", help="LoRA ranks, separated by commas; 0 is none")
@@ -49,6 +50,8 @@ def run(options: argparse.Namespace) -> int:
     asked = parse_shape(options.shape)
     if options.what == "optimizer":
         return _run_optimizers(console, asked, options)
+    if options.what == "memory":
+        return _run_memory(console, asked, options)
     formats = WEIGHT_FORMATS if options.format == "all" else tuple(options.format.split(","))
     peer_names = [name for name in options.against.split(",") if name]
     _validate(formats, peer_names, options)
@@ -82,6 +85,17 @@ def _run_optimizers(console: Console, shape: LayerShape, options: argparse.Names
     report = measure_optimizers(_engine(options.threads), shape, ranks, options.repeats)
     print_optimizers(console, report)
     _write_json(options.json, report.as_json())
+    return 0
+
+
+def _run_memory(console: Console, shape: LayerShape, options: argparse.Namespace) -> int:
+    formats, tokens, ranks = [options.format], _numbers(options.tokens, "--tokens", 1), _numbers(options.rank, "--rank", 0)
+    _validate(tuple(formats), [], options)
+    if len(tokens) > 1 or len(ranks) > 1:
+        raise InvalidRequest("bench memory measures one case a process; give one of --tokens and one --rank")
+    row = measure_memory(_engine(options.threads), _that_fits(shape, tuple(formats), []), formats[0], tokens[0], ranks[0])
+    print_memory(console, row)
+    _write_json(options.json, memory_as_json([row]))
     return 0
 
 
