@@ -36,7 +36,7 @@ $(STAMP): pyproject.toml $(NATIVE_SOURCES) $(PROTO_SOURCES) | $(VENV)/.torch
 demo: $(STAMP)
 	$(BIN)/python deploy/demo/run.py $(DEMO_FLAGS)
 
-test: check native-test mca emulated python-test
+test: check native-test mca sanitize emulated python-test
 	$(MAKE) demo DEMO_FLAGS="--out build/demo-small --base-steps 40 --steps 6"
 
 check: $(STAMP)
