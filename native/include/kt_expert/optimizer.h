@@ -73,6 +73,9 @@ class OptimizerState {
   // Shape [experts, rows, columns] of one slot of one tensor; rows or columns are 1 where they are factored away.
   LoraShape slot_shape(int slot, LoraTensor tensor) const;
   std::uint8_t* data(int slot, LoraTensor tensor) { return slots_[slot][static_cast<std::size_t>(tensor)].data(); }
+  // Whether nothing has been put into it: a momentum buffer takes its first gradient undampened.
+  bool fresh() const { return fresh_; }
+  void set_used() { fresh_ = false; }
   std::int64_t bytes() const;
   static std::int64_t bytes_of(const LayerSpec& layer, const LoraSpec& lora, OptimizerKind kind, MomentType moments);
 
@@ -81,6 +84,7 @@ class OptimizerState {
   LoraSpec lora_;
   OptimizerKind kind_;
   MomentType moments_;
+  bool fresh_ = true;
   std::array<std::array<AlignedBuffer<std::uint8_t>, kLoraTensors>, kMostSlots> slots_;
 };
 

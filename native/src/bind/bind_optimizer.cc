@@ -64,6 +64,7 @@ py::array slot_view(const py::object& self, const std::string& slot, const std::
   const std::vector<py::ssize_t> extents{static_cast<py::ssize_t>(state.layer().experts),
                                          static_cast<py::ssize_t>(shape.rows), static_cast<py::ssize_t>(shape.columns)};
   std::uint8_t* data = state.data(index, tensor);
+  state.set_used();  // the caller may write to it
   if (state.slot_type(index) == MomentType::kBf16) {
     return py::array_t<bf16_t>(extents, reinterpret_cast<bf16_t*>(data), self);
   }

@@ -65,10 +65,10 @@ AdamStep adam_step(const OptimizerUpdate& update, const OptimizerStep& step, Lor
           rounding_seed(step.step, tensor)};
 }
 
-SgdStep sgd_step(const OptimizerUpdate& update, const OptimizerStep& step, LoraTensor tensor) {
+SgdStep sgd_step(const OptimizerUpdate& update, const OptimizerStep& step, LoraTensor tensor, bool first) {
   const double dampening = update.momentum == 0.0 ? 0.0 : update.dampening;  // dampens a buffer, and there is none
-  return {update.learning_rate, update.momentum, dampening,      update.weight_decay,
-          step.grad_scale,      update.nesterov, step.step == 1, rounding_seed(step.step, tensor)};
+  return {update.learning_rate, update.momentum, dampening, update.weight_decay,
+          step.grad_scale,      update.nesterov, first,     rounding_seed(step.step, tensor)};
 }
 
 // One expert's matrix, as torch.optim.Adafactor treats a parameter.
@@ -156,6 +156,8 @@ void Engine::step(const OptimizerStep& step, const std::vector<const LoraTensors
     });
     return;
   }
+  const bool first_gradient = state.fresh() || step.step == 1;
+  state.set_used();
   const std::vector<SpanOf> spans = spans_of(parameters);
   const int type = static_cast<int>(state.moments()), width = moment_bytes(state.moments());
   pool_.run(static_cast<std::int64_t>(spans.size()), [&](std::int64_t task, int worker) {
@@ -166,7 +168,8 @@ void Engine::step(const OptimizerStep& step, const std::vector<const LoraTensors
     const std::uint32_t first = static_cast<std::uint32_t>(span.first);
     const auto moment = [&](int slot) { return state.data(slot, span.tensor) + span.first * width; };
     if (state.kind() == OptimizerKind::kSgd) {
-      kernels_.sgd[type](sgd_step(update, step, span.tensor), gradient, parameter, moment(0), first, span.count);
+      kernels_.sgd[type](sgd_step(update, step, span.tensor, first_gradient), gradient, parameter, moment(0), first,
+                         span.count);
     } else {
       kernels_.adam[type](adam_step(update, step, span.tensor), gradient, parameter, moment(0), moment(1), first,
                           span.count);

@@ -132,6 +132,17 @@ def test_groups_have_their_own_numbers() -> None:
     assert (parameters.tensor("b_down") == -8.0).all()
 
 
+def test_a_first_gradient_that_comes_late_is_not_dampened() -> None:
+    """torch fills a momentum buffer with the first gradient as it is, whichever step that is."""
+    engine, parameters, gradients = native.Engine(1), native.LoraTensors(LAYER, LORA), native.LoraTensors(LAYER, LORA)
+    gradients.tensor("a_down")[...] = 1.0
+    state = native.OptimizerState(LAYER, LORA, "sgd")
+    for step, expected in ((5, -1.0), (6, -1.0 - (0.9 + 0.5))):
+        numbers = {"learning_rate": 1.0, "momentum": 0.9, "dampening": 0.5}
+        engine.step(make_step("sgd", numbers, step, 1.0), [gradients], parameters, state)
+        assert parameters.tensor("a_down") == pytest.approx(expected, rel=1e-6)
+
+
 @pytest.mark.parametrize(
     ("kind", "numbers", "sentence"),
     [
