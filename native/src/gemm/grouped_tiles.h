@@ -171,9 +171,14 @@ void grouped_direct_tile(const float* const* a, const float* starts, const Packe
 #pragma GCC unroll 16
   for (int p = 0; p < kPanels; ++p) words[p] = block_at<kFormat>(w, row_block + p, first_depth);
   constexpr int kGroup = group_blocks(kFormat);
+  constexpr std::int64_t kAheadBytes = 1536;  // hides memory's latency, stays in the first-level cache
+  const std::int64_t skipped = std::int64_t{kPanels - 1} * w.depth_blocks * block_bytes(kFormat);
   for (int b = 0; b < depth_blocks; b += kGroup) {
     GroupSums<I, kRows, kPanels> group;
     group.start(starts == nullptr ? nullptr : starts + std::int64_t{b / kGroup} * kRows);
+    // What the next panels begin with follows this group of panels, not this panel.
+    const std::int64_t here = std::int64_t{b} * block_bytes(kFormat) + kAheadBytes;
+    const std::int64_t ahead = kAheadBytes + (here < depth_blocks * block_bytes(kFormat) ? 0 : skipped);
     const std::int64_t end = std::int64_t{b} * kBlockDepth + group_depth<kGroup>(depth_blocks - b);
     for (std::int64_t k = std::int64_t{b} * kBlockDepth; k < end; k += kPerWord) {
       typename Codes::Unpacked unpacked[kPanels][kParts];
@@ -181,6 +186,7 @@ void grouped_direct_tile(const float* const* a, const float* starts, const Packe
       for (int p = 0; p < kPanels; ++p) {
 #pragma GCC unroll 16
         for (int v = 0; v < kParts; ++v) unpacked[p][v] = Codes::unpack(I::load_words(words[p] + v * I::kLanes * 4));
+        if constexpr (kPanels > 1) __builtin_prefetch(words[p] + ahead);
         words[p] += kWordRowBytes;
       }
       unroll<kPerWord>([&](auto i) KT_LAMBDA_INLINE {
