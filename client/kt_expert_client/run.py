@@ -21,6 +21,7 @@ from kt_expert_client.staging import WIRE_TORCH_DTYPES, Delivery, HostTensor, St
 
 DEFAULT_REQUEST_TIMEOUT_S = 600.0
 DEFAULT_BARRIER_TIMEOUT_S = 1800.0  # ranks may differ by a whole gradient accumulation
+_SEEDS = 1 << 64
 _CALL_TIMEOUT_S = 3600.0
 _LEAVE_TIMEOUT_S = 10.0
 _ANSWER_SLACK_S = 10.0  # the server's own deadline has the better message, so its answer gets time to travel
@@ -106,6 +107,8 @@ class Run:
         comes with result().
         """
         tokens, hidden = _check_forward(hidden_states, expert_ids, routing_weights)
+        if not 0 <= dropout_seed < _SEEDS:
+            raise InvalidRequest(f"dropout_seed is {dropout_seed}, expected a number from 0 to 2**64 - 1")
         wire = WIRE_TORCH_DTYPES[self.wire_dtype]
         header = self._header(Op.FORWARD, layer, tokens, hidden)
         sent = {

@@ -203,6 +203,8 @@ def test_dropout_is_replayed_by_its_seed(client: Client) -> None:
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
     assert not torch.equal(first, off)
+    with pytest.raises(kt.InvalidRequest, match="dropout_seed is -1"):
+        run.submit_forward(0, x, ids, weights, dropout_seed=-1)
     with pytest.raises(kt.InvalidRequest, match=r"LoRA dropout is 1.0+, expected a probability"):
         client.open_run(lora=[dataclasses.replace(LORA[0], dropout=1.0)])
 

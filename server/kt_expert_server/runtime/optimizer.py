@@ -40,17 +40,14 @@ class StepParams:
     @property
     def state_kind(self) -> str:
         """The kind whose state the step needs: adam's is adamw's."""
-        kind = self.groups[0].kind
-        return _ADAM[0] if kind in _ADAM else kind
+        return _state_kind(self.groups[0].kind)
 
     def updates(self) -> dict[str, native.OptimizerUpdate]:
         """By tensor. Raises InvalidRequest where a tensor has no group or two, or groups are of different kinds."""
         found: dict[str, native.OptimizerUpdate] = {}
         rest: native.OptimizerUpdate | None = None
         for group in self.groups:
-            if (group.kind in _ADAM) != (self.groups[0].kind in _ADAM) or (
-                group.kind not in _ADAM and group.kind != self.groups[0].kind
-            ):
+            if _state_kind(group.kind) != self.state_kind:
                 raise InvalidRequest(f"a step mixes {self.groups[0].kind} and {group.kind}; use one for all groups")
             update = group.native()
             if not group.tensors:
@@ -67,6 +64,10 @@ class StepParams:
         if rest is not None:
             found.update(dict.fromkeys(missing, rest))
         return found
+
+
+def _state_kind(kind: str) -> str:
+    return _ADAM[0] if kind in _ADAM else kind
 
 
 def agreed_params(said: Mapping[int, StepParams]) -> StepParams:
