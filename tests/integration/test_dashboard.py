@@ -10,6 +10,7 @@ import subprocess
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,9 @@ class Prometheus:
             try:
                 found[:] = [row for row in self.query(expression) if row["value"][1] != "NaN"]
             except urllib.error.HTTPError as error:
+                if error.code == HTTPStatus.SERVICE_UNAVAILABLE:  # listening, and not ready yet
+                    error.close()
+                    return False
                 raise AssertionError(f"{expression}: {error.read().decode()}") from None
             except OSError:  # not listening yet
                 return False
