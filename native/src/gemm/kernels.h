@@ -76,7 +76,7 @@ struct FormatKernels {
   void (*expand_forward)(const PackedMatrix& w, int row_block, int first_depth, int depth_blocks, void* panel);
   // Where given, the forward's panels are multiplied by this instead: they hold codes and, after every group of depth
   // blocks, a line of scales, which are applied to the group's sum. Sums start at starts[group * starts_stride + m],
-  // which `group_starts` computes from A; where that is null, at zero. Ranges begin at kMostGroupDepth.
+  // which `group_starts` computes from A; where that is null, at zero. Ranges begin at multiples of kMostGroupDepth.
   void (*multiply_grouped)(const LeftRows& a, const float* starts, std::int64_t starts_stride, int rows,
                            int depth_blocks, const void* panels, std::int64_t panel_bytes, int panel_count, float* c,
                            std::int64_t c_stride);

@@ -77,12 +77,12 @@ void loop_add_squares(const float* source, float* target, std::int64_t count) {
   for (std::int64_t i = 0; i < count; ++i) target[i] += source[i] * source[i];
 }
 
-// update = gradient / sqrt(max(row * column, least))
+// update = gradient / sqrt(max(row * column, least)), NaN where the estimate is
 void loop_factored_update(float row, const float* columns, float least, const float* gradient, float* update,
                           std::int64_t count) {
   for (std::int64_t i = 0; i < count; ++i) {
     const float estimate = row * columns[i];
-    update[i] = gradient[i] / std::sqrt(estimate > least ? estimate : least);
+    update[i] = gradient[i] / std::sqrt(estimate < least ? least : estimate);
   }
 }
 

@@ -109,7 +109,8 @@ void factored_step(const KernelTable& kernels, const OptimizerUpdate& update, co
   }
   const double rate = std::min(update.learning_rate, 1.0 / std::sqrt(count));
   const double size_of_parameter = std::sqrt(kernels.sum_squares(matrix.parameter, size) / elements);
-  const double clip = std::max(1.0, std::sqrt(update_squares / elements) / update.clip_threshold);
+  const double size_of_update = std::sqrt(update_squares / elements) / update.clip_threshold;
+  const double clip = size_of_update < 1.0 ? 1.0 : size_of_update;  // lets NaN through
   if (update.weight_decay != 0.0) {
     kernels.scale(static_cast<float>(1.0 - update.learning_rate * update.weight_decay), matrix.parameter, size);
   }

@@ -132,6 +132,16 @@ def test_groups_have_their_own_numbers() -> None:
     assert (parameters.tensor("b_down") == -8.0).all()
 
 
+def test_a_gradient_that_is_not_a_number_shows() -> None:
+    """As in torch: a limit must not turn NaN into a step of its own."""
+    engine, parameters, gradients = native.Engine(1), native.LoraTensors(LAYER, LORA), native.LoraTensors(LAYER, LORA)
+    gradients.tensor("a_down")[1, 0, 0] = np.nan
+    state = native.OptimizerState(LAYER, LORA, "adafactor")
+    engine.step(make_step("adafactor", {"learning_rate": 1.0}, 1), [gradients], parameters, state)
+    assert np.isnan(parameters.tensor("a_down")[1]).all()
+    assert np.isfinite(parameters.tensor("a_down")[0]).all()
+
+
 def test_a_first_gradient_that_comes_late_is_not_dampened() -> None:
     """torch fills a momentum buffer with the first gradient as it is, whichever step that is."""
     engine, parameters, gradients = native.Engine(1), native.LoraTensors(LAYER, LORA), native.LoraTensors(LAYER, LORA)
