@@ -26,7 +26,7 @@ from kt_expert_server.runtime.names import check_name
 from kt_expert_server.runtime.run import LayerAdapter, LayerLora, Member, Run, RunConfig
 
 _MAX_WORLD_SIZE = 1024
-_LARGEST_STATE = "adamw"  # a run may choose its optimizer at the first step
+_STATES = ("adamw", "sgd", "adafactor")  # a run chooses its optimizer at the first step
 _TOKEN_BYTES = 16
 
 
@@ -262,7 +262,9 @@ class Registry:
 
 
 def optimizer_bytes(model: BaseModel, lora: LayerLora, moment_dtype: str) -> int:
-    return native.OptimizerState.bytes_of(model.layers[lora.layer].spec, lora.native(), _LARGEST_STATE, moment_dtype)
+    """Of the largest state an optimizer may need."""
+    spec, ranks = model.layers[lora.layer].spec, lora.native()
+    return max(native.OptimizerState.bytes_of(spec, ranks, kind, moment_dtype) for kind in _STATES)
 
 
 def adapter_bytes(model: BaseModel, lora: LayerLora) -> int:
