@@ -1,9 +1,11 @@
 #include "kt_expert/topology.h"
 
 #include <doctest/doctest.h>
+#include <sched.h>
 
 #include <algorithm>
 #include <atomic>
+#include <thread>
 
 #include "kt_expert/aligned_buffer.h"
 #include "kt_expert/error.h"
@@ -13,7 +15,7 @@ namespace kt_expert {
 namespace {
 
 std::vector<int> cpus_of_this_thread() {
-  cpu_set_t set;
+  cpu_set_t set;  // glibc's own, where the tested code speaks to the kernel
   CPU_ZERO(&set);
   REQUIRE(sched_getaffinity(0, sizeof set, &set) == 0);
   std::vector<int> cpus;
@@ -51,6 +53,24 @@ TEST_CASE("workers stay on the cores of their node, and the caller only while a 
   });
   CHECK(ran == 400);
   CHECK(cpus_of_this_thread() == before);
+}
+
+TEST_CASE("workers are dealt by the cores of their node") {
+  const int core = cpus_of_this_thread().front();
+  // Only the number of cores counts here: naming one several times pins to it all the same.
+  ThreadPool pool(8, {std::vector<int>(2, core), std::vector<int>(6, core)});
+  std::vector<std::atomic<int>> of_node(2);
+  std::vector<std::atomic<bool>> seen(8);
+  std::atomic<int> arrived{0};
+  // A task a worker: each waits for all others, so that every worker takes one, of its own node while there are any.
+  pool.run_on_nodes({2, 6}, [&](int node, std::int64_t, int worker) {
+    of_node[static_cast<std::size_t>(node)] += (worker < 2) == (node == 0) ? 1 : 0;
+    seen[static_cast<std::size_t>(worker)] = true;
+    for (++arrived; arrived < 8;) std::this_thread::yield();
+  });
+  CHECK(of_node[0] == 2);
+  CHECK(of_node[1] == 6);
+  CHECK(std::all_of(seen.begin(), seen.end(), [](const auto& each) { return each.load(); }));
 }
 
 TEST_CASE("memory is asked for from a node that exists") {

@@ -49,6 +49,8 @@ class AlignedBuffer {
   const T* data() const { return data_; }
   std::size_t size() const { return count_; }
   bool empty() const { return count_ == 0; }
+  // Whether its pages are its own: a mapping, not a piece of the heap.
+  bool is_mapped() const { return mapped_; }
   T& operator[](std::size_t index) { return data_[index]; }
   const T& operator[](std::size_t index) const { return data_[index]; }
 

@@ -18,9 +18,10 @@ namespace kt_expert {
 class ThreadPool {
  public:
   // `threads` counts the calling thread too. Workers are dealt to `nodes` groups of neighbours. Throws InvalidArgument
-  // for threads outside [1, kMaxThreads] or nodes outside [1, kMaxNodes].
+  // for threads outside [1, kMaxThreads] or nodes outside [1, kMaxMemoryNodes].
   explicit ThreadPool(int threads, int nodes = 1);
-  // A group for every set of cores, whose workers stay on them; the caller does while it works.
+  // A group for every set of cores, as many workers as its share of the cores, who stay on them; the caller does while
+  // it works.
   ThreadPool(int threads, std::vector<std::vector<int>> node_cpus);
   ~ThreadPool();
   ThreadPool(const ThreadPool&) = delete;
@@ -40,10 +41,9 @@ class ThreadPool {
                     const CancelToken* token = nullptr);
 
   static constexpr int kMaxThreads = 1024;
-  static constexpr int kMaxNodes = 64;
 
  private:
-  int node_of(int worker) const { return static_cast<int>(static_cast<std::int64_t>(worker) * nodes_ / size_); }
+  int node_of(int worker) const;
   const std::vector<int>& cpus_of(int worker) const { return node_cpus_[static_cast<std::size_t>(node_of(worker))]; }
   void stop();
   void worker_loop(int worker);

@@ -1,8 +1,6 @@
 // The machine's memory nodes: which cores are near which memory, and putting threads and pages there.
 #pragma once
 
-#include <sched.h>
-
 #include <cstddef>
 #include <string>
 #include <vector>
@@ -16,6 +14,7 @@ struct MemoryNode {
 
 // Nodes with at least one core of this process, from sysfs; one node 0 with all cores where the kernel does not tell.
 std::vector<MemoryNode> memory_nodes();
+constexpr int kMaxMemoryNodes = 64;  // one word of the kernel's node mask
 // Numbers of a kernel list such as "0-3,8,10-11". Throws InvalidArgument for anything else.
 std::vector<int> parse_cpu_list(const std::string& text);
 
@@ -29,8 +28,7 @@ class PinnedThread {
   PinnedThread& operator=(const PinnedThread&) = delete;
 
  private:
-  bool pinned_ = false;
-  cpu_set_t before_;
+  std::vector<unsigned long> before_;  // a kernel mask; empty where the thread was left alone
 };
 
 // Asks that the pages of fresh memory, whole pages of it, come from a node. Returns what stands in the way, empty where

@@ -26,9 +26,9 @@ ThreadPool::ThreadPool(int threads, std::vector<std::vector<int>> node_cpus)
     throw InvalidArgument("thread count " + std::to_string(threads) + " is outside [1, " + std::to_string(kMaxThreads) +
                           "]; give the number of physical cores");
   }
-  if (nodes_ < 1 || nodes_ > kMaxNodes) {
+  if (nodes_ < 1 || nodes_ > kMaxMemoryNodes) {
     throw InvalidArgument("the number of memory nodes is " + std::to_string(nodes_) + ", expected a value in [1, " +
-                          std::to_string(kMaxNodes) + "]");
+                          std::to_string(kMaxMemoryNodes) + "]");
   }
   counters_ = std::make_unique<TaskCounter[]>(static_cast<std::size_t>(nodes_));
   workers_.reserve(static_cast<std::size_t>(threads - 1));
@@ -43,6 +43,23 @@ ThreadPool::ThreadPool(int threads, std::vector<std::vector<int>> node_cpus)
 }
 
 ThreadPool::~ThreadPool() { stop(); }
+
+// The node in which the worker's place lies when all nodes' cores are laid end to end; without cores, nodes count
+// alike.
+int ThreadPool::node_of(int worker) const {
+  const auto weight = [](const std::vector<int>& cpus) {
+    return std::max<std::int64_t>(1, static_cast<std::int64_t>(cpus.size()));
+  };
+  std::int64_t total = 0;
+  for (const std::vector<int>& cpus : node_cpus_) total += weight(cpus);
+  const std::int64_t place = worker * total / size_;
+  int node = 0;
+  for (std::int64_t end = weight(node_cpus_[0]); place >= end;
+       end += weight(node_cpus_[static_cast<std::size_t>(node)])) {
+    ++node;
+  }
+  return node;
+}
 
 void ThreadPool::stop() {
   {

@@ -7,6 +7,7 @@
 #include <cerrno>
 #include <cstring>
 #include <fstream>
+#include <utility>
 
 #include "kt_expert/error.h"
 
@@ -14,8 +15,25 @@ namespace kt_expert {
 namespace {
 
 constexpr char kNodesDirectory[] = "/sys/devices/system/node/";
-constexpr int kPreferred = 1;        // MPOL_PREFERRED of <linux/mempolicy.h>: elsewhere where the node is full
-constexpr unsigned kMostNodes = 64;  // one word of the kernel's node mask
+constexpr int kPreferred = 1;  // MPOL_PREFERRED of <linux/mempolicy.h>: elsewhere where the node is full
+
+// Masks of cores as the kernel reads and writes them, of as many words as it takes: cpu_set_t ends at 1024 cores.
+constexpr int kWordBits = 8 * sizeof(unsigned long);
+constexpr std::size_t kMostWords = 1024;  // 65,536 cores
+
+// Empty where the kernel refuses.
+std::vector<unsigned long> own_mask() {
+  for (std::size_t words = 16; words <= kMostWords; words *= 2) {
+    std::vector<unsigned long> mask(words, 0);
+    if (syscall(SYS_sched_getaffinity, 0, mask.size() * sizeof(unsigned long), mask.data()) >= 0) return mask;
+    if (errno != EINVAL) break;  // EINVAL: too short
+  }
+  return {};
+}
+
+bool set_own_mask(const std::vector<unsigned long>& mask) {
+  return syscall(SYS_sched_setaffinity, 0, mask.size() * sizeof(unsigned long), mask.data()) == 0;
+}
 
 std::string read_line(const std::string& path) {
   std::ifstream file(path);
@@ -25,12 +43,10 @@ std::string read_line(const std::string& path) {
 }
 
 std::vector<int> own_cpus() {
-  cpu_set_t set;
-  CPU_ZERO(&set);
+  const std::vector<unsigned long> mask = own_mask();
   std::vector<int> cpus;
-  if (sched_getaffinity(0, sizeof set, &set) != 0) return cpus;
-  for (int cpu = 0; cpu < CPU_SETSIZE; ++cpu) {
-    if (CPU_ISSET(cpu, &set)) cpus.push_back(cpu);
+  for (int cpu = 0; cpu < static_cast<int>(mask.size()) * kWordBits; ++cpu) {
+    if ((mask[static_cast<std::size_t>(cpu / kWordBits)] >> (cpu % kWordBits) & 1) != 0) cpus.push_back(cpu);
   }
   return cpus;
 }
@@ -81,26 +97,30 @@ std::vector<MemoryNode> memory_nodes() {
 }
 
 PinnedThread::PinnedThread(const std::vector<int>& cpus) {
-  if (cpus.empty() || sched_getaffinity(0, sizeof before_, &before_) != 0) return;
-  cpu_set_t wanted;
-  CPU_ZERO(&wanted);
-  for (const int cpu : cpus) CPU_SET(static_cast<std::size_t>(cpu), &wanted);
-  pinned_ = sched_setaffinity(0, sizeof wanted, &wanted) == 0;
+  if (cpus.empty()) return;
+  std::vector<unsigned long> before = own_mask(), wanted(before.size(), 0);
+  for (const int cpu : cpus) {
+    const std::size_t word = static_cast<std::size_t>(cpu / kWordBits);
+    if (word < wanted.size()) wanted[word] |= 1ul << (cpu % kWordBits);
+  }
+  if (set_own_mask(wanted)) before_ = std::move(before);
 }
 
 PinnedThread::~PinnedThread() {
-  if (pinned_) sched_setaffinity(0, sizeof before_, &before_);
+  if (!before_.empty()) set_own_mask(before_);
 }
 
 std::string prefer_node(void* data, std::size_t bytes, int node) {
-  if (node < 0 || static_cast<unsigned>(node) >= kMostNodes) return "there is no memory node " + std::to_string(node);
+  if (node < 0 || node >= kMaxMemoryNodes) return "there is no memory node " + std::to_string(node);
   const std::size_t page = static_cast<std::size_t>(sysconf(_SC_PAGESIZE));
   const std::size_t address = reinterpret_cast<std::size_t>(data);
   const std::size_t first = (address + page - 1) / page * page, end = (address + bytes) / page * page;
   if (end <= first) return "";
   const unsigned long mask = 1ul << node;
   // The kernel reads one bit fewer than it is told.
-  if (syscall(SYS_mbind, first, end - first, kPreferred, &mask, kMostNodes + 1, 0u) == 0) return "";
+  if (syscall(SYS_mbind, first, end - first, kPreferred, &mask, static_cast<unsigned long>(kMaxMemoryNodes) + 1, 0u) ==
+      0)
+    return "";
   return std::string("mbind: ") + std::strerror(errno);
 }
 

@@ -5,13 +5,13 @@
 #include <utility>
 
 #include "kt_expert/error.h"
+#include "kt_expert/topology.h"
 
 namespace kt_expert {
 namespace {
 
 constexpr int kMaxExperts = 1 << 16;  // ids travel as int32; far above any published model
 constexpr int kMaxWidth = 1 << 20;
-constexpr int kMaxNodes = 64;
 
 void require_size(const char* name, int value, int limit) {
   if (value < 1 || value > limit) {
@@ -35,7 +35,7 @@ struct SliceShape {
 
 // Slices of I as even as whole scale groups allow.
 std::vector<SliceShape> slice_shapes(const LayerSpec& spec, WeightFormat format, int nodes) {
-  require_size("the number of memory nodes", nodes, kMaxNodes);
+  require_size("the number of memory nodes", nodes, kMaxMemoryNodes);
   // int8 may be multiplied in steps of 64 depths, which must not reach into another slice.
   const int unit = std::max({kRowAlign, scale_group(format), format == WeightFormat::kInt8 ? 64 : 0});
   const std::int64_t units = (spec.intermediate + unit - 1) / unit;

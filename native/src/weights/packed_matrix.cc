@@ -205,8 +205,12 @@ PackedTensor::PackedTensor(int experts, const PackedShape& shape)
       scales_(static_cast<std::size_t>(experts * shape.scale_bytes_total())) {}
 
 std::string PackedTensor::place(int node) {
-  const std::string obstacle = prefer_node(blocks_.data(), blocks_.size(), node);
-  return obstacle.empty() ? prefer_node(scales_.data(), scales_.size(), node) : obstacle;
+  // Pages of the heap are left alone: the wish would outlive the buffer.
+  const auto ask = [&](AlignedBuffer<std::uint8_t>& buffer) {
+    return buffer.is_mapped() ? prefer_node(buffer.data(), buffer.size(), node) : std::string();
+  };
+  const std::string obstacle = ask(blocks_);
+  return obstacle.empty() ? ask(scales_) : obstacle;
 }
 
 PackedMatrix PackedTensor::matrix(int expert) const {
