@@ -3,7 +3,7 @@
 // cheapest: unsigned, so that a group's sum starts at -offset times the sum of its activations, and where they lie in
 // their word, so that read<i> is 2^kShift[i] times too large and activations are divided by as much before. Both
 // factors are powers of two: the direct path and the panels, which hold plain codes, add up the same products to the
-// same bits.
+// same bits. (Only activations below 2^-102 could tell them apart: divided, they are no longer normal numbers.)
 //
 // I is a rung's vector set as in tile_loops.h. Its Codes<format> has kOffset, kShift[values per word], unpack(words),
 // read<i>(unpacked) and scales(stored scales, part).
@@ -172,7 +172,7 @@ void grouped_direct_tile(const float* const* a, const float* starts, const Packe
   for (int p = 0; p < kPanels; ++p) words[p] = block_at<kFormat>(w, row_block + p, first_depth);
   constexpr int kGroup = group_blocks(kFormat);
   constexpr std::int64_t kAheadBytes = 1536;  // hides memory's latency, stays in the first-level cache
-  const std::int64_t skipped = std::int64_t{kPanels - 1} * w.depth_blocks * block_bytes(kFormat);
+  const std::int64_t skipped = (std::int64_t{kPanels} * w.depth_blocks - depth_blocks) * block_bytes(kFormat);
   for (int b = 0; b < depth_blocks; b += kGroup) {
     GroupSums<I, kRows, kPanels> group;
     group.start(starts == nullptr ? nullptr : starts + std::int64_t{b / kGroup} * kRows);

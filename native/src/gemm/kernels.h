@@ -2,9 +2,9 @@
 //
 // A product C += A B takes A as rows of operands (fp32, or bf16 on the rungs that multiply bf16) and B either from the
 // resident blocks of a weight matrix or from panels: [depth][16 columns] of operands, in the order the multiply wants.
-// Every element of C is one chain of fused multiply-adds in ascending order of the reduction index, whatever the number
-// of rows, the path or the thread. That is what makes a result independent of the tokens that share the batch and of
-// the thread count.
+// Every element of C is one chain of fused multiply-adds in ascending order of the reduction index (of formats
+// multiplied by groups: one chain a group, and one over the groups), whatever the number of rows, the path or the
+// thread. That is what makes a result independent of the tokens that share the batch and of the thread count.
 //
 // C blocks are scratch: fp32, their width a multiple of kPanelColumns, their stride a multiple of 16, with room for
 // kRowSlack rows past the last; so no kernel has an edge in columns.
@@ -142,6 +142,7 @@ struct KernelTable {
   float (*dot)(const float* left, const float* right, std::int64_t count);
   double (*sum_squares)(const float* values, std::int64_t count);
   // By the moments' type. `first` is the index of the first element in its tensor, for the rounding of bf16 moments.
+  // Without momentum there is no buffer: null.
   void (*adam[kMomentTypes])(const struct AdamStep& step, const float* gradient, float* parameter, void* exp_avg,
                              void* exp_avg_sq, std::uint32_t first, std::int64_t count);
   void (*sgd[kMomentTypes])(const struct SgdStep& step, const float* gradient, float* parameter, void* momentum_buffer,

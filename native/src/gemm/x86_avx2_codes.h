@@ -99,15 +99,12 @@ struct Avx2Codes<WeightFormat::kNf4> {
   static __m256 scales(const std::uint8_t* stored, int half) { return load_f32_scales(stored, half); }
 };
 
-template <WeightFormat kFormat>
-using Avx2Reader = Reader<kFormat>;
-
 // The vector set of tile_loops.h. 6 x 16 tiles: 12 of the 16 YMM registers accumulate.
 struct Avx2 {
   using Vec = __m256;
   using Words = __m256i;
   template <WeightFormat kFormat>
-  using Reader = Avx2Reader<kFormat>;
+  using Reader = kt_expert::Reader<kFormat>;
   template <WeightFormat kFormat>
   using Codes = Avx2Codes<kFormat>;
   static constexpr int kLanes = 8;

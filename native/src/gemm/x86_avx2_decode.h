@@ -47,17 +47,6 @@ __m256 int8_codes(__m256i words) {
 }
 
 template <>
-struct Reader<WeightFormat::kInt8> {
-  __m256 scale;
-  Reader() = default;
-  Reader(const std::uint8_t* scales, int half) : scale(load_f32_scales(scales, half)) {}
-  template <int kDepth>
-  __m256 read(__m256i words) const {
-    return _mm256_mul_ps(int8_codes<kDepth>(words), scale);
-  }
-};
-
-template <>
 struct Reader<WeightFormat::kFp8> {
   __m256 scale;
   // The code's exponent and mantissa, moved to the top of an fp32 with bias 127 instead of 7.

@@ -31,20 +31,20 @@ KT_INLINE void turn_quarter(const std::uint8_t* at, __m256i (&t)[kQuarterRows]) 
   t[3] = _mm256_castps_si256(_mm256_shuffle_ps(high01, high23, 0xEE));
 }
 
-// bf16, int8 and fp8 turn words and read them after; a group of eight words spans kGroupDepth depths, whose
-// order is [place in the word][word].
+// bf16, int8 and fp8 turn words and read them after: a group of eight words spans turned_depth() depths, in the order
+// [place in the word][word].
 constexpr int kWordGroup = 8;
 template <WeightFormat kFormat>
 constexpr bool turns_words() {
   return bits_of(kFormat) >= 8;
 }
 template <WeightFormat kFormat>
-constexpr int group_depth() {
+constexpr int turned_depth() {
   return turns_words<kFormat>() ? kWordGroup * values_per_word(kFormat) : kWordGroup;
 }
 template <WeightFormat kFormat>
 constexpr int group_bytes() {
-  return kWordRowBytes * group_depth<kFormat>() / values_per_word(kFormat);
+  return kWordRowBytes * turned_depth<kFormat>() / values_per_word(kFormat);
 }
 
 // Half a block of rows into both panels; bf16 is two groups, a panel each, and the words of int8 and fp8 are one group
@@ -122,7 +122,7 @@ void expand_backward(const PackedMatrix& w, int depth_block, int first_row, int 
 template <WeightFormat kFormat, int kRows>
 KT_INLINE void backward_words(const float* const (&a)[kRows], const std::uint8_t* words, const std::uint8_t* scales,
                               int half, float* c, std::int64_t c_stride) {
-  constexpr int kPerWord = values_per_word(kFormat), kGroups = kBlockDepth / group_depth<kFormat>();
+  constexpr int kPerWord = values_per_word(kFormat), kGroups = kBlockDepth / turned_depth<kFormat>();
   constexpr int kSums = kGroups * kPerWord;
   const RowReader<kFormat> reader(scales);
   __m256 sum[kRows][kSums];
@@ -233,7 +233,7 @@ void backward_rows(const float* const* rows, const PackedMatrix& w, int row_bloc
 // Above, turning a block for every tile of rows costs more than a panel.
 template <WeightFormat kFormat>
 constexpr int direct_backward_rows() {
-  return group_depth<kFormat>() > 16 ? 2 : 4;
+  return turned_depth<kFormat>() > 16 ? 2 : 4;
 }
 
 template <WeightFormat kFormat>
@@ -251,7 +251,7 @@ void direct_backward(const LeftRows& a, int rows, const PackedMatrix& w, const B
   }
 }
 
-// Column 32 j + kPerWord w + i of a row <-> place [i][w] of its group.
+// Column kPerWord w + i of a group of columns <-> its place [i][w].
 template <int kPerWord, bool kToWords>
 void reorder(float* c, std::int64_t c_stride, int rows, int columns) {
   constexpr int kGroup = kWordGroup * kPerWord;
