@@ -15,6 +15,7 @@ PARTS = {
     "momentum_buffer": pb.ADAPTER_PART_MOMENTUM_BUFFER,
     "row_var": pb.ADAPTER_PART_ROW_VAR,
     "col_var": pb.ADAPTER_PART_COL_VAR,
+    "step": pb.ADAPTER_PART_STEP,
 }
 PART_NAMES = {value: name for name, value in PARTS.items()}
 

@@ -186,11 +186,6 @@ class ModelOffload:
             run.grad_norm()  # a barrier: nobody computes before the values are there
         run.refresh_steps()
 
-    def forget_moments(self) -> None:
-        """The optimizer is a new one: the moments on the server start at zero, as its own do."""
-        moments = self.download(moments=True) if self.member.rank == 0 else {}
-        self.upload({key: torch.zeros_like(value) for key, value in moments.items()}, step=0)
-
     def download(self, *, moments: bool = False) -> AdapterTensors:
         """The adapter's tensors, or its moments alone."""
         return self.run.get_adapter(parameters=not moments, moments=moments)
@@ -224,10 +219,9 @@ class ModelOffload:
         update = translate(optimizer, group)
         if _found_inf(optimizer):
             return  # the gradient scaler has this step skipped
-        if self.run.steps_taken and not has_stepped(optimizer, group, self.anchor.weight):
-            self.forget_moments()
+        is_new = not has_stepped(optimizer, self.anchor.weight)
         scale = float(self.anchor.weight.grad.item()) / self._filled / _grad_scale(optimizer)
-        self.run.step(update, grad_scale=scale)
+        self.run.step(update, grad_scale=scale, new_optimizer=is_new)
 
     def close(self) -> None:
         """Leaves the run. The model cannot train afterwards; other models are not touched."""

@@ -104,9 +104,9 @@ def translate(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> Update
     )
 
 
-def has_stepped(optimizer: torch.optim.Optimizer, group: dict[str, Any], parameter: torch.Tensor) -> bool:
-    """Whether this optimizer holds a state of the parameter, or needs none: false only for a new one."""
+def has_stepped(optimizer: torch.optim.Optimizer, parameter: torch.Tensor) -> bool:
+    """Whether this optimizer holds a state of the parameter: false for a new one, and for SGD without momentum."""
     state = optimizer.state.get(parameter, {})
     if isinstance(optimizer, torch.optim.SGD):
-        return not group["momentum"] or state.get("momentum_buffer") is not None
+        return state.get("momentum_buffer") is not None
     return int(state.get("step", 0)) > 0

@@ -186,10 +186,13 @@ class Run:
         update: Update | Sequence[ParamGroup],
         grad_scale: float = 1.0,
         timeout_s: float = DEFAULT_BARRIER_TIMEOUT_S,
+        *,
+        new_optimizer: bool = False,
     ) -> int:
         """Barrier: one optimizer update with the averaged gradients times grad_scale. Closes the gradient window.
 
-        `update` goes for all tensors; as a sequence of groups, each for its own. Returns the steps taken.
+        `update` goes for all tensors; as a sequence of groups, each for its own. With `new_optimizer` the moments of an
+        earlier one are forgotten first. Returns the steps taken.
         """
         groups = [ParamGroup(update)] if isinstance(update, Update) else update
         request = pb.StepRequest(
@@ -199,6 +202,7 @@ class Run:
             grad_scale=grad_scale,
             groups=[group.update.group(group.tensors) for group in groups],
             timeout_s=timeout_s,
+            new_optimizer=new_optimizer,
         )
         self._step = int(self._call("step", self._stub.Step, request, timeout_s).step)
         return self._step
@@ -224,7 +228,8 @@ class Run:
         return tensors
 
     def put_adapter(self, tensors: AdapterTensors, *, step: int | None = None) -> None:
-        """Replaces tensors of the run. With moments, `step` says how many optimizer steps they stand for."""
+        """Replaces tensors of the run. With moments, `step` is the run's step count from then on, and how many updates
+        they stand for where no part "step" says otherwise."""
         if not tensors:
             return
         try:
@@ -275,7 +280,7 @@ class Run:
             raise from_rpc(error, what) from error
 
     def _chunks(self, tensors: AdapterTensors, step: int) -> Iterator[pb.AdapterChunk]:
-        for key, tensor in tensors.items():
+        for key, tensor in sorted(tensors.items(), key=lambda entry: entry[0].part == "step"):  # after what they count
             values = tensor.detach().to(device="cpu", dtype=torch.float32).contiguous()
             view = byte_view(values)
             for offset in range(0, view.nbytes, MAX_PAYLOAD_BYTES):

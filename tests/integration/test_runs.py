@@ -177,9 +177,40 @@ def test_another_kind_of_optimizer_needs_a_new_start(client: Client) -> None:
     with pytest.raises(kt.WrongPhase, match="has taken 1 steps with adamw and is asked for sgd"):
         run.step(Sgd(1e-2))
     run.step(Adam(1e-2))  # of the same kind of state
-    run.put_adapter({key: torch.zeros_like(value) for key, value in run.get_adapter(moments=True).items()}, step=0)
     train_step(run, 2)
-    assert run.step(Sgd(1e-2)) == 1
+    assert run.step(Sgd(1e-2), new_optimizer=True) == 3
+    assert {key.part for key in run.get_adapter(parameters=False, moments=True)} == {"momentum_buffer", "step"}
+
+
+def test_moments_count_their_updates_layer_by_layer(client: Client) -> None:
+    """A layer that saw no backward keeps its count, and moments put without one stand for the run's steps."""
+    run = client.open_run(lora=LORA, wire_dtype="fp32")
+    layers = [entry.layer for entry in LORA]
+
+    def counts() -> dict[int, float]:
+        moments = run.get_adapter(parameters=False, moments=True)
+        return {key.layer: value.item() for key, value in moments.items() if key.part == "step"}
+
+    with_random_b(run)
+    train_step(run, 0)
+    run.step(AdamW(1e-2))
+    x, ids, weights = batch(5, 2)
+    handle = run.submit_forward(layers[0], x, ids, weights)
+    run.submit_backward(layers[0], handle.ticket, handle.result()).result()
+    run.step(AdamW(1e-2))
+    assert counts() == {layers[0]: 2.0} | dict.fromkeys(layers[1:], 1.0)
+    moments = run.get_adapter(parameters=False, moments=True)
+    run.put_adapter({key: value for key, value in moments.items() if key.part != "step"}, step=7)
+    assert counts() == dict.fromkeys(layers, 7.0)
+    run.put_adapter(dict(reversed(moments.items())), step=2)
+    assert counts() == {layers[0]: 2.0} | dict.fromkeys(layers[1:], 1.0)
+    bad = next(key for key in moments if key.part == "step")
+    for value in (-1.0, 0.5, float("nan"), 2.0**30):
+        with pytest.raises(kt.InvalidRequest, match=r"expected a whole number|not finite"):
+            run.put_adapter({bad: torch.full((1, 1, 1), value)}, step=2)
+    fresh = client.open_run(lora=LORA, wire_dtype="fp32")
+    with pytest.raises(kt.InvalidRequest, match="came before the moments it counts"):
+        fresh.put_adapter({bad: torch.ones(1, 1, 1)}, step=1)
 
 
 def test_groups_of_a_step_have_their_own_numbers(client: Client) -> None:

@@ -18,7 +18,7 @@ _STEP_KEY = "step"
 
 @dataclass(frozen=True, slots=True)
 class Moments:
-    """AdamW moments of the run and the number of steps they stand for."""
+    """What the optimizer keeps, with how many updates each tensor has seen, and the steps of the run."""
 
     tensors: AdapterTensors
     step: int

@@ -111,6 +111,13 @@ struct BackwardArgs {
   const CancelToken* token = nullptr;
 };
 
+// One layer's part in an optimizer step.
+struct LayerUpdate {
+  std::vector<const LoraTensors*> gradients;  // by rank
+  LoraTensors* parameters = nullptr;
+  OptimizerState* state = nullptr;
+};
+
 class Engine {
  public:
   // `isa` empty: the best this machine has. Throws Unsupported for one it lacks. `nodes` memory nodes share the
@@ -133,10 +140,10 @@ class Engine {
   std::unique_ptr<Ticket> forward(const ForwardArgs& args);
   // Adds to `gradients` only after every step that can fail or be cancelled: a backward counts whole or not at all.
   void backward(const BackwardArgs& args);
-  // gradients[rank] are summed in rank order, scaled, and applied. All sets share the parameters' shape. Throws
-  // InvalidArgument where a tensor's update is of another kind than the state.
-  void step(const OptimizerStep& step, const std::vector<const LoraTensors*>& gradients, LoraTensors& parameters,
-            OptimizerState& state);
+  // Of every layer, gradients are summed in rank order, scaled, and applied. Throws InvalidArgument where shapes differ
+  // or a tensor's update is of another kind than the state. Everything is checked and all memory taken before the first
+  // write: a step counts whole or not at all.
+  void step(const OptimizerStep& step, const std::vector<LayerUpdate>& layers);
   // Sum of squares of scale * (sum over ranks of gradients).
   double gradient_square_sum(double scale, const std::vector<const LoraTensors*>& gradients);
 
@@ -150,6 +157,8 @@ class Engine {
                                    FloatType type, SavePolicy policy);
   // Peak scratch of one forward or backward beside tickets and outputs.
   std::int64_t scratch_bytes(const LayerSpec& layer, const LoraSpec& lora, std::int64_t tokens, int top_k) const;
+  // Peak scratch of a step or a norm over one layer; that of several layers is the largest.
+  std::int64_t step_bytes(const LayerSpec& layer, const LoraSpec& lora, OptimizerKind kind, int ranks) const;
 
  private:
   class Pass;

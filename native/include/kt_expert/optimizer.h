@@ -52,14 +52,24 @@ struct OptimizerUpdate {
 struct OptimizerStep {
   std::array<OptimizerUpdate, kLoraTensors> updates;
   double grad_scale = 1.0;  // clip coefficient and averaging, applied to the gradient first
-  std::int64_t step = 1;    // 1 for the first update
+};
+
+// Of all experts together.
+struct SlotShape {
+  std::int64_t experts = 0;
+  std::int64_t rows = 0;
+  std::int64_t columns = 0;
+
+  std::int64_t size() const { return experts * rows * columns; }
 };
 
 // What one layer's optimizer keeps between steps, zero at first. Slots: exp_avg and exp_avg_sq (adamw, adam),
-// momentum_buffer (sgd), row_var and col_var (adafactor; [experts, rows] and [experts, columns], always fp32).
+// momentum_buffer (sgd), row_var and col_var (adafactor; [experts, rows, 1] and [experts, 1, columns], always fp32);
+// and last, for every kind, step: how many updates these moments of a tensor stand for, as one fp32 number like
+// torch's.
 class OptimizerState {
  public:
-  static constexpr int kMostSlots = 2;
+  static constexpr int kMostSlots = 3;
 
   OptimizerState(const LayerSpec& layer, const LoraSpec& lora, OptimizerKind kind, MomentType moments);
 
@@ -70,12 +80,12 @@ class OptimizerState {
   static std::vector<std::string> slot_names(OptimizerKind kind);
   int slot_count() const { return static_cast<int>(slot_names(kind_).size()); }
   MomentType slot_type(int slot) const;
-  // Shape [experts, rows, columns] of one slot of one tensor; rows or columns are 1 where they are factored away.
-  LoraShape slot_shape(int slot, LoraTensor tensor) const;
+  // Shape of one slot of one tensor; rows or columns are 1 where they are factored away.
+  SlotShape slot_shape(int slot, LoraTensor tensor) const;
   std::uint8_t* data(int slot, LoraTensor tensor) { return slots_[slot][static_cast<std::size_t>(tensor)].data(); }
-  // Whether nothing has been put into it: a momentum buffer takes its first gradient undampened.
-  bool fresh() const { return fresh_; }
-  void set_used() { fresh_ = false; }
+  // Counted per tensor, because a layer may see no gradient for some steps, and a momentum buffer begins only once
+  // there is momentum. Exact up to 2^24. Only for tensors that are there.
+  float& steps(LoraTensor tensor) { return *reinterpret_cast<float*>(data(slot_count() - 1, tensor)); }
   std::int64_t bytes() const;
   static std::int64_t bytes_of(const LayerSpec& layer, const LoraSpec& lora, OptimizerKind kind, MomentType moments);
 
@@ -84,7 +94,6 @@ class OptimizerState {
   LoraSpec lora_;
   OptimizerKind kind_;
   MomentType moments_;
-  bool fresh_ = true;
   std::array<std::array<AlignedBuffer<std::uint8_t>, kLoraTensors>, kMostSlots> slots_;
 };
 

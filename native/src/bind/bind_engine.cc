@@ -1,6 +1,9 @@
 #include <pybind11/numpy.h>
 #include <pybind11/stl.h>
 
+#include <tuple>
+#include <vector>
+
 #include "bind/bindings.h"
 #include "kt_expert/engine.h"
 #include "kt_expert/error.h"
@@ -97,6 +100,15 @@ void backward(Engine& engine, const LayerWeights& weights, const LoraTensors* ad
   engine.backward(args);
 }
 
+using LayerTuple = std::tuple<std::vector<const LoraTensors*>, LoraTensors*, OptimizerState*>;
+
+void take_step(Engine& engine, const OptimizerStep& step, const std::vector<LayerTuple>& layers) {
+  py::gil_scoped_release release;
+  std::vector<LayerUpdate> updates;
+  for (const auto& [gradients, parameters, state] : layers) updates.push_back({gradients, parameters, state});
+  engine.step(step, updates);
+}
+
 }  // namespace
 
 void bind_engine(py::module_& module) {
@@ -125,12 +137,17 @@ void bind_engine(py::module_& module) {
       .def("backward", &backward, py::arg("weights"), py::arg("adapter").none(true), py::arg("gradients").none(true),
            py::arg("ticket"), py::arg("dy"), py::arg("dx"), py::arg("d_weights").noconvert(),
            py::arg("token").none(true) = nullptr)
-      .def("step", &Engine::step, py::arg("step"), py::arg("gradients"), py::arg("parameters"), py::arg("state"),
-           py::call_guard<py::gil_scoped_release>())
+      .def("step", &take_step, py::arg("step"), py::arg("layers"))
       .def("gradient_square_sum", &Engine::gradient_square_sum, py::arg("scale"), py::arg("gradients"),
            py::call_guard<py::gil_scoped_release>())
       .def("scratch_bytes", &Engine::scratch_bytes, py::arg("layer"), py::arg("lora"), py::arg("tokens"),
            py::arg("top_k"))
+      .def(
+          "step_bytes",
+          [](const Engine& engine, const LayerSpec& layer, const LoraSpec& lora, const std::string& kind, int ranks) {
+            return engine.step_bytes(layer, lora, optimizer_from_name(kind), ranks);
+          },
+          py::arg("layer"), py::arg("lora"), py::arg("kind"), py::arg("ranks"))
       .def_static(
           "ticket_bytes",
           [](const LayerSpec& layer, const LoraSpec& lora, std::int64_t tokens, int top_k, const std::string& dtype,

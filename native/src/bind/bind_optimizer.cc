@@ -1,6 +1,9 @@
 #include <pybind11/numpy.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
+#include <map>
+
 #include "bind/bindings.h"
 #include "kt_expert/error.h"
 #include "kt_expert/optimizer.h"
@@ -36,10 +39,9 @@ OptimizerUpdate make_update(const std::string& kind, double learning_rate, doubl
   return update;
 }
 
-OptimizerStep make_step(const std::map<std::string, OptimizerUpdate>& updates, double grad_scale, std::int64_t step) {
+OptimizerStep make_step(const std::map<std::string, OptimizerUpdate>& updates, double grad_scale) {
   OptimizerStep made;
   made.grad_scale = grad_scale;
-  made.step = step;
   for (int t = 0; t < kLoraTensors; ++t) {
     const auto found = updates.find(lora_tensor_name(static_cast<LoraTensor>(t)));
     if (found == updates.end()) {
@@ -60,11 +62,10 @@ py::array slot_view(const py::object& self, const std::string& slot, const std::
   }
   const int index = static_cast<int>(found - slots.begin());
   const LoraTensor tensor = lora_tensor_from_name(name);
-  const LoraShape shape = state.slot_shape(index, tensor);
-  const std::vector<py::ssize_t> extents{static_cast<py::ssize_t>(state.layer().experts),
-                                         static_cast<py::ssize_t>(shape.rows), static_cast<py::ssize_t>(shape.columns)};
+  const SlotShape shape = state.slot_shape(index, tensor);
+  const std::vector<py::ssize_t> extents{static_cast<py::ssize_t>(shape.experts), static_cast<py::ssize_t>(shape.rows),
+                                         static_cast<py::ssize_t>(shape.columns)};
   std::uint8_t* data = state.data(index, tensor);
-  state.set_used();  // the caller may write to it
   if (state.slot_type(index) == MomentType::kBf16) {
     return py::array_t<bf16_t>(extents, reinterpret_cast<bf16_t*>(data), self);
   }
@@ -90,7 +91,7 @@ void bind_optimizer(py::module_& module) {
            py::arg("beta2_decay") = -0.8, py::arg("eps1") = OptimizerUpdate{}.eps1, py::arg("eps2") = 1e-3,
            py::arg("clip_threshold") = 1.0);
   py::class_<OptimizerStep>(module, "OptimizerStep")
-      .def(py::init(&make_step), py::arg("updates"), py::kw_only(), py::arg("grad_scale"), py::arg("step"));
+      .def(py::init(&make_step), py::arg("updates"), py::kw_only(), py::arg("grad_scale"));
   py::class_<OptimizerState>(module, "OptimizerState")
       .def(py::init(
                [](const LayerSpec& layer, const LoraSpec& lora, const std::string& kind, const std::string& moments) {

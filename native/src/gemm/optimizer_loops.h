@@ -22,6 +22,12 @@ inline std::uint32_t mixed(std::uint32_t value) {
   return value ^ (value >> 16);
 }
 
+// start + weight (end - start), from the nearer end: close to 1 the difference would cancel. torch's lerp does the
+// same.
+inline float lerp(float start, float end, float weight, float rest) {
+  return weight < 0.5f ? start + weight * (end - start) : end - rest * (end - start);
+}
+
 // Up with the probability of what is cut off, so that the mean is exact.
 inline void write_moment(float value, std::uint32_t, float& target) { target = value; }
 inline void write_moment(float value, std::uint32_t random, bf16_t& target) {
@@ -40,12 +46,11 @@ void loop_adam(const AdamStep& step, const float* gradient, float* parameter, vo
   const float step_size = static_cast<float>(step.learning_rate / step.bias_correction1);
   const float root_correction = static_cast<float>(std::sqrt(step.bias_correction2));
   const float grad_scale = static_cast<float>(step.grad_scale), eps = static_cast<float>(step.eps);
-  const float rest1 = static_cast<float>(1.0 - step.beta1);
+  const float beta1 = static_cast<float>(step.beta1), rest1 = static_cast<float>(1.0 - step.beta1);
   const float beta2 = static_cast<float>(step.beta2), rest2 = static_cast<float>(1.0 - step.beta2);
   for (std::int64_t i = 0; i < count; ++i) {
     const float g = grad_scale * gradient[i] + l2 * parameter[i];
-    const float old_average = read_moment(averages[i]);
-    const float m = old_average + rest1 * (g - old_average);
+    const float m = lerp(read_moment(averages[i]), g, rest1, beta1);
     const float v = beta2 * read_moment(squares[i]) + rest2 * g * g;
     const std::uint32_t random =
         std::is_same_v<Moment, float> ? 0u : mixed(step.rounding + first + static_cast<std::uint32_t>(i));
@@ -61,6 +66,10 @@ void loop_sgd(const SgdStep& step, const float* gradient, float* parameter, void
   Moment* buffer = static_cast<Moment*>(momentum_buffer);
   const float grad_scale = static_cast<float>(step.grad_scale), l2 = static_cast<float>(step.weight_decay);
   const float momentum = static_cast<float>(step.momentum), rate = static_cast<float>(step.learning_rate);
+  if (buffer == nullptr) {
+    for (std::int64_t i = 0; i < count; ++i) parameter[i] -= rate * (grad_scale * gradient[i] + l2 * parameter[i]);
+    return;
+  }
   const float fresh = step.first ? 1.0f : static_cast<float>(1.0 - step.dampening);
   const float by_gradient = step.nesterov ? 1.0f : 0.0f, by_buffer = step.nesterov ? momentum : 1.0f;
   for (std::int64_t i = 0; i < count; ++i) {

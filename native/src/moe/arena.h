@@ -31,7 +31,22 @@ class Carver {
 
 class Engine::Arena {
  public:
-  // Makes `bytes` available. Keeps its memory across operations up to kKeepBytes.
+  // `bytes` of it for the length of one operation, however that ends.
+  class Lease {
+   public:
+    Lease(Arena& arena, std::int64_t bytes) : arena_(arena), data_(arena.reset(bytes)) {}
+    ~Lease() { arena_.trim(); }
+    Lease(const Lease&) = delete;
+    Lease& operator=(const Lease&) = delete;
+    std::uint8_t* data() const { return data_; }
+
+   private:
+    Arena& arena_;
+    std::uint8_t* data_;
+  };
+
+ private:
+  // Keeps its memory across operations up to kKeepBytes.
   std::uint8_t* reset(std::int64_t bytes) {
     const std::size_t wanted = static_cast<std::size_t>(bytes);
     if (wanted > buffer_.size()) {
@@ -44,7 +59,6 @@ class Engine::Arena {
     if (static_cast<std::int64_t>(buffer_.size()) > kKeepBytes) buffer_ = AlignedBuffer<std::uint8_t>();
   }
 
- private:
   // Fresh pages cost about a microsecond each, so ordinary batches reuse them; an unusually large one gives them back.
   static constexpr std::int64_t kKeepBytes = std::int64_t{1} << 30;
 

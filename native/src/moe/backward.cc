@@ -28,11 +28,9 @@ Engine::BackwardPass::Buffers Engine::BackwardPass::take(Carver& carver, const K
   }
   buffers.d_up = OperandRows::take(carver, kernels, routes, layer.intermediate);
   if (!fp32_operands) buffers.d_up_f32 = carver.take<float>(hidden);
-  if (lora.any()) {
-    buffers.x_f32 = carver.take<float>(tokens * layer.hidden);
-    if (!fp32_operands) buffers.dy_f32 = carver.take<float>(tokens * layer.hidden);
-  }
+  if (reads_x(lora)) buffers.x_f32 = carver.take<float>(tokens * layer.hidden);
   if (lora.rank_down > 0) {
+    if (!fp32_operands) buffers.dy_f32 = carver.take<float>(tokens * layer.hidden);
     buffers.h_f32 = carver.take<float>(hidden);
     buffers.dy_b_down = LoraRows::take(carver, kernels, routes, lora.rank_down, nullptr);
     buffers.weighted_h_a = carver.take<float>(routes * rank_stride(lora.rank_down));
@@ -61,8 +59,9 @@ void Engine::BackwardPass::run(Engine& engine, const BackwardArgs& args) {
   const LayerSpec& layer = ticket.layer();
   const int nodes = static_cast<int>(args.weights->slices().size());
   const KernelTable& kernels = engine.kernels_for_tokens(ticket.type());
-  Carver carver(engine.arena_->reset(
-      scratch_bytes(kernels, layer, ticket.lora(), routing.tokens, routing.routes, nodes, engine.threads())));
+  const Arena::Lease lease(*engine.arena_, scratch_bytes(kernels, layer, ticket.lora(), routing.tokens, routing.routes,
+                                                         nodes, engine.threads()));
+  Carver carver(lease.data());
   const Buffers buffers =
       take(carver, kernels, layer, ticket.lora(), routing.tokens, routing.routes, nodes, ticket.policy(), args.dx.type);
   HiddenStore saved = ticket.store();
@@ -102,13 +101,13 @@ void Engine::BackwardPass::run_phases() {
 
 void Engine::BackwardPass::load() {
   load_operands(args_.dy, buffers_.dy);
-  if (!lora_.any()) return;
-  if (drops()) {
+  if (reads_x(lora_) && drops()) {
     load_dropped_x(args_.ticket->x(), buffers_.x_f32);
     x_ = {buffers_.x_f32, layer_.hidden, nullptr};
-  } else {
+  } else if (reads_x(lora_)) {
     x_ = {load_f32(args_.ticket->x(), buffers_.x_f32), layer_.hidden, nullptr};
   }
+  if (lora_.rank_down == 0) return;
   const OperandRows& dy = buffers_.dy.tokens;
   if (kernels_.operand == OperandType::kF32) {
     dy_ = {dy.f32(), dy.stride, nullptr};

@@ -15,9 +15,9 @@ class Engine::BackwardPass : private Engine::Pass {
   struct Buffers {
     HiddenStore recomputed;  // only where the ticket kept x alone
     TokenOperands dy;
-    OperandRows d_gate, d_up;     // [routes, I]
-    float* x_f32 = nullptr;       // [tokens, H]
-    float* dy_f32 = nullptr;      // [tokens, H], as the next two null where the operands are fp32 themselves
+    OperandRows d_gate, d_up;  // [routes, I]
+    float* x_f32 = nullptr;    // [tokens, H], for dA of gate and up
+    float* dy_f32 = nullptr;   // [tokens, H], for dB of down; null, as the next two, where operands are fp32 themselves
     float* d_gate_f32 = nullptr;  // [routes, I]
     float* d_up_f32 = nullptr;
     float* h_f32 = nullptr;         // [routes, I], for the gradient of A_down

@@ -12,6 +12,9 @@ namespace kt_expert {
 namespace {
 
 void require_same_layer(const LayerSpec& layer, const LayerSpec& other, const char* what) {
+  if (layer.activation.kind != other.activation.kind) {
+    throw InvalidArgument(std::string(what) + " belongs to a layer with another activation");
+  }
   if (layer.experts != other.experts || layer.hidden != other.hidden || layer.intermediate != other.intermediate) {
     throw InvalidArgument(std::string(what) + " belongs to a layer of another shape: E, H, I = " +
                           std::to_string(other.experts) + ", " + std::to_string(other.hidden) + ", " +
@@ -20,7 +23,7 @@ void require_same_layer(const LayerSpec& layer, const LayerSpec& other, const ch
   }
 }
 
-bool same_ranks(const LoraSpec& a, const LoraSpec& b) {
+bool same_adapter(const LoraSpec& a, const LoraSpec& b) {
   return a.tied == b.tied && a.rank_gate == b.rank_gate && a.rank_up == b.rank_up && a.rank_down == b.rank_down &&
          a.dropout == b.dropout;
 }
@@ -115,9 +118,7 @@ WorkerScratch Engine::worker_scratch(int worker) {
 std::unique_ptr<Ticket> Engine::forward(const ForwardArgs& args) {
   if (args.lora != nullptr) require_same_layer(args.weights->spec(), args.lora->layer(), "the adapter");
   std::lock_guard<std::mutex> lock(mutex_);
-  std::unique_ptr<Ticket> ticket = ForwardPass::run(*this, args);
-  arena_->trim();
-  return ticket;
+  return ForwardPass::run(*this, args);
 }
 
 void Engine::backward(const BackwardArgs& args) {
@@ -125,15 +126,16 @@ void Engine::backward(const BackwardArgs& args) {
   if (args.lora != nullptr) {
     if (args.gradients == nullptr) throw InvalidArgument("a backward with an adapter needs gradients to add to");
     require_same_layer(args.weights->spec(), args.lora->layer(), "the adapter");
-    if (!same_ranks(args.lora->lora(), args.ticket->lora()) || !same_ranks(args.lora->lora(), args.gradients->lora())) {
-      throw InvalidArgument("the ticket or the gradients were made for an adapter of other ranks");
+    require_same_layer(args.weights->spec(), args.gradients->layer(), "the gradients' set");
+    if (!same_adapter(args.lora->lora(), args.ticket->lora()) ||
+        !same_adapter(args.lora->lora(), args.gradients->lora())) {
+      throw InvalidArgument("the ticket or the gradients were made for an adapter of other ranks or another dropout");
     }
   } else if (args.ticket->lora().any()) {
     throw InvalidArgument("the ticket was saved with an adapter; give the same adapter to backward");
   }
   std::lock_guard<std::mutex> lock(mutex_);
   BackwardPass::run(*this, args);
-  arena_->trim();
 }
 
 std::int64_t Engine::ticket_bytes(const LayerSpec& layer, const LoraSpec& lora, std::int64_t tokens, int top_k,

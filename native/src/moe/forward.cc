@@ -25,7 +25,8 @@ std::unique_ptr<Ticket> Engine::ForwardPass::run(Engine& engine, const ForwardAr
   const std::int64_t needed =
       scratch_bytes(engine.kernels_for_tokens(args.x.type), layer, lora, args.routing.tokens, args.routing.routes,
                     static_cast<int>(args.weights->slices().size()), engine.threads());
-  Carver carver(engine.arena_->reset(needed));
+  const Arena::Lease lease(*engine.arena_, needed);
+  Carver carver(lease.data());
   std::unique_ptr<Ticket> ticket;
   HiddenStore store;
   if (args.save != SavePolicy::kNothing) {

@@ -15,8 +15,10 @@ Engine::HiddenPass::Buffers Engine::HiddenPass::take(Carver& carver, const Kerne
   Buffers buffers;
   buffers.x = TokenOperands::take(carver, kernels, tokens, routes, layer.hidden);
   buffers.h = OperandRows::take(carver, kernels, routes, layer.intermediate);
-  if (lora.dropout > 0.0f) {
+  if (lora.dropout > 0.0f && reads_x(lora)) {
     buffers.dropped_x = TokenOperands::take(carver, kernels, tokens, routes, layer.hidden);
+  }
+  if (lora.dropout > 0.0f && lora.rank_down > 0) {
     buffers.dropped_h = OperandRows::take(carver, kernels, routes, layer.intermediate);
   }
   buffers.x_a_gate = LoraRows::take(carver, kernels, routes, lora.rank_gate, store.x_a_gate);
@@ -38,7 +40,7 @@ void Engine::HiddenPass::reserve(Carver& carver, const KernelTable& kernels, con
 void Engine::HiddenPass::run(TokensIn x) {
   load_operands(x, buffers_.x);
   if (in_integers()) quantise(buffers_.x.tokens, routing_.row_token.data(), layer_.hidden, buffers_.x_codes);
-  if (drops()) load_dropped_x(x, buffers_.dropped_x);
+  if (drops() && reads_x(lora_)) load_dropped_x(x, buffers_.dropped_x);
   project_x();
   for_each_hidden_block([&](const BlockTask& at) { gate_up_block(at); });
   if (in_integers()) quantise(buffers_.h, nullptr, layer_.intermediate, buffers_.h_codes);
@@ -66,7 +68,7 @@ void Engine::HiddenPass::quantise(const OperandRows& source, const std::int32_t*
 }
 
 void Engine::HiddenPass::project_x() {
-  if (lora_.rank_gate == 0 && lora_.rank_up == 0) return;
+  if (!reads_x(lora_)) return;
   const TokenOperands& x = drops() ? buffers_.dropped_x : buffers_.x;
   for_each_row_task([&](const RowTask& task, int worker) {
     const auto project = [&](LoraTensor a, float scale, const LoraRows& target) {

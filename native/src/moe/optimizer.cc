@@ -1,28 +1,18 @@
 // The fused optimizer step: ranks are summed, averaged, clipped and applied in one sweep over memory.
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <vector>
 
 #include "gemm/kernels.h"
 #include "kt_expert/engine.h"
 #include "kt_expert/error.h"
+#include "moe/arena.h"
 
 namespace kt_expert {
 namespace {
 
 constexpr std::int64_t kSpanFloats = 16 * 1024;  // 64 KiB a stream: a handful of streams fit in L2
-
-// Sum over ranks of one span, in rank order: the first rank's own memory where there is only one.
-const float* sum_ranks(const KernelTable& kernels, const std::vector<const LoraTensors*>& gradients, LoraTensor which,
-                       std::int64_t first, std::int64_t count, std::vector<float>& buffer) {
-  const float* own = gradients.front()->tensor(which).data() + first;
-  if (gradients.size() == 1) return own;
-  buffer.assign(own, own + count);
-  for (std::size_t rank = 1; rank < gradients.size(); ++rank) {
-    kernels.add_scaled(1.0f, gradients[rank]->tensor(which).data() + first, buffer.data(), count);
-  }
-  return buffer.data();
-}
 
 struct SpanOf {
   LoraTensor tensor;
@@ -30,79 +20,116 @@ struct SpanOf {
   std::int64_t count;
 };
 
-std::vector<SpanOf> spans_of(const LoraTensors& tensors) {
-  std::vector<SpanOf> spans;
-  for (int t = 0; t < kLoraTensors; ++t) {
-    const LoraTensor which = static_cast<LoraTensor>(t);
-    const std::int64_t size = static_cast<std::int64_t>(tensors.tensor(which).size());
-    for (std::int64_t first = 0; first < size; first += kSpanFloats) {
-      spans.push_back({which, first, std::min(kSpanFloats, size - first)});
+// The six tensors of a layer, cut into spans.
+class Spans {
+ public:
+  Spans(const LayerSpec& layer, const LoraSpec& lora) {
+    for (int t = 0; t < kLoraTensors; ++t) {
+      const LoraShape shape = lora_shape(layer, lora, static_cast<LoraTensor>(t));
+      sizes_[t] = shape.rows * shape.columns * layer.experts;
+      ends_[t] = (t == 0 ? 0 : ends_[t - 1]) + (sizes_[t] + kSpanFloats - 1) / kSpanFloats;
     }
   }
-  return spans;
+  std::int64_t count() const { return ends_[kLoraTensors - 1]; }
+  SpanOf operator[](std::int64_t index) const {
+    int t = 0;
+    while (index >= ends_[t]) ++t;
+    const std::int64_t first = (index - (t == 0 ? 0 : ends_[t - 1])) * kSpanFloats;
+    return {static_cast<LoraTensor>(t), first, std::min(kSpanFloats, sizes_[t] - first)};
+  }
+
+ private:
+  std::array<std::int64_t, kLoraTensors> sizes_, ends_;
+};
+
+// Floats one worker needs: a span summed over ranks, or what adafactor makes of one expert's matrix.
+std::int64_t worker_floats(const LayerSpec& layer, const LoraSpec& lora, OptimizerKind kind, std::int64_t ranks) {
+  std::int64_t most = ranks > 1 ? kSpanFloats : 0;
+  if (kind != OptimizerKind::kAdafactor) return most;
+  for (int t = 0; t < kLoraTensors; ++t) {
+    const LoraShape shape = lora_shape(layer, lora, static_cast<LoraTensor>(t));
+    most = std::max(most, shape.rows * shape.columns + shape.columns);
+  }
+  return most;
 }
 
-}  // namespace
+struct StepScratch {
+  float* floats;  // [threads, worker_floats]
+  std::int64_t worker_floats;
+  double* squares;  // [spans]
 
-namespace {
+  StepScratch(Carver& carver, std::int64_t each, int threads, std::int64_t spans)
+      : floats(carver.take<float>(each * threads)), worker_floats(each), squares(carver.take<double>(spans)) {}
+  float* of(int worker) const { return floats + worker * worker_floats; }
+};
+
+// Gradients of one span, summed over ranks in their order: the first rank's own memory where there is only one.
+const float* sum_ranks(const KernelTable& kernels, const std::vector<const LoraTensors*>& gradients, const SpanOf& span,
+                       float* buffer) {
+  const auto of_rank = [&](std::size_t rank) { return gradients[rank]->tensor(span.tensor).data() + span.first; };
+  if (gradients.size() == 1) return of_rank(0);
+  std::copy_n(of_rank(0), span.count, buffer);
+  for (std::size_t rank = 1; rank < gradients.size(); ++rank) {
+    kernels.add_scaled(1.0f, of_rank(rank), buffer, span.count);
+  }
+  return buffer;
+}
 
 // Tells tensors and steps apart in the rounding of bf16 moments.
 std::uint32_t rounding_seed(std::int64_t step, LoraTensor tensor) {
   return static_cast<std::uint32_t>(step) * 0x9E3779B1u + static_cast<std::uint32_t>(tensor) * 0x27D4EB2Fu;
 }
 
-AdamStep adam_step(const OptimizerUpdate& update, const OptimizerStep& step, LoraTensor tensor) {
-  const double count = static_cast<double>(step.step);
+// `count` is that of the tensor's updates, this one included.
+AdamStep adam_step(const OptimizerUpdate& update, double grad_scale, LoraTensor tensor, std::int64_t count) {
   return {update.learning_rate,
           update.beta1,
           update.beta2,
           update.eps,
           update.weight_decay,
-          step.grad_scale,
-          1.0 - std::pow(update.beta1, count),
-          1.0 - std::pow(update.beta2, count),
+          grad_scale,
+          1.0 - std::pow(update.beta1, static_cast<double>(count)),
+          1.0 - std::pow(update.beta2, static_cast<double>(count)),
           update.kind == OptimizerKind::kAdamW,
-          rounding_seed(step.step, tensor)};
+          rounding_seed(count, tensor)};
 }
 
-SgdStep sgd_step(const OptimizerUpdate& update, const OptimizerStep& step, LoraTensor tensor, bool first) {
-  const double dampening = update.momentum == 0.0 ? 0.0 : update.dampening;  // dampens a buffer, and there is none
-  return {update.learning_rate, update.momentum, dampening, update.weight_decay,
-          step.grad_scale,      update.nesterov, first,     rounding_seed(step.step, tensor)};
+SgdStep sgd_step(const OptimizerUpdate& update, double grad_scale, LoraTensor tensor, std::int64_t count) {
+  return {update.learning_rate, update.momentum, update.dampening, update.weight_decay,
+          grad_scale,           update.nesterov, count == 1,       rounding_seed(count, tensor)};
 }
 
 // One expert's matrix, as torch.optim.Adafactor treats a parameter.
 struct FactoredMatrix {
   std::int64_t rows, columns;
-  const float* gradient;  // summed over ranks, not scaled
+  float* gradient;  // summed over ranks and scaled; ends as the update
+  float* column_squares;
   float* parameter;
   float* row_var;
   float* col_var;
 };
 
-void factored_step(const KernelTable& kernels, const OptimizerUpdate& update, const OptimizerStep& step,
-                   const FactoredMatrix& matrix, std::vector<float>& buffer) {
+void factored_step(const KernelTable& kernels, const OptimizerUpdate& update, double count,
+                   const FactoredMatrix& matrix) {
   const std::int64_t rows = matrix.rows, columns = matrix.columns, size = rows * columns;
-  const double count = static_cast<double>(step.step), elements = static_cast<double>(size);
+  const double elements = static_cast<double>(size);
   const float fresh = static_cast<float>(std::pow(count, update.beta2_decay));
-  buffer.assign(static_cast<std::size_t>(size + columns), 0.0f);
-  float *gradient = buffer.data(), *column_squares = buffer.data() + size;
-  kernels.add_scaled(static_cast<float>(step.grad_scale), matrix.gradient, gradient, size);
+  std::fill_n(matrix.column_squares, columns, 0.0f);
   double row_sum = 0.0;
   for (std::int64_t i = 0; i < rows; ++i) {
-    const float* line = gradient + i * columns;
+    const float* line = matrix.gradient + i * columns;
     const float mean = static_cast<float>(kernels.sum_squares(line, columns) / static_cast<double>(columns));
-    matrix.row_var[i] += fresh * (mean - matrix.row_var[i]);
+    matrix.row_var[i] = (1.0f - fresh) * matrix.row_var[i] + fresh * mean;
     row_sum += matrix.row_var[i];
-    kernels.add_squares(line, column_squares, columns);
+    kernels.add_squares(line, matrix.column_squares, columns);
   }
   kernels.scale(1.0f - fresh, matrix.col_var, columns);
-  kernels.add_scaled(fresh / static_cast<float>(rows), column_squares, matrix.col_var, columns);
+  kernels.add_scaled(fresh / static_cast<float>(rows), matrix.column_squares, matrix.col_var, columns);
   const double row_mean = std::max(row_sum / static_cast<double>(rows), update.eps1);
   const float least = static_cast<float>(update.eps1 * update.eps1);
   double update_squares = 0.0;
   for (std::int64_t i = 0; i < rows; ++i) {
-    float* line = gradient + i * columns;
+    float* line = matrix.gradient + i * columns;
     const float row = static_cast<float>(matrix.row_var[i] / row_mean);
     kernels.factored_update(row, matrix.col_var, least, line, line, columns);
     update_squares += kernels.sum_squares(line, columns);
@@ -115,83 +142,163 @@ void factored_step(const KernelTable& kernels, const OptimizerUpdate& update, co
     kernels.scale(static_cast<float>(1.0 - update.learning_rate * update.weight_decay), matrix.parameter, size);
   }
   const double alpha = std::max(update.eps2, size_of_parameter) * rate;
-  kernels.add_scaled(static_cast<float>(-alpha / clip), gradient, matrix.parameter, size);
+  kernels.add_scaled(static_cast<float>(-alpha / clip), matrix.gradient, matrix.parameter, size);
 }
 
-void check_step(const OptimizerStep& step, const std::vector<const LoraTensors*>& gradients,
-                const OptimizerState& state) {
-  if (gradients.empty()) throw InvalidArgument("an optimizer step needs the gradients of at least one member");
-  if (step.step < 1) throw InvalidArgument("optimizer steps count from 1, got " + std::to_string(step.step));
+void require_shape_of(const LoraTensors& parameters, const LayerSpec& layer, const LoraSpec& lora, const char* what) {
+  for (int t = 0; t < kLoraTensors; ++t) {
+    const LoraTensor tensor = static_cast<LoraTensor>(t);
+    const LoraShape own = lora_shape(parameters.layer(), parameters.lora(), tensor);
+    const LoraShape other = lora_shape(layer, lora, tensor);
+    if (parameters.layer().experts != layer.experts || own.rows != other.rows || own.columns != other.columns) {
+      throw InvalidArgument(std::string(what) + " have " + lora_tensor_name(tensor) + " of " +
+                            std::to_string(layer.experts) + " x " + std::to_string(other.rows) + " x " +
+                            std::to_string(other.columns) + ", the parameters " +
+                            std::to_string(parameters.layer().experts) + " x " + std::to_string(own.rows) + " x " +
+                            std::to_string(own.columns));
+    }
+  }
+}
+
+void check_gradients(const std::vector<const LoraTensors*>& gradients) {
+  if (gradients.empty()) throw InvalidArgument("a step or norm needs the gradients of at least one member, got none");
+  for (const LoraTensors* each : gradients) {
+    if (each == nullptr) throw InvalidArgument("the gradients of a member are null, expected one set per member");
+    require_shape_of(*gradients.front(), each->layer(), each->lora(), "gradients of another member");
+  }
+}
+
+void check_update(const OptimizerStep& step, const LayerUpdate& layer) {
+  if (layer.parameters == nullptr || layer.state == nullptr) {
+    throw InvalidArgument("a layer's update needs parameters and state, got null");
+  }
+  check_gradients(layer.gradients);
+  const LoraTensors& first = *layer.gradients.front();
+  require_shape_of(*layer.parameters, first.layer(), first.lora(), "the gradients");
+  require_shape_of(*layer.parameters, layer.state->layer(), layer.state->lora(), "the moments");
   for (const OptimizerUpdate& update : step.updates) {
     update.validate();
-    const bool both_adam = update.kind <= OptimizerKind::kAdam && state.kind() <= OptimizerKind::kAdam;
-    if (update.kind != state.kind() && !both_adam) {
-      throw InvalidArgument(std::string("the state is of ") + optimizer_name(state.kind()) + ", the step of " +
+    const bool both_adam = update.kind <= OptimizerKind::kAdam && layer.state->kind() <= OptimizerKind::kAdam;
+    if (update.kind != layer.state->kind() && !both_adam) {
+      throw InvalidArgument(std::string("the state is of ") + optimizer_name(layer.state->kind()) + ", the step of " +
                             optimizer_name(update.kind));
     }
   }
 }
 
-}  // namespace
-
-void Engine::step(const OptimizerStep& step, const std::vector<const LoraTensors*>& gradients, LoraTensors& parameters,
-                  OptimizerState& state) {
-  check_step(step, gradients, state);
-  std::lock_guard<std::mutex> lock(mutex_);
-  std::vector<std::vector<float>> sums(static_cast<std::size_t>(pool_.size())), buffers(sums.size());
-  const auto sum_of = [&](LoraTensor tensor, std::int64_t first, std::int64_t count, int worker) {
-    return sum_ranks(kernels_, gradients, tensor, first, count, sums[static_cast<std::size_t>(worker)]);
-  };
-  if (state.kind() == OptimizerKind::kAdafactor) {
-    pool_.run(std::int64_t{kLoraTensors} * parameters.layer().experts, [&](std::int64_t task, int worker) {
-      const LoraTensor tensor = static_cast<LoraTensor>(task % kLoraTensors);
-      const LoraShape shape = lora_shape(parameters.layer(), parameters.lora(), tensor);
-      const std::int64_t expert = task / kLoraTensors, size = shape.rows * shape.columns;
-      if (size == 0) return;
-      factored_step(kernels_, step.updates[static_cast<std::size_t>(tensor)], step,
-                    {shape.rows, shape.columns, sum_of(tensor, expert * size, size, worker),
-                     parameters.tensor(tensor).data() + expert * size,
-                     reinterpret_cast<float*>(state.data(0, tensor)) + expert * shape.rows,
-                     reinterpret_cast<float*>(state.data(1, tensor)) + expert * shape.columns},
-                    buffers[static_cast<std::size_t>(worker)]);
-    });
-    return;
+// Applies one layer's update with scratch that is there already, so that nothing can fail.
+class LayerStep {
+ public:
+  LayerStep(const KernelTable& kernels, ThreadPool& pool, const OptimizerStep& step, const LayerUpdate& layer,
+            const StepScratch& scratch)
+      : kernels_(kernels), pool_(pool), step_(step), layer_(layer), scratch_(scratch) {
+    for (int t = 0; t < kLoraTensors; ++t) {
+      const LoraTensor tensor = static_cast<LoraTensor>(t);
+      const bool counts = update_of(tensor).kind != OptimizerKind::kSgd || update_of(tensor).momentum != 0.0;
+      if (counts && !layer.parameters->tensor(tensor).empty()) ++layer.state->steps(tensor);
+    }
   }
-  const bool first_gradient = state.fresh() || step.step == 1;
-  state.set_used();
-  const std::vector<SpanOf> spans = spans_of(parameters);
-  const int type = static_cast<int>(state.moments()), width = moment_bytes(state.moments());
-  pool_.run(static_cast<std::int64_t>(spans.size()), [&](std::int64_t task, int worker) {
-    const SpanOf span = spans[static_cast<std::size_t>(task)];
-    const OptimizerUpdate& update = step.updates[static_cast<std::size_t>(span.tensor)];
-    const float* gradient = sum_of(span.tensor, span.first, span.count, worker);
-    float* parameter = parameters.tensor(span.tensor).data() + span.first;
+
+  void run() {
+    if (layer_.state->kind() == OptimizerKind::kAdafactor) {
+      pool_.run(std::int64_t{kLoraTensors} * layer_.parameters->layer().experts,
+                [&](std::int64_t task, int worker) { step_matrix(task, worker); });
+    } else {
+      const Spans spans(layer_.parameters->layer(), layer_.parameters->lora());
+      pool_.run(spans.count(), [&](std::int64_t task, int worker) { step_span(spans[task], worker); });
+    }
+  }
+
+ private:
+  const OptimizerUpdate& update_of(LoraTensor tensor) const { return step_.updates[static_cast<std::size_t>(tensor)]; }
+  std::int64_t count_of(LoraTensor tensor) const { return static_cast<std::int64_t>(layer_.state->steps(tensor)); }
+
+  void step_matrix(std::int64_t task, int worker) {
+    const LoraTensor tensor = static_cast<LoraTensor>(task % kLoraTensors);
+    const LoraShape shape = lora_shape(layer_.parameters->layer(), layer_.parameters->lora(), tensor);
+    const std::int64_t expert = task / kLoraTensors, size = shape.rows * shape.columns;
+    if (size == 0) return;
+    float* gradient = scratch_.of(worker);
+    std::fill_n(gradient, size, 0.0f);
+    for (const LoraTensors* rank : layer_.gradients) {
+      kernels_.add_scaled(1.0f, rank->tensor(tensor).data() + expert * size, gradient, size);
+    }
+    kernels_.scale(static_cast<float>(step_.grad_scale), gradient, size);
+    factored_step(
+        kernels_, update_of(tensor), static_cast<double>(count_of(tensor)),
+        {shape.rows, shape.columns, gradient, gradient + size, layer_.parameters->tensor(tensor).data() + expert * size,
+         reinterpret_cast<float*>(layer_.state->data(0, tensor)) + expert * shape.rows,
+         reinterpret_cast<float*>(layer_.state->data(1, tensor)) + expert * shape.columns});
+  }
+
+  void step_span(const SpanOf& span, int worker) {
+    OptimizerState& state = *layer_.state;
+    const OptimizerUpdate& update = update_of(span.tensor);
+    const int type = static_cast<int>(state.moments()), width = moment_bytes(state.moments());
+    const float* gradient = sum_ranks(kernels_, layer_.gradients, span, scratch_.of(worker));
+    float* parameter = layer_.parameters->tensor(span.tensor).data() + span.first;
     const std::uint32_t first = static_cast<std::uint32_t>(span.first);
     const auto moment = [&](int slot) { return state.data(slot, span.tensor) + span.first * width; };
     if (state.kind() == OptimizerKind::kSgd) {
-      kernels_.sgd[type](sgd_step(update, step, span.tensor, first_gradient), gradient, parameter, moment(0), first,
-                         span.count);
+      void* buffer = update.momentum == 0.0 ? nullptr : moment(0);
+      kernels_.sgd[type](sgd_step(update, step_.grad_scale, span.tensor, count_of(span.tensor)), gradient, parameter,
+                         buffer, first, span.count);
     } else {
-      kernels_.adam[type](adam_step(update, step, span.tensor), gradient, parameter, moment(0), moment(1), first,
-                          span.count);
+      kernels_.adam[type](adam_step(update, step_.grad_scale, span.tensor, count_of(span.tensor)), gradient, parameter,
+                          moment(0), moment(1), first, span.count);
     }
-  });
+  }
+
+  const KernelTable& kernels_;
+  ThreadPool& pool_;
+  const OptimizerStep& step_;
+  const LayerUpdate& layer_;
+  const StepScratch& scratch_;
+};
+
+}  // namespace
+
+std::int64_t Engine::step_bytes(const LayerSpec& layer, const LoraSpec& lora, OptimizerKind kind, int ranks) const {
+  Carver carver(nullptr);
+  StepScratch(carver, worker_floats(layer, lora, kind, ranks), threads(), Spans(layer, lora).count());
+  return carver.used();
+}
+
+void Engine::step(const OptimizerStep& step, const std::vector<LayerUpdate>& layers) {
+  std::int64_t each = 0;
+  for (const LayerUpdate& layer : layers) {
+    check_update(step, layer);
+    each = std::max(each, worker_floats(layer.parameters->layer(), layer.parameters->lora(), layer.state->kind(),
+                                        static_cast<std::int64_t>(layer.gradients.size())));
+  }
+  std::lock_guard<std::mutex> lock(mutex_);
+  Carver sizes(nullptr);
+  StepScratch(sizes, each, threads(), 0);
+  const Arena::Lease lease(*arena_, sizes.used());
+  Carver carver(lease.data());
+  const StepScratch scratch(carver, each, threads(), 0);
+  for (const LayerUpdate& layer : layers) LayerStep(kernels_, pool_, step, layer, scratch).run();
 }
 
 double Engine::gradient_square_sum(double scale, const std::vector<const LoraTensors*>& gradients) {
-  if (gradients.empty()) throw InvalidArgument("a gradient norm needs the gradients of at least one member");
+  check_gradients(gradients);
+  const LayerSpec& layer = gradients.front()->layer();
+  const LoraSpec& lora = gradients.front()->lora();
+  const Spans spans(layer, lora);
+  const std::int64_t each =
+      worker_floats(layer, lora, OptimizerKind::kAdamW, static_cast<std::int64_t>(gradients.size()));
   std::lock_guard<std::mutex> lock(mutex_);
-  const std::vector<SpanOf> spans = spans_of(*gradients.front());
-  std::vector<double> partial(spans.size(), 0.0);
-  std::vector<std::vector<float>> buffers(static_cast<std::size_t>(pool_.size()));
-  pool_.run(static_cast<std::int64_t>(spans.size()), [&](std::int64_t task, int worker) {
-    const SpanOf span = spans[static_cast<std::size_t>(task)];
-    const float* gradient =
-        sum_ranks(kernels_, gradients, span.tensor, span.first, span.count, buffers[static_cast<std::size_t>(worker)]);
-    partial[static_cast<std::size_t>(task)] = kernels_.sum_squares(gradient, span.count);
+  Carver sizes(nullptr);
+  StepScratch(sizes, each, threads(), spans.count());
+  const Arena::Lease lease(*arena_, sizes.used());
+  Carver carver(lease.data());
+  const StepScratch scratch(carver, each, threads(), spans.count());
+  pool_.run(spans.count(), [&](std::int64_t task, int worker) {
+    const SpanOf span = spans[task];
+    scratch.squares[task] = kernels_.sum_squares(sum_ranks(kernels_, gradients, span, scratch.of(worker)), span.count);
   });
   double total = 0.0;
-  for (double value : partial) total += value;  // span order, so the same for any number of workers
+  for (std::int64_t i = 0; i < spans.count(); ++i) total += scratch.squares[i];  // the same for any number of workers
   return total * scale * scale;
 }
 

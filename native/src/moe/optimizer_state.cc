@@ -8,17 +8,25 @@ namespace {
 
 constexpr const char* kNames[] = {"adamw", "adam", "sgd", "adafactor"};
 
-LoraShape shape_of(const LayerSpec& layer, const LoraSpec& lora, OptimizerKind kind, int slot, LoraTensor tensor) {
-  LoraShape shape = lora_shape(layer, lora, tensor);
-  if (kind == OptimizerKind::kAdafactor && shape.rows > 0) (slot == 0 ? shape.columns : shape.rows) = 1;
-  return shape;
+bool is_step_slot(OptimizerKind kind, int slot) {
+  return slot + 1 == static_cast<int>(OptimizerState::slot_names(kind).size());
+}
+
+SlotShape shape_of(const LayerSpec& layer, const LoraSpec& lora, OptimizerKind kind, int slot, LoraTensor tensor) {
+  const LoraShape shape = lora_shape(layer, lora, tensor);
+  if (shape.rows == 0) return {};
+  if (is_step_slot(kind, slot)) return {1, 1, 1};
+  if (kind != OptimizerKind::kAdafactor) return {layer.experts, shape.rows, shape.columns};
+  return slot == 0 ? SlotShape{layer.experts, shape.rows, 1} : SlotShape{layer.experts, 1, shape.columns};
+}
+
+MomentType type_of(OptimizerKind kind, MomentType moments, int slot) {
+  return kind == OptimizerKind::kAdafactor || is_step_slot(kind, slot) ? MomentType::kF32 : moments;
 }
 
 std::int64_t slot_bytes(const LayerSpec& layer, const LoraSpec& lora, OptimizerKind kind, MomentType moments, int slot,
                         LoraTensor tensor) {
-  const LoraShape shape = shape_of(layer, lora, kind, slot, tensor);
-  const MomentType type = kind == OptimizerKind::kAdafactor ? MomentType::kF32 : moments;
-  return shape.rows * shape.columns * layer.experts * moment_bytes(type);
+  return shape_of(layer, lora, kind, slot, tensor).size() * moment_bytes(type_of(kind, moments, slot));
 }
 
 }  // namespace
@@ -62,11 +70,11 @@ void OptimizerUpdate::validate() const {
 std::vector<std::string> OptimizerState::slot_names(OptimizerKind kind) {
   switch (kind) {
     case OptimizerKind::kSgd:
-      return {"momentum_buffer"};
+      return {"momentum_buffer", "step"};
     case OptimizerKind::kAdafactor:
-      return {"row_var", "col_var"};
+      return {"row_var", "col_var", "step"};
     default:
-      return {"exp_avg", "exp_avg_sq"};
+      return {"exp_avg", "exp_avg_sq", "step"};
   }
 }
 
@@ -81,11 +89,9 @@ OptimizerState::OptimizerState(const LayerSpec& layer, const LoraSpec& lora, Opt
   }
 }
 
-MomentType OptimizerState::slot_type(int) const {
-  return kind_ == OptimizerKind::kAdafactor ? MomentType::kF32 : moments_;
-}
+MomentType OptimizerState::slot_type(int slot) const { return type_of(kind_, moments_, slot); }
 
-LoraShape OptimizerState::slot_shape(int slot, LoraTensor tensor) const {
+SlotShape OptimizerState::slot_shape(int slot, LoraTensor tensor) const {
   return shape_of(layer_, lora_, kind_, slot, tensor);
 }
 

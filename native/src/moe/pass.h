@@ -35,6 +35,9 @@ inline std::int64_t align_up(std::int64_t extent, std::int64_t unit) { return ce
 // Width of fp32 rows of LoRA intermediates.
 inline std::int64_t rank_stride(int rank) { return align_up(rank, kRankAlign); }
 
+// Whether an adapter multiplies x, for gate or up.
+inline bool reads_x(const LoraSpec& lora) { return lora.rank_gate > 0 || lora.rank_up > 0; }
+
 // Rows of operands of the rung, zero up to a multiple of kDepthAlign. The stride is no power of two: rows a power of
 // two apart would share a few sets of the cache.
 struct OperandRows {

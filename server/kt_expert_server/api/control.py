@@ -187,7 +187,7 @@ class ControlService(service_pb2_grpc.ExpertServicer):
                     moments_step = chunk.step
                 # Inside a turn of the engine: no forward reads a tensor while it is replaced.
                 async with self._queue.turn():
-                    writer.write(tensor, tuple(chunk.shape), chunk.offset, chunk.data)
+                    writer.write(tensor, tuple(chunk.shape), chunk.offset, chunk.data, chunk.step)
             if writer is None or run is None:
                 raise InvalidRequest("PutAdapter got no tensors")
             writer.finish()

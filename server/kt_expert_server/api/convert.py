@@ -29,6 +29,7 @@ _PARTS = {
     pb.ADAPTER_PART_EXP_AVG: "exp_avg",
     pb.ADAPTER_PART_EXP_AVG_SQ: "exp_avg_sq",
     pb.ADAPTER_PART_MOMENTUM_BUFFER: "momentum_buffer",
+    pb.ADAPTER_PART_STEP: "step",
     pb.ADAPTER_PART_ROW_VAR: "row_var",
     pb.ADAPTER_PART_COL_VAR: "col_var",
 }
@@ -93,7 +94,7 @@ def step_params(request: pb.StepRequest) -> StepParams:
         update = getattr(group, kind)
         numbers = tuple((field.name, getattr(update, field.name)) for field in update.DESCRIPTOR.fields)
         groups.append(ParamGroup(tuple(sorted(group.tensors)), kind, numbers))
-    params = StepParams(tuple(groups), request.grad_scale)
+    params = StepParams(tuple(groups), request.grad_scale, request.new_optimizer)
     params.updates()
     return params
 

@@ -52,13 +52,11 @@ class _Contender:
         self.kind, self.moments = kind, moments
         self._engine, self._tensors = engine, tensors
         self._update = native.OptimizerUpdate(kind, learning_rate=1e-4, momentum=0.9)
-        self._taken = 0
 
     def run(self, state: native.OptimizerState) -> float:
-        self._taken += 1
-        step = native.OptimizerStep(dict.fromkeys(TENSORS, self._update), grad_scale=1.0, step=self._taken)
+        step = native.OptimizerStep(dict.fromkeys(TENSORS, self._update), grad_scale=1.0)
         begun = time.perf_counter()
-        self._engine.step(step, [self._tensors["gradients"]], self._tensors["parameters"], state)
+        self._engine.step(step, [([self._tensors["gradients"]], self._tensors["parameters"], state)])
         return time.perf_counter() - begun
 
 

@@ -15,12 +15,14 @@ from kt_expert_server.runtime.run import Run
 
 # What an optimizer keeps, by the kind whose state it is.
 SLOTS = {"exp_avg": "adamw", "exp_avg_sq": "adamw", "momentum_buffer": "sgd", "row_var": "adafactor", "col_var": "adafactor"}
-PARTS = ("parameter", *SLOTS)
+STEP = "step"  # how many updates the moments of a tensor stand for
+PARTS = ("parameter", *SLOTS, STEP)
+_MOST_STEPS = 2**24  # up to here fp32 counts exactly
 
 
 @dataclass(frozen=True, slots=True)
 class TensorId:
-    """One tensor of a run: part is parameter or a slot of the optimizer's state."""
+    """One tensor of a run: part is parameter, a slot of the optimizer's state, or step."""
 
     layer: int
     tensor: str
@@ -83,7 +85,8 @@ class AdapterWriter:
         self._target: LiveTensor | None = None
         self.tensors = 0
 
-    def write(self, tensor: TensorId, shape: tuple[int, ...], offset: int, data: bytes) -> None:
+    def write(self, tensor: TensorId, shape: tuple[int, ...], offset: int, data: bytes, step: int) -> None:
+        """One piece; `step` is what moments without a count of their own stand for."""
         if tensor != self._current:
             self.finish()
             self._current, self._target, self._buffer = tensor, self.locate(tensor), bytearray()
@@ -98,12 +101,19 @@ class AdapterWriter:
         self._buffer += data
         if len(self._buffer) == self._target.nbytes:
             values = np.frombuffer(bytes(self._buffer), np.float32).reshape(self._target.shape)
-            require_finite(tensor, values)
-            self._target.write(values)
+            require_meaning(tensor, values)
+            self.replace(tensor, values, step)
             self._run.adapter_version += 1  # from here on, tickets of the old values are stale
             self._buffer = bytearray()
             self._current = None
             self.tensors += 1
+
+    def replace(self, tensor: TensorId, values: NDArray[np.float32], step: int) -> None:
+        """A whole tensor that has been checked. The count of a moment is `step` until one comes of its own."""
+        self.locate(tensor).write(values)
+        state = self._run.adapters[tensor.layer].state
+        if tensor.part in SLOTS and state is not None:
+            LiveTensor(state.tensor(STEP, tensor.tensor)).write(np.full((1, 1, 1), step, np.float32))
 
     def finish(self) -> None:
         """Raises InvalidRequest where the last tensor is incomplete."""
@@ -111,7 +121,7 @@ class AdapterWriter:
             raise InvalidRequest(f"{self._current} ended after {len(self._buffer)} of {self._target.nbytes} bytes")
 
     def locate(self, tensor: TensorId) -> LiveTensor:
-        """Raises NotFound, or WrongPhase for moments while a step is under way."""
+        """Raises NotFound, InvalidRequest for a count without moments, or WrongPhase for either while a step is under way."""
         adapter = self._run.adapters.get(tensor.layer)
         if adapter is None:
             raise NotFound(f"run {self._run.name!r} has no LoRA on layer {tensor.layer}")
@@ -120,15 +130,22 @@ class AdapterWriter:
         if tensor.part == "parameter":
             return LiveTensor(adapter.parameters.tensor(tensor.tensor))
         require_no_step(self._run)
+        if tensor.part == STEP:
+            if adapter.state is None:
+                raise InvalidRequest(f"{tensor} came before the moments it counts; send those first")
+            return LiveTensor(adapter.state.tensor(STEP, tensor.tensor))
         spec, kind = self._model.layers[tensor.layer].spec, SLOTS[tensor.part]
         if adapter.state is not None and adapter.state.kind != kind:
             adapter.state = None  # what is put replaces what another optimizer kept
         return LiveTensor(ensure_state(self._run, tensor.layer, spec, kind).tensor(tensor.part, tensor.tensor))
 
 
-def require_finite(tensor: TensorId, values: NDArray[np.float32]) -> None:
+def require_meaning(tensor: TensorId, values: NDArray[np.float32]) -> None:
+    """Raises InvalidRequest for values that are not finite, or for a count that is none."""
     if not np.isfinite(values).all():
         raise InvalidRequest(f"{tensor} holds values that are not finite")
+    if tensor.part == STEP and not (0 <= values.item() <= _MOST_STEPS and values.item().is_integer()):
+        raise InvalidRequest(f"{tensor} is {values.item()}, expected a whole number in [0, {_MOST_STEPS}]")
 
 
 def require_no_step(run: Run) -> None:

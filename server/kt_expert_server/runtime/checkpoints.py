@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kt_expert_server.errors import InvalidRequest, WrongPhase
-from kt_expert_server.runtime.adapter_io import AdapterWriter, TensorId, require_finite, require_no_step, set_step
+from kt_expert_server.runtime.adapter_io import STEP, AdapterWriter, TensorId, require_meaning, require_no_step, set_step
 from kt_expert_server.runtime.engine_queue import EngineQueue
 from kt_expert_server.runtime.memory import Kind
 from kt_expert_server.runtime.observer import Observer
@@ -57,13 +57,13 @@ class Checkpoints:
 
         def work() -> None:
             # Everything is read and checked before the first write: a damaged snapshot must leave the run as it was.
-            tensors = list(store.tensors(name, manifest))
+            tensors = sorted(store.tensors(name, manifest), key=lambda entry: entry[0].part == STEP)
             for tensor, values in tensors:
                 check(run, tensor, values)
             drop_moments(run)
             writer, done = AdapterWriter(run, model), 0
             for tensor, values in tensors:
-                writer.locate(tensor).write(values)
+                writer.replace(tensor, values, manifest.step)
                 done += values.nbytes
                 report(done, manifest.size_bytes)
 
@@ -89,10 +89,11 @@ def check(run: Run, tensor: TensorId, values: NDArray[np.float32]) -> None:
     if adapter is None or tensor.tensor not in adapter.parameters.names():
         raise InvalidRequest(f"the checkpoint holds {tensor}, which run {run.name!r} does not have")
     experts, rows, columns = adapter.parameters.tensor(tensor.tensor).shape
-    expected = {"row_var": (experts, rows, 1), "col_var": (experts, 1, columns)}.get(tensor.part, (experts, rows, columns))
+    shapes = {"row_var": (experts, rows, 1), "col_var": (experts, 1, columns), STEP: (1, 1, 1)}
+    expected = shapes.get(tensor.part, (experts, rows, columns))
     if values.shape != expected or values.dtype != np.float32:
         raise InvalidRequest(f"{tensor} has shape {values.shape} and dtype {values.dtype}, expected {expected} and float32")
-    require_finite(tensor, values)
+    require_meaning(tensor, values)
 
 
 def drop_moments(run: Run) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import kt_expert_native as native
@@ -20,6 +21,7 @@ from kt_expert_server.runtime.registry import Registry
 from kt_expert_server.runtime.run import LayerAdapter, Member, Run, SavedTicket
 
 Tokens = NDArray[np.uint16] | NDArray[np.float32]
+LayerGradients = tuple[int, LayerAdapter, list[native.LoraTensors]]  # a layer, its adapter, gradients in rank order
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,33 +223,45 @@ class Compute:
         """L2 norm over all layers of the gradients averaged over the world size."""
 
         async with self._queue.turn():
-            gradients = [entry[2] for entry in all_gradients(run)]
+            layers = all_gradients(run)
             scale, engine = 1.0 / run.config.world_size, self._queue.engine
-            return await self._queue.run(lambda: sum(engine.gradient_square_sum(scale, each) for each in gradients) ** 0.5)
+            with self._scratch_of_step(run, layers, "adamw", "a gradient norm"):
+                return await self._queue.run(
+                    lambda: sum(engine.gradient_square_sum(scale, each) for _, _, each in layers) ** 0.5
+                )
 
     async def step(self, run: Run, said: Mapping[int, StepParams]) -> int:
         """Averages, clips and applies the optimizer once, then closes every member's window. Returns the new step count."""
         params = agreed_params(said)
         async with self._queue.turn():
             index, layers = run.step + 1, all_gradients(run)
-            grad_scale = params.grad_scale / run.config.world_size
-            step = native.OptimizerStep(params.updates(), grad_scale=grad_scale, step=index)
-            model = self._registry.loaded_model()
+            step = native.OptimizerStep(params.updates(), grad_scale=params.grad_scale / run.config.world_size)
+            model, kind = self._registry.loaded_model(), params.state_kind
 
             def work() -> None:
                 # All memory first: from the first update on nothing may fail. A layer that saw no backward is not here;
                 # it keeps its parameters and moments, as torch does for a parameter without a gradient.
-                states = [ensure_state(run, layer, model.layers[layer].spec, params.state_kind) for layer, _, _ in layers]
-                for (_, adapter, gradients), state in zip(layers, states, strict=True):
-                    self._queue.engine.step(step, gradients, adapter.parameters, state)
+                specs = {layer: model.layers[layer].spec for layer, _, _ in layers}
+                states = [ensure_state(run, layer, spec, kind, new=params.new_optimizer) for layer, spec in specs.items()]
+                updates = [
+                    (gradients, adapter.parameters, state)
+                    for (_, adapter, gradients), state in zip(layers, states, strict=True)
+                ]
+                self._queue.engine.step(step, updates)
 
             begun = time.monotonic()
-            await self._queue.run(work)
+            with self._scratch_of_step(run, layers, kind, "an optimizer step"):
+                await self._queue.run(work)
             self._observer.step(time.monotonic() - begun)
             run.adapter_version += 1
             for member in run.members.values():
                 member.close_window()
         return index
+
+    def _scratch_of_step(self, run: Run, layers: list[LayerGradients], kind: str, what: str) -> AbstractContextManager[None]:
+        model, engine, ranks = self._registry.loaded_model(), self._queue.engine, run.config.world_size
+        sizes = [engine.step_bytes(model.layers[layer].spec, adapter.spec, kind, ranks) for layer, adapter, _ in layers]
+        return self._registry.budget.held(Kind.SCRATCH, max(sizes, default=0), f"{what} of run {run.name!r}")
 
     async def wait_for_request(self, member: Member, request_id: int, timeout_s: float) -> None:
         """Waits until the request and all before it have their outcome. It may still be on its way when this is called."""
@@ -283,7 +297,7 @@ def require_joined(member: Member) -> None:
         raise WrongPhase(f"rank {member.rank} has left run {member.run.name!r}; join it again")
 
 
-def all_gradients(run: Run) -> list[tuple[int, LayerAdapter, list[native.LoraTensors]]]:
+def all_gradients(run: Run) -> list[LayerGradients]:
     """Layers that saw a backward in this window, each with its gradients in rank order. Raises WrongPhase for a rank that
     left: the average would lack its part."""
     if len(run.members) != run.config.world_size:
@@ -298,16 +312,20 @@ def rank_gradients(run: Run, layer: int) -> list[native.LoraTensors]:
     return [run.members[rank].gradients[layer] for rank in sorted(run.members) if layer in run.members[rank].window]
 
 
-def ensure_state(run: Run, layer: int, layer_spec: native.LayerSpec, kind: str) -> native.OptimizerState:
-    """The layer's optimizer state. Raises WrongPhase where steps of another kind have been taken."""
+def ensure_state(run: Run, layer: int, layer_spec: native.LayerSpec, kind: str, *, new: bool = False) -> native.OptimizerState:
+    """The layer's optimizer state; with `new`, one that stands for no update. Raises WrongPhase where, without it, updates
+    of another kind have been made."""
     adapter = run.adapters[layer]
-    if adapter.state is not None and adapter.state.kind != kind:
-        if run.step > 0:
+    state = adapter.state
+    if state is not None and (new or state.kind != kind):
+        has_updates = any(state.tensor("step", name).any() for name in state.names())
+        if has_updates and not new:
             raise WrongPhase(
-                f"run {run.name!r} has taken {run.step} steps with {adapter.state.kind} and is asked for {kind}; set its "
-                "moments and step to zero first"
+                f"run {run.name!r} has taken {run.step} steps with {state.kind} and is asked for {kind}; say that the "
+                "optimizer is new (StepRequest.new_optimizer) to forget its moments"
             )
-        adapter.state = None
-    if adapter.state is None:
-        adapter.state = native.OptimizerState(layer_spec, adapter.spec, kind, run.config.moment_dtype)
-    return adapter.state
+        if has_updates or state.kind != kind:
+            adapter.state = state = None
+    if state is None:
+        state = adapter.state = native.OptimizerState(layer_spec, adapter.spec, kind, run.config.moment_dtype)
+    return state

@@ -36,6 +36,7 @@ class StepParams:
 
     groups: tuple[ParamGroup, ...]
     grad_scale: float
+    new_optimizer: bool = False
 
     @property
     def state_kind(self) -> str:
@@ -76,6 +77,6 @@ def agreed_params(said: Mapping[int, StepParams]) -> StepParams:
     first = said[first_rank]
     for rank, other in said.items():
         differs = abs(other.grad_scale - first.grad_scale) > _SCALE_TOLERANCE * abs(first.grad_scale)
-        if other.groups != first.groups or differs:
+        if (other.groups, other.new_optimizer) != (first.groups, first.new_optimizer) or differs:
             raise InvalidRequest(f"rank {rank} asked for another step than rank {first_rank}: {other} against {first}")
     return first

@@ -12,6 +12,7 @@ from golden.reference import relative_error
 
 ISAS = [name for name, obstacle in native.list_isas() if not obstacle]
 LAYER, LORA = native.LayerSpec(3, 20, 14), native.LoraSpec(rank_down=4, scale_down=1.0)
+NARROW = native.LayerSpec(3, 19, 14)
 TENSORS = ("a_gate", "b_gate", "a_up", "b_up", "a_down", "b_down")
 GRAD_SCALE = 0.25
 
@@ -48,9 +49,9 @@ CASES: dict[str, tuple[str, dict[str, float], Make]] = {
 }
 
 
-def make_step(kind: str, numbers: dict[str, float], step: int, grad_scale: float = GRAD_SCALE) -> native.OptimizerStep:
+def make_step(kind: str, numbers: dict[str, float], grad_scale: float = GRAD_SCALE) -> native.OptimizerStep:
     update = native.OptimizerUpdate(kind, **numbers)  # type: ignore[arg-type]  # nesterov is a bool
-    return native.OptimizerStep(dict.fromkeys(TENSORS, update), grad_scale=grad_scale, step=step)
+    return native.OptimizerStep(dict.fromkeys(TENSORS, update), grad_scale=grad_scale)
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -67,14 +68,14 @@ def test_equals_torch_over_100_steps(isa: str, case: str) -> None:
     # A parameter an expert: Adafactor's norms are of one expert's matrix, the others do not mind.
     theirs = {name: [torch.nn.Parameter(torch.from_numpy(e.copy())) for e in parameters.tensor(name)] for name in names}
     optimizer = make([parameter for each in theirs.values() for parameter in each])
-    for step in range(1, 101):
+    for _ in range(100):
         for name in names:
             gradients = torch.randn(2, *parameters.tensor(name).shape, generator=generator)
             for rank, tensors in enumerate(ranks):
                 tensors.tensor(name)[...] = gradients[rank].numpy()
             for expert, parameter in enumerate(theirs[name]):
                 parameter.grad = gradients[:, expert].sum(0) * GRAD_SCALE
-        engine.step(make_step(kind, numbers, step), ranks, parameters, state)
+        engine.step(make_step(kind, numbers), [(ranks, parameters, state)])
         optimizer.step()
     for name in names:
         expected = torch.stack([parameter.detach() for parameter in theirs[name]])
@@ -89,12 +90,12 @@ def test_thread_count_does_not_show(kind: str) -> None:
         generator = np.random.default_rng(1)
         engine, parameters = native.Engine(threads), native.LoraTensors(layer, lora)
         state, gradients = native.OptimizerState(layer, lora, kind, "bf16"), native.LoraTensors(layer, lora)
-        for step in (1, 2):
+        for _ in range(2):
             for name in gradients.names():
                 values = generator.standard_normal(gradients.tensor(name).shape)
                 gradients.tensor(name)[...] = values.astype(np.float32)
             momentum = {"momentum": 0.9} if kind == "sgd" else {}
-            engine.step(make_step(kind, {"learning_rate": 1e-2, **momentum}, step), [gradients], parameters, state)
+            engine.step(make_step(kind, {"learning_rate": 1e-2, **momentum}), [([gradients], parameters, state)])
         results.append({name: parameters.tensor(name).copy() for name in parameters.names()})
     for name, first in results[0].items():
         assert np.array_equal(first, results[1][name])
@@ -107,13 +108,14 @@ def test_bf16_moments_follow_fp32_ones(isa: str) -> None:
     engine, gradients = native.Engine(2, isa), native.LoraTensors(layer, lora)
     states = [native.OptimizerState(layer, lora, "adamw", moments) for moments in ("fp32", "bf16")]
     sets = [native.LoraTensors(layer, lora) for _ in states]
-    assert states[1].nbytes * 2 == states[0].nbytes
+    counts = 4 * len(gradients.names())
+    assert (states[1].nbytes - counts) * 2 == states[0].nbytes - counts
     generator = np.random.default_rng(0)
-    for step in range(1, 301):
+    for _ in range(300):
         noise = generator.standard_normal(gradients.tensor("a_down").shape)
         gradients.tensor("a_down")[...] = (0.3 + noise).astype(np.float32)
         for state, parameters in zip(states, sets, strict=True):
-            engine.step(make_step("adamw", {"learning_rate": 1e-2}, step), [gradients], parameters, state)
+            engine.step(make_step("adamw", {"learning_rate": 1e-2}), [([gradients], parameters, state)])
     ours = (states[1].tensor("exp_avg_sq", "a_down").astype(np.uint32) << 16).view(np.float32)
     assert ours.mean() == pytest.approx(float(states[0].tensor("exp_avg_sq", "a_down").mean()), rel=2e-3)
     error = relative_error(torch.from_numpy(sets[1].tensor("a_down")), torch.from_numpy(sets[0].tensor("a_down")))
@@ -126,8 +128,8 @@ def test_groups_have_their_own_numbers() -> None:
         gradients.tensor(name)[...] = 1.0
     slow, fast = (native.OptimizerUpdate("sgd", learning_rate=rate) for rate in (0.5, 8.0))
     updates = dict.fromkeys(TENSORS, slow) | {"b_down": fast}
-    step = native.OptimizerStep(updates, grad_scale=1.0, step=1)
-    engine.step(step, [gradients], parameters, native.OptimizerState(LAYER, LORA, "sgd"))
+    step = native.OptimizerStep(updates, grad_scale=1.0)
+    engine.step(step, [([gradients], parameters, native.OptimizerState(LAYER, LORA, "sgd"))])
     assert (parameters.tensor("a_down") == -0.5).all()
     assert (parameters.tensor("b_down") == -8.0).all()
 
@@ -137,20 +139,80 @@ def test_a_gradient_that_is_not_a_number_shows() -> None:
     engine, parameters, gradients = native.Engine(1), native.LoraTensors(LAYER, LORA), native.LoraTensors(LAYER, LORA)
     gradients.tensor("a_down")[1, 0, 0] = np.nan
     state = native.OptimizerState(LAYER, LORA, "adafactor")
-    engine.step(make_step("adafactor", {"learning_rate": 1.0}, 1), [gradients], parameters, state)
+    engine.step(make_step("adafactor", {"learning_rate": 1.0}), [([gradients], parameters, state)])
     assert np.isnan(parameters.tensor("a_down")[1]).all()
     assert np.isfinite(parameters.tensor("a_down")[0]).all()
 
 
-def test_a_first_gradient_that_comes_late_is_not_dampened() -> None:
-    """torch fills a momentum buffer with the first gradient as it is, whichever step that is."""
+def test_a_momentum_buffer_begins_with_the_first_gradient_it_takes() -> None:
+    """torch fills it undampened once there is momentum, and keeps it untouched while there is none."""
     engine, parameters, gradients = native.Engine(1), native.LoraTensors(LAYER, LORA), native.LoraTensors(LAYER, LORA)
     gradients.tensor("a_down")[...] = 1.0
-    state = native.OptimizerState(LAYER, LORA, "sgd")
-    for step, expected in ((5, -1.0), (6, -1.0 - (0.9 + 0.5))):
-        numbers = {"learning_rate": 1.0, "momentum": 0.9, "dampening": 0.5}
-        engine.step(make_step("sgd", numbers, step, 1.0), [gradients], parameters, state)
-        assert parameters.tensor("a_down") == pytest.approx(expected, rel=1e-6)
+    state, theirs = native.OptimizerState(LAYER, LORA, "sgd"), torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([theirs], lr=1.0, momentum=0.9, dampening=0.5)
+    for momentum in (0.0, 0.9, 0.9, 0.0, 0.8):
+        optimizer.param_groups[0]["momentum"] = momentum
+        theirs.grad = torch.ones(1)
+        optimizer.step()
+        numbers = {"learning_rate": 1.0, "momentum": momentum, "dampening": 0.5}
+        engine.step(make_step("sgd", numbers, 1.0), [([gradients], parameters, state)])
+        assert parameters.tensor("a_down") == pytest.approx(theirs.item(), rel=1e-6)
+    assert state.tensor("step", "a_down").item() == 3
+
+
+def test_layers_count_their_own_updates() -> None:
+    """A layer that saw no gradient for some steps is corrected for the updates it had, like a torch parameter."""
+    engine = native.Engine(1)
+    gradients = native.LoraTensors(LAYER, LORA)
+    gradients.tensor("a_down")[...] = 1.0
+    layers = [(native.LoraTensors(LAYER, LORA), native.OptimizerState(LAYER, LORA, "adamw")) for _ in range(2)]
+    theirs = [torch.nn.Parameter(torch.zeros(1)) for _ in layers]
+    optimizer = torch.optim.AdamW(theirs, lr=0.1, weight_decay=0.0)
+    for touched in ([0], [0, 1], [1], [0, 1]):
+        for index, parameter in enumerate(theirs):
+            parameter.grad = torch.ones(1) if index in touched else None
+        optimizer.step()
+        engine.step(
+            make_step("adamw", {"learning_rate": 0.1}, 1.0),
+            [([gradients], *layers[index]) for index in touched],
+        )
+        for (parameters, _), parameter in zip(layers, theirs, strict=True):
+            assert parameters.tensor("a_down") == pytest.approx(parameter.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("beta1", [0.0, 0.1, 0.5, 0.9])
+def test_a_large_average_is_left_at_once_where_beta1_is_small(beta1: float) -> None:
+    """old + (1 - beta1) (g - old) loses g beside a far larger old one."""
+    engine, parameters, gradients = native.Engine(1), native.LoraTensors(LAYER, LORA), native.LoraTensors(LAYER, LORA)
+    state, theirs = native.OptimizerState(LAYER, LORA, "adamw"), torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.AdamW([theirs], lr=1.0, betas=(beta1, 0.999), weight_decay=0.0)
+    for gradient in (1e8, 1.0, 0.3):
+        gradients.tensor("a_down")[...] = gradient
+        theirs.grad = torch.tensor([gradient])
+        optimizer.step()
+        engine.step(make_step("adamw", {"learning_rate": 1.0, "beta1": beta1}, 1.0), [([gradients], parameters, state)])
+    assert state.tensor("exp_avg", "a_down") == pytest.approx(optimizer.state[theirs]["exp_avg"].item(), rel=1e-6)
+
+
+def test_a_step_takes_effect_in_all_layers_or_in_none() -> None:
+    engine, good = native.Engine(1), native.LoraTensors(LAYER, LORA)
+    gradients, narrow = native.LoraTensors(LAYER, LORA), native.LoraTensors(NARROW, LORA)
+    gradients.tensor("a_down")[...] = 1.0
+    step = make_step("sgd", {"learning_rate": 1.0})
+
+    def state() -> native.OptimizerState:
+        return native.OptimizerState(LAYER, LORA, "sgd")
+
+    bad = [
+        ([gradients, narrow], good, state()),
+        ([gradients], narrow, state()),
+        ([gradients], good, native.OptimizerState(NARROW, LORA, "sgd")),
+        ([], good, state()),
+    ]
+    for layer in bad:
+        with pytest.raises(native.InvalidArgument):
+            engine.step(step, [([gradients], good, state()), layer])
+    assert not good.tensor("a_down").any()
 
 
 @pytest.mark.parametrize(
@@ -170,8 +232,6 @@ def test_numbers_without_a_meaning_are_refused(kind: str, numbers: dict[str, flo
 
 
 def test_a_step_of_another_kind_than_the_state_is_refused() -> None:
-    tensors = native.LoraTensors(LAYER, LORA)
+    tensors, state = native.LoraTensors(LAYER, LORA), native.OptimizerState(LAYER, LORA, "sgd")
     with pytest.raises(native.InvalidArgument, match="the state is of sgd, the step of adamw"):
-        native.Engine(1).step(
-            make_step("adamw", {"learning_rate": 1.0}, 1), [tensors], tensors, native.OptimizerState(LAYER, LORA, "sgd")
-        )
+        native.Engine(1).step(make_step("adamw", {"learning_rate": 1.0}), [([tensors], tensors, state)])
