@@ -157,6 +157,16 @@ class ModelOffload:
                 weakref.finalize(self, _leave_in_background, self._run).atexit = False
             return self._run
 
+    def use_options(self, options: RunOptions) -> None:
+        """For a run that is not open yet. Raises WrongPhase for another choice than that of an open one."""
+        with self._lock:
+            if self._run is not None and options != self.options:
+                raise WrongPhase(
+                    f"this model's run is open with {self.options} and {options} is asked for; give the options before the "
+                    "adapter is created"
+                )
+            self.options = options
+
     def set_adapter(self, lora: Iterable[LayerLora], tensors: AdapterTensors, device: torch.device) -> Anchor:
         """Opens a run with this adapter; rank 0 uploads its values, the others wait for them."""
         with self._lock:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -12,6 +13,7 @@ from kt_expert_proto.v1 import service_pb2 as pb
 from kt_expert_client.errors import UnsupportedModel
 
 _FP32_EPS = torch.finfo(torch.float32).eps
+_KNOWN = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD, torch.optim.Adafactor)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,8 +88,15 @@ def translate(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> Update
     """What the server has to do for this group. Raises UnsupportedModel for what it cannot."""
     if group.get("maximize"):
         raise UnsupportedModel("maximize is not available on the server; negate the loss")
+    name = f"{type(optimizer).__module__}.{type(optimizer).__name__}"
+    if group.get("amsgrad"):
+        raise UnsupportedModel(f"amsgrad is not available on the server; make the {name} with amsgrad=False")
+    if isinstance(optimizer, _KNOWN) and not _steps_like_torch(optimizer):
+        raise UnsupportedModel(
+            f"{name} has a step of its own, which the server does not know; use the torch.optim class it derives from"
+        )
     rate, decay = float(group.get("lr", 0.0)), float(group.get("weight_decay", 0.0))
-    if isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW) and not group.get("amsgrad"):
+    if isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW):
         beta1, beta2 = group["betas"]
         decoupled = group.get("decoupled_weight_decay", isinstance(optimizer, torch.optim.AdamW))
         kind = AdamW if decoupled else Adam
@@ -99,9 +108,13 @@ def translate(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> Update
         eps1 = _FP32_EPS if eps1 is None else float(eps1)
         return Adafactor(rate, float(group["beta2_decay"]), eps1, float(eps2), float(group["d"]), decay)
     raise UnsupportedModel(
-        f"the server updates LoRA with torch.optim's AdamW, Adam, SGD or Adafactor; the trainer's optimizer is "
-        f"{type(optimizer).__module__}.{type(optimizer).__name__}{' with amsgrad' if group.get('amsgrad') else ''}"
+        f"the server updates LoRA with torch.optim's AdamW, Adam, SGD or Adafactor; the trainer's optimizer is {name}"
     )
+
+
+def _steps_like_torch(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether step() is that of a torch class, seen through the wrappers torch and its schedulers put around it."""
+    return inspect.unwrap(type(optimizer).step) in {inspect.unwrap(known.step) for known in _KNOWN}
 
 
 def has_stepped(optimizer: torch.optim.Optimizer, parameter: torch.Tensor) -> bool:

@@ -39,12 +39,17 @@ class RunOptions:
     @classmethod
     def from_environment(cls) -> RunOptions:
         """KT_EXPERT_TICKETS, KT_EXPERT_MOMENTS and KT_EXPERT_DROPOUT, where they are set. Raises InvalidRequest."""
-        dropout = os.environ.get(DROPOUT_VARIABLE, "0")
+        names = (TICKETS_VARIABLE, MOMENTS_VARIABLE, DROPOUT_VARIABLE)
+        tickets, moments, dropout = (
+            os.environ.get(name, default) for name, default in zip(names, ("activations", "fp32", "0"), strict=True)
+        )
         try:
-            probability = float(dropout)
+            return cls(tickets, moments, float(dropout))
         except ValueError:
             raise InvalidRequest(f"{DROPOUT_VARIABLE} is {dropout!r}, expected a number") from None
-        return cls(os.environ.get(TICKETS_VARIABLE, "activations"), os.environ.get(MOMENTS_VARIABLE, "fp32"), probability)
+        except InvalidRequest as error:
+            said = ", ".join(f"{name}={os.environ[name]}" for name in names if name in os.environ)
+            raise InvalidRequest(f"{error} (from the environment: {said})") from None
 
     @property
     def ticket_policy(self) -> pb.TicketPolicy:

@@ -33,7 +33,7 @@ import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 SESSION_METHOD = "/kt_expert.v1.Session/Exchange"
 MEMBER_METADATA_KEY = "kt-expert-member"
 EPOCH_METADATA_KEY = "kt-expert-epoch"

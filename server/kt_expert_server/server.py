@@ -64,7 +64,7 @@ class Server:
         self._plan = plan
         self._budget = MemoryBudget(config.memory_limit_bytes)
         self._budget.record(Kind.RUNTIME, RUNTIME_BYTES)
-        self._registry = Registry(self._budget, config.limits)
+        self._registry = Registry(self._budget, config.limits, config.threads)
         self._queue = EngineQueue(config.placement.engine(config.threads, config.isa))
         self._version = version("kt-expert")
         self._metrics = Metrics(self._version, self._queue.engine.isa, shown_format(plan, config.weight_format))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +106,47 @@ def test_a_new_optimizer_starts_with_new_moments(server: ServerProcess, qwen3_ch
     for (loss, norm, _), (expected_loss, expected_norm, _) in zip(found[1], found[0], strict=True):
         assert loss == pytest.approx(expected_loss, abs=1e-5)
         assert norm == pytest.approx(expected_norm, rel=1e-4)
+
+
+def test_a_loop_may_change_its_optimizer(server: ServerProcess, qwen3_checkpoint: Path) -> None:
+    """Between kinds that keep moments and one that keeps none, each new one starting afresh as in process."""
+    found = []
+    for address in (None, server.address):
+        model, losses = adapted(qwen3_checkpoint, address), []
+        makes: list[Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer]] = [
+            lambda p: torch.optim.AdamW(p, lr=1e-2),
+            lambda p: torch.optim.SGD(p, lr=0.5),
+            lambda p: torch.optim.SGD(p, lr=0.2, momentum=0.9),
+            lambda p: torch.optim.AdamW(p, lr=1e-2),
+        ]
+        for index, make in enumerate(makes):
+            optimizer = make([p for p in model.parameters() if p.requires_grad])
+            for step in range(2):
+                tokens = random_tokens(2, 10, seed=2 * index + step)
+                loss = model(input_ids=tokens, labels=tokens).loss
+                loss.backward()
+                losses.append(loss.item())
+                optimizer.step()
+                optimizer.zero_grad()
+        found.append((losses, logits(model, random_tokens(1, 9))))
+    assert found[1][0] == pytest.approx(found[0][0], abs=1e-5)
+    assert (found[1][1] - found[0][1]).abs().max() < 1e-4
+
+
+def test_attach_takes_options_until_the_run_is_open(server: ServerProcess, qwen3_checkpoint: Path) -> None:
+    options = kt.RunOptions(moments="bf16", tickets="inputs")
+    with kt.offload_experts(server.address):
+        from transformers import AutoModelForCausalLM
+
+        base = AutoModelForCausalLM.from_pretrained(qwen3_checkpoint, dtype=torch.float32)
+    offload = kt.attach(base, options=options)
+    assert offload.options == options
+    logits(base, random_tokens(1, 4))
+    assert kt.attach(base, server.address, options) is offload
+    with pytest.raises(kt.WrongPhase, match=r"run is open with .*bf16.* is asked for"):
+        kt.attach(base, options=kt.RunOptions())
+    with pytest.raises(kt.InvalidRequest, match="experts are at"):
+        kt.attach(base, "127.0.0.1:1")
 
 
 def test_copies_and_compiled_models_compute_the_same(server: ServerProcess, qwen3_checkpoint: Path) -> None:

@@ -213,6 +213,36 @@ def test_moments_count_their_updates_layer_by_layer(client: Client) -> None:
         fresh.put_adapter({bad: torch.ones(1, 1, 1)}, step=1)
 
 
+def test_a_refused_upload_of_moments_changes_nothing(client: Client) -> None:
+    run = client.open_run(lora=LORA, wire_dtype="fp32")
+    train_step(run, 0)
+    run.step(AdamW(1e-2))
+    before = run.get_adapter(parameters=False, moments=True)
+    key = next(iter(before))
+    for value in (torch.zeros(1, 2, 3), torch.full(before[key].shape, torch.nan)):
+        with pytest.raises(kt.InvalidRequest, match=r"expected|not finite"):
+            run.put_adapter({key._replace(part="momentum_buffer"): value}, step=5)
+    after = run.get_adapter(parameters=False, moments=True)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(after[each], before[each]) for each in before)
+    train_step(run, 1)
+    assert run.step(AdamW(1e-2)) == 2
+
+
+def test_a_new_optimizer_is_new_for_layers_without_a_gradient_too(client: Client) -> None:
+    run = client.open_run(lora=LORA, wire_dtype="fp32")
+    train_step(run, 0)
+    run.step(AdamW(1e-2))
+    x, ids, weights = batch(5, 2)
+    handle = run.submit_forward(LORA[0].layer, x, ids, weights)
+    run.submit_backward(LORA[0].layer, handle.ticket, handle.result()).result()
+    run.step(Sgd(1e-2, momentum=0.9), new_optimizer=True)
+    moments = run.get_adapter(parameters=False, moments=True)
+    assert {(key.layer, key.part) for key in moments} == {(LORA[0].layer, "momentum_buffer"), (LORA[0].layer, "step")}
+    train_step(run, 3)
+    assert run.step(Sgd(1e-2, momentum=0.9)) == 3
+
+
 def test_groups_of_a_step_have_their_own_numbers(client: Client) -> None:
     run = client.open_run(lora=LORA, wire_dtype="fp32")
     with_random_b(run)
@@ -277,6 +307,9 @@ def test_checkpoints_continue_bit_for_bit(client: Client) -> None:
         expected = run.get_adapter(parameters=not moments, moments=moments)
         got = resumed.get_adapter(parameters=not moments, moments=moments)
         assert all(torch.equal(got[key], expected[key]) for key in expected)
+    dropping = client.open_run(lora=[dataclasses.replace(entry, dropout=0.5) for entry in LORA], wire_dtype="fp32")
+    dropping.load_checkpoint("two-steps")  # dropout is no part of what was saved
+    assert dropping.steps_taken == 2
     other = client.open_run(lora=LORA[:1], wire_dtype="fp32")
     with pytest.raises(kt.InvalidRequest, match="other LoRA shapes"):
         other.load_checkpoint("two-steps")

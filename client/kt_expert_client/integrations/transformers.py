@@ -166,11 +166,16 @@ def enable(address: str) -> None:
 def attach(model: nn.Module, address: str | None = None, options: RunOptions | None = None) -> ModelOffload:
     """Connects a model that was built in another way: its experts lose their weights and compute on the server.
 
-    `address` defaults to KT_EXPERT_SERVER. Raises InvalidRequest without an address, UnsupportedModel for a model without
-    experts classes the client knows.
+    `address` defaults to KT_EXPERT_SERVER, options to their own variables. A model that is connected already keeps its
+    connection and takes the options. Raises InvalidRequest without an address or for another one, WrongPhase for other
+    options than those of an open run, UnsupportedModel for a model without experts classes the client knows.
     """
     existing = getattr(model, OFFLOAD_ATTRIBUTE, None)
     if isinstance(existing, ModelOffload):
+        if address is not None and address != existing.client.address:
+            raise InvalidRequest(f"this model's experts are at {existing.client.address} already; load it anew for {address}")
+        if options is not None:
+            existing.use_options(options)
         return existing
     server = address or os.environ.get(SERVER_VARIABLE)
     if not server:

@@ -158,7 +158,8 @@ class Engine {
   // Peak scratch of one forward or backward beside tickets and outputs.
   std::int64_t scratch_bytes(const LayerSpec& layer, const LoraSpec& lora, std::int64_t tokens, int top_k) const;
   // Peak scratch of a step or a norm over one layer; that of several layers is the largest.
-  std::int64_t step_bytes(const LayerSpec& layer, const LoraSpec& lora, OptimizerKind kind, int ranks) const;
+  static std::int64_t step_bytes(const LayerSpec& layer, const LoraSpec& lora, OptimizerKind kind, int ranks,
+                                 int threads);
 
  private:
   class Pass;

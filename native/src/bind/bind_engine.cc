@@ -142,12 +142,12 @@ void bind_engine(py::module_& module) {
            py::call_guard<py::gil_scoped_release>())
       .def("scratch_bytes", &Engine::scratch_bytes, py::arg("layer"), py::arg("lora"), py::arg("tokens"),
            py::arg("top_k"))
-      .def(
+      .def_static(
           "step_bytes",
-          [](const Engine& engine, const LayerSpec& layer, const LoraSpec& lora, const std::string& kind, int ranks) {
-            return engine.step_bytes(layer, lora, optimizer_from_name(kind), ranks);
+          [](const LayerSpec& layer, const LoraSpec& lora, const std::string& kind, int ranks, int threads) {
+            return Engine::step_bytes(layer, lora, optimizer_from_name(kind), ranks, threads);
           },
-          py::arg("layer"), py::arg("lora"), py::arg("kind"), py::arg("ranks"))
+          py::arg("layer"), py::arg("lora"), py::arg("kind"), py::arg("ranks"), py::arg("threads"))
       .def_static(
           "ticket_bytes",
           [](const LayerSpec& layer, const LoraSpec& lora, std::int64_t tokens, int top_k, const std::string& dtype,

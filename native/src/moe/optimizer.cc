@@ -258,9 +258,10 @@ class LayerStep {
 
 }  // namespace
 
-std::int64_t Engine::step_bytes(const LayerSpec& layer, const LoraSpec& lora, OptimizerKind kind, int ranks) const {
+std::int64_t Engine::step_bytes(const LayerSpec& layer, const LoraSpec& lora, OptimizerKind kind, int ranks,
+                                int threads) {
   Carver carver(nullptr);
-  StepScratch(carver, worker_floats(layer, lora, kind, ranks), threads(), Spans(layer, lora).count());
+  StepScratch(carver, worker_floats(layer, lora, kind, ranks), threads, Spans(layer, lora).count());
   return carver.used();
 }
 

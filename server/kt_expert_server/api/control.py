@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import ExitStack
 from typing import Any, TypeVar
 
 import grpc
@@ -16,7 +17,7 @@ from kt_expert_proto.v1 import service_pb2_grpc
 from kt_expert_server.api import convert
 from kt_expert_server.api.status import CallGuard
 from kt_expert_server.errors import InvalidRequest, WrongPhase
-from kt_expert_server.runtime.adapter_io import AdapterWriter, set_step, stored_tensors
+from kt_expert_server.runtime.adapter_io import AdapterWriter, stored_tensors
 from kt_expert_server.runtime.checkpoints import Checkpoints
 from kt_expert_server.runtime.compute import Compute
 from kt_expert_server.runtime.engine_queue import EngineQueue
@@ -153,19 +154,21 @@ class ControlService(service_pb2_grpc.ExpertServicer):
     async def GetAdapter(self, request: pb.GetAdapterRequest, context: Context) -> AsyncIterator[pb.AdapterChunk]:  # noqa: N802
         async def body() -> AsyncIterator[pb.AdapterChunk]:
             run = self._registry.run_named(request.run)
-            for tensor, values in stored_tensors(run, request.parameters, request.moments):
-                view = values.data.cast("B")
-                for offset in range(0, view.nbytes, MAX_PAYLOAD_BYTES):
-                    yield pb.AdapterChunk(
-                        run=run.name,
-                        layer=tensor.layer,
-                        tensor=tensor.tensor,
-                        part=convert.PARTS[tensor.part],
-                        shape=values.shape,
-                        offset=offset,
-                        data=bytes(view[offset : offset + MAX_PAYLOAD_BYTES]),
-                        step=run.step,
-                    )
+            for tensor, live in stored_tensors(run, request.parameters, request.moments):
+                with self._registry.budget.held(Kind.REQUESTS, live.nbytes, f"a copy of {tensor}"):
+                    async with self._queue.turn():  # nothing changes it meanwhile
+                        values = live.read().tobytes()
+                    for offset in range(0, len(values), MAX_PAYLOAD_BYTES):
+                        yield pb.AdapterChunk(
+                            run=run.name,
+                            layer=tensor.layer,
+                            tensor=tensor.tensor,
+                            part=convert.PARTS[tensor.part],
+                            shape=live.shape,
+                            offset=offset,
+                            data=values[offset : offset + MAX_PAYLOAD_BYTES],
+                            step=run.step,
+                        )
 
         async for chunk in self._guard.stream("GetAdapter", context, body):
             yield chunk
@@ -176,23 +179,26 @@ class ControlService(service_pb2_grpc.ExpertServicer):
         async def body() -> pb.PutAdapterResponse:
             writer: AdapterWriter | None = None
             run, moments_step = None, None
-            async for chunk in requests:
+            with ExitStack() as held:
+                async for chunk in requests:
+                    if writer is None or run is None:
+                        run = self._registry.run_named(chunk.run)
+                        writer = AdapterWriter(run, self._registry.loaded_model())
+                    if len(chunk.data) > MAX_PAYLOAD_BYTES:
+                        raise InvalidRequest(f"a piece of {len(chunk.data)} bytes, at most {MAX_PAYLOAD_BYTES} are taken")
+                    tensor = convert.tensor_id(chunk)
+                    if tensor.part != "parameter":
+                        if moments_step is None:
+                            held.enter_context(run.step_barrier.held("moments are being replaced"))
+                        moments_step = chunk.step
+                    # Inside a turn of the engine: no forward reads a tensor while it is replaced.
+                    async with self._queue.turn():
+                        writer.write(tensor, tuple(chunk.shape), chunk.offset, chunk.data, chunk.step)
                 if writer is None or run is None:
-                    run = self._registry.run_named(chunk.run)
-                    writer = AdapterWriter(run, self._registry.loaded_model())
-                if len(chunk.data) > MAX_PAYLOAD_BYTES:
-                    raise InvalidRequest(f"a piece of {len(chunk.data)} bytes, at most {MAX_PAYLOAD_BYTES} are taken")
-                tensor = convert.tensor_id(chunk)
-                if tensor.part != "parameter":
-                    moments_step = chunk.step
-                # Inside a turn of the engine: no forward reads a tensor while it is replaced.
-                async with self._queue.turn():
-                    writer.write(tensor, tuple(chunk.shape), chunk.offset, chunk.data, chunk.step)
-            if writer is None or run is None:
-                raise InvalidRequest("PutAdapter got no tensors")
-            writer.finish()
-            if moments_step is not None:
-                set_step(run, moments_step)
+                    raise InvalidRequest("PutAdapter got no tensors")
+                writer.finish()
+                if moments_step is not None:
+                    run.step_barrier.restart(moments_step)
             return pb.PutAdapterResponse(tensors=writer.tensors)
 
         return await self._answer("PutAdapter", context, body)

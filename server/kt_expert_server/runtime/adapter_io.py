@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kt_expert_server.errors import InvalidRequest, NotFound, WrongPhase
+from kt_expert_server.errors import InvalidRequest, NotFound
+from kt_expert_server.model.bf16 import bf16_to_fp32, round_to_bf16
 from kt_expert_server.model.loader import BaseModel
 from kt_expert_server.runtime.compute import ensure_state
 from kt_expert_server.runtime.run import Run
@@ -48,59 +50,71 @@ class LiveTensor:
         """A view where the memory is fp32, else a copy."""
         if self.memory.dtype == np.float32:
             return self.memory.view(np.float32)
-        return (self.memory.astype(np.uint32) << 16).view(np.float32)
+        return bf16_to_fp32(self.memory.view(np.uint16))
 
     def write(self, values: NDArray[np.float32]) -> None:
         """Rounds to nearest where the memory is bf16."""
         if self.memory.dtype == np.float32:
             self.memory[...] = values
-            return
-        bits = np.ascontiguousarray(values).view(np.uint32)
-        self.memory[...] = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+        else:
+            self.memory[...] = round_to_bf16(values)
 
 
-def stored_tensors(run: Run, parameters: bool, moments: bool) -> Iterator[tuple[TensorId, NDArray[np.float32]]]:
-    """Tensors in layer order, as fp32 [E, rows, columns]."""
+def stored_tensors(run: Run, parameters: bool, moments: bool) -> Iterator[tuple[TensorId, LiveTensor]]:
+    """Tensors in layer order; what counts the updates of a tensor comes after its moments."""
     for layer, adapter in sorted(run.adapters.items()):
         for name in adapter.parameters.names() if parameters else ():
-            yield TensorId(layer, name, "parameter"), adapter.parameters.tensor(name)
+            yield TensorId(layer, name, "parameter"), LiveTensor(adapter.parameters.tensor(name))
         state = adapter.state if moments else None
         if state is not None:
             for slot in state.slots():
                 for name in state.names():
-                    yield TensorId(layer, name, slot), LiveTensor(state.tensor(slot, name)).read()
+                    yield TensorId(layer, name, slot), LiveTensor(state.tensor(slot, name))
+
+
+def shape_in(run: Run, tensor: TensorId) -> tuple[int, ...]:
+    """[E, rows, columns] of a tensor, whether the run has moments of that kind yet or not. Raises NotFound."""
+    adapter = run.adapters.get(tensor.layer)
+    if adapter is None:
+        raise NotFound(f"run {run.name!r} has no LoRA on layer {tensor.layer}")
+    if tensor.tensor not in adapter.parameters.names():
+        raise NotFound(f"layer {tensor.layer} has LoRA tensors {adapter.parameters.names()}, not {tensor.tensor!r}")
+    experts, rows, columns = adapter.parameters.tensor(tensor.tensor).shape
+    factored = {"row_var": (experts, rows, 1), "col_var": (experts, 1, columns), STEP: (1, 1, 1)}
+    return factored.get(tensor.part, (experts, rows, columns))
 
 
 class AdapterWriter:
     """Replaces tensors of a run. Pieces of one tensor come in order; finish() refuses a tensor left half-written.
 
     The pieces are collected per tensor and copied when it is complete, so a broken upload changes no tensor in part.
+    Moments are replaced under a hold on the run's step barrier, which is the caller's.
     """
 
     def __init__(self, run: Run, model: BaseModel) -> None:
         self._run = run
         self._model = model
         self._current: TensorId | None = None
+        self._shape: tuple[int, ...] = ()
         self._buffer = bytearray()
-        self._target: LiveTensor | None = None
         self.tensors = 0
 
     def write(self, tensor: TensorId, shape: tuple[int, ...], offset: int, data: bytes, step: int) -> None:
         """One piece; `step` is what moments without a count of their own stand for."""
         if tensor != self._current:
             self.finish()
-            self._current, self._target, self._buffer = tensor, self.locate(tensor), bytearray()
-            if shape != self._target.shape:
-                raise InvalidRequest(f"{tensor} has shape {shape}, expected {self._target.shape}")
-        assert self._target is not None  # noqa: S101  # set together with _current
-        if offset != len(self._buffer) or offset + len(data) > self._target.nbytes:
+            expected = shape_in(self._run, tensor)
+            if shape != expected:
+                raise InvalidRequest(f"{tensor} has shape {shape}, expected {expected}")
+            self._current, self._shape, self._buffer = tensor, shape, bytearray()
+        if offset != len(self._buffer) or offset + len(data) > self._size:
             raise InvalidRequest(
                 f"{tensor}: a piece of {len(data)} bytes at {offset} came, expected to go on at {len(self._buffer)} of "
-                f"{self._target.nbytes}"
+                f"{self._size}"
             )
         self._buffer += data
-        if len(self._buffer) == self._target.nbytes:
-            values = np.frombuffer(bytes(self._buffer), np.float32).reshape(self._target.shape)
+        if len(self._buffer) == self._size:
+            values = np.frombuffer(bytes(self._buffer), np.float32).reshape(self._shape)
             require_meaning(tensor, values)
             self.replace(tensor, values, step)
             self._run.adapter_version += 1  # from here on, tickets of the old values are stale
@@ -108,36 +122,34 @@ class AdapterWriter:
             self._current = None
             self.tensors += 1
 
+    @property
+    def _size(self) -> int:
+        """Bytes of the current tensor."""
+        return math.prod(self._shape) * np.dtype(np.float32).itemsize
+
     def replace(self, tensor: TensorId, values: NDArray[np.float32], step: int) -> None:
-        """A whole tensor that has been checked. The count of a moment is `step` until one comes of its own."""
-        self.locate(tensor).write(values)
-        state = self._run.adapters[tensor.layer].state
-        if tensor.part in SLOTS and state is not None:
-            LiveTensor(state.tensor(STEP, tensor.tensor)).write(np.full((1, 1, 1), step, np.float32))
-
-    def finish(self) -> None:
-        """Raises InvalidRequest where the last tensor is incomplete."""
-        if self._current is not None and self._target is not None:
-            raise InvalidRequest(f"{self._current} ended after {len(self._buffer)} of {self._target.nbytes} bytes")
-
-    def locate(self, tensor: TensorId) -> LiveTensor:
-        """Raises NotFound, InvalidRequest for a count without moments, or WrongPhase for either while a step is under way."""
-        adapter = self._run.adapters.get(tensor.layer)
-        if adapter is None:
-            raise NotFound(f"run {self._run.name!r} has no LoRA on layer {tensor.layer}")
-        if tensor.tensor not in adapter.parameters.names():
-            raise NotFound(f"layer {tensor.layer} has LoRA tensors {adapter.parameters.names()}, not {tensor.tensor!r}")
+        """A whole tensor that has been checked. The count of a moment is `step` until one comes of its own. Raises
+        InvalidRequest for a count without moments."""
+        adapter = self._run.adapters[tensor.layer]
         if tensor.part == "parameter":
-            return LiveTensor(adapter.parameters.tensor(tensor.tensor))
-        require_no_step(self._run)
+            LiveTensor(adapter.parameters.tensor(tensor.tensor)).write(values)
+            return
         if tensor.part == STEP:
             if adapter.state is None:
                 raise InvalidRequest(f"{tensor} came before the moments it counts; send those first")
-            return LiveTensor(adapter.state.tensor(STEP, tensor.tensor))
-        spec, kind = self._model.layers[tensor.layer].spec, SLOTS[tensor.part]
+            LiveTensor(adapter.state.tensor(STEP, tensor.tensor)).write(values)
+            return
+        kind = SLOTS[tensor.part]
         if adapter.state is not None and adapter.state.kind != kind:
             adapter.state = None  # what is put replaces what another optimizer kept
-        return LiveTensor(ensure_state(self._run, tensor.layer, spec, kind).tensor(tensor.part, tensor.tensor))
+        state = ensure_state(self._run, tensor.layer, self._model.layers[tensor.layer].spec, kind)
+        LiveTensor(state.tensor(tensor.part, tensor.tensor)).write(values)
+        LiveTensor(state.tensor(STEP, tensor.tensor)).write(np.full((1, 1, 1), step, np.float32))
+
+    def finish(self) -> None:
+        """Raises InvalidRequest where the last tensor is incomplete."""
+        if self._current is not None:
+            raise InvalidRequest(f"{self._current} ended after {len(self._buffer)} of {self._size} bytes")
 
 
 def require_meaning(tensor: TensorId, values: NDArray[np.float32]) -> None:
@@ -146,14 +158,3 @@ def require_meaning(tensor: TensorId, values: NDArray[np.float32]) -> None:
         raise InvalidRequest(f"{tensor} holds values that are not finite")
     if tensor.part == STEP and not (0 <= values.item() <= _MOST_STEPS and values.item().is_integer()):
         raise InvalidRequest(f"{tensor} is {values.item()}, expected a whole number in [0, {_MOST_STEPS}]")
-
-
-def require_no_step(run: Run) -> None:
-    """Raises WrongPhase while a member waits at the step barrier."""
-    if not run.step_barrier.is_idle:
-        raise WrongPhase(f"a step of run {run.name!r} is under way; moments and step count cannot change now")
-
-
-def set_step(run: Run, step: int) -> None:
-    """Continues counting optimizer steps from `step`. Raises WrongPhase while a barrier is open."""
-    run.step_barrier.restart(step)

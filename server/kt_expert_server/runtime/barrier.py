@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
@@ -42,19 +43,27 @@ class Barrier(Generic[Payload, Result]):
         self._completed = completed
         self._last: Result | None = None
         self._round: _Round[Payload, Result] | None = None
+        self._held_for = ""
 
     @property
     def completed(self) -> int:
         return self._completed
 
-    @property
-    def is_idle(self) -> bool:
-        return self._round is None
-
-    def restart(self, completed: int) -> None:
-        """Continues counting from another number, as after loading a checkpoint. Raises WrongPhase inside a round."""
+    @contextmanager
+    def held(self, why: str) -> Iterator[None]:
+        """No round begins in the block. Raises WrongPhase where one is under way, or another block."""
         if self._round is not None:
             raise WrongPhase(f"{self._name} {self._round.sequence} is under way; wait for it")
+        if self._held_for:
+            raise WrongPhase(f"{self._held_for} already; wait for it")
+        self._held_for = why
+        try:
+            yield
+        finally:
+            self._held_for = ""
+
+    def restart(self, completed: int) -> None:
+        """Continues counting from another number, as after loading a checkpoint; inside held()."""
         self._completed, self._last = completed, None
 
     def withdraw(self, rank: int) -> None:
@@ -81,6 +90,8 @@ class Barrier(Generic[Payload, Result]):
             raise WrongPhase(
                 f"{self._name} {sequence} was asked for, the next is {self._completed + 1}; a member has missed or repeated one"
             )
+        if self._held_for:
+            raise WrongPhase(f"{self._name} {sequence} came while {self._held_for}; ask for it again afterwards")
         current, arrival = self._join(rank, sequence, payload)
         if current.action is None and len(current.arrivals) == self._world_size:
             said = {each: given.payload for each, given in current.arrivals.items()}

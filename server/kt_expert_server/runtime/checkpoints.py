@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kt_expert_server.errors import InvalidRequest, WrongPhase
-from kt_expert_server.runtime.adapter_io import STEP, AdapterWriter, TensorId, require_meaning, require_no_step, set_step
+from kt_expert_server.errors import InvalidRequest, NotFound, WrongPhase
+from kt_expert_server.runtime.adapter_io import STEP, AdapterWriter, TensorId, require_meaning, shape_in, stored_tensors
 from kt_expert_server.runtime.engine_queue import EngineQueue
 from kt_expert_server.runtime.memory import Kind
 from kt_expert_server.runtime.observer import Observer
 from kt_expert_server.runtime.registry import Registry
-from kt_expert_server.runtime.run import Run
+from kt_expert_server.runtime.run import LayerLora, Run
 from kt_expert_server.store.checkpoint import CheckpointStore, Manifest
+
+_FORMS_OF_A_LAYER = 2  # fp32 values and the bytes of its file
 
 
 class Report(Protocol):
@@ -41,7 +45,9 @@ class Checkpoints:
         store, digest = self._require_store(), self._registry.loaded_model().plan.digest
         begun = time.monotonic()
         async with self._queue.turn():
-            result = await self._queue.run(lambda: store.save(run, name, digest, report))
+            needed = _FORMS_OF_A_LAYER * largest_layer_bytes(run)
+            with self._registry.budget.held(Kind.REQUESTS, needed, f"saving checkpoint {name!r}"):
+                result = await self._queue.run(lambda: store.save(run, name, digest, report))
         self._observer.checkpoint("save", time.monotonic() - begun)
         return result
 
@@ -51,8 +57,7 @@ class Checkpoints:
         manifest = store.read_manifest(name)
         if manifest.model_digest != model.plan.digest:
             raise InvalidRequest(f"checkpoint {name!r} belongs to another base model than the one this server has loaded")
-        if manifest.config.lora != run.config.lora:
-            raise InvalidRequest(f"checkpoint {name!r} has other LoRA shapes than run {run.name!r}")
+        require_same_lora(name, manifest.config.lora, run)
         begun = time.monotonic()
 
         def work() -> None:
@@ -68,11 +73,11 @@ class Checkpoints:
                 report(done, manifest.size_bytes)
 
         async with self._queue.turn():
-            require_no_step(run)
-            with self._registry.budget.held(Kind.REQUESTS, manifest.size_bytes, f"checkpoint {name!r}"):
+            budget = self._registry.budget.held(Kind.REQUESTS, manifest.size_bytes, f"checkpoint {name!r}")
+            with run.step_barrier.held(f"checkpoint {name!r} is being loaded"), budget:
                 await self._queue.run(work)
+                run.step_barrier.restart(manifest.step)
             run.adapter_version += 1
-            set_step(run, manifest.step)
             for member in run.members.values():
                 member.close_window()
         self._observer.checkpoint("load", time.monotonic() - begun)
@@ -85,15 +90,32 @@ class Checkpoints:
 
 def check(run: Run, tensor: TensorId, values: NDArray[np.float32]) -> None:
     """Raises InvalidRequest for a tensor the run does not have, of another shape, or with values that are not finite."""
-    adapter = run.adapters.get(tensor.layer)
-    if adapter is None or tensor.tensor not in adapter.parameters.names():
-        raise InvalidRequest(f"the checkpoint holds {tensor}, which run {run.name!r} does not have")
-    experts, rows, columns = adapter.parameters.tensor(tensor.tensor).shape
-    shapes = {"row_var": (experts, rows, 1), "col_var": (experts, 1, columns), STEP: (1, 1, 1)}
-    expected = shapes.get(tensor.part, (experts, rows, columns))
+    try:
+        expected = shape_in(run, tensor)
+    except NotFound as error:
+        raise InvalidRequest(f"the checkpoint holds {tensor}, which run {run.name!r} does not have") from error
     if values.shape != expected or values.dtype != np.float32:
         raise InvalidRequest(f"{tensor} has shape {values.shape} and dtype {values.dtype}, expected {expected} and float32")
     require_meaning(tensor, values)
+
+
+def require_same_lora(name: str, stored: Sequence[LayerLora], run: Run) -> None:
+    """Raises InvalidRequest for other layers, ranks or scales. Dropout leaves nothing in a snapshot."""
+    ours, theirs = ({lora.layer: replace(lora, dropout=0.0) for lora in each} for each in (run.config.lora, stored))
+    for layer in sorted(ours.keys() | theirs.keys()):
+        if ours.get(layer) != theirs.get(layer):
+            raise InvalidRequest(
+                f"checkpoint {name!r} has other LoRA shapes than run {run.name!r}: layer {layer} has {theirs.get(layer)} "
+                f"there and {ours.get(layer)} here"
+            )
+
+
+def largest_layer_bytes(run: Run) -> int:
+    """fp32 bytes of all a snapshot holds of one layer."""
+    sizes: dict[int, int] = {}
+    for tensor, live in stored_tensors(run, parameters=True, moments=True):
+        sizes[tensor.layer] = sizes.get(tensor.layer, 0) + live.nbytes
+    return max(sizes.values(), default=0)
 
 
 def drop_moments(run: Run) -> None:

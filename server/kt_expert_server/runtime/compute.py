@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import kt_expert_native as native
@@ -225,10 +224,9 @@ class Compute:
         async with self._queue.turn():
             layers = all_gradients(run)
             scale, engine = 1.0 / run.config.world_size, self._queue.engine
-            with self._scratch_of_step(run, layers, "adamw", "a gradient norm"):
-                return await self._queue.run(
-                    lambda: sum(engine.gradient_square_sum(scale, each) for _, _, each in layers) ** 0.5
-                )
+            return await self._queue.run(
+                lambda: sum(engine.gradient_square_sum(scale, gradients) for _, _, gradients in layers) ** 0.5
+            )
 
     async def step(self, run: Run, said: Mapping[int, StepParams]) -> int:
         """Averages, clips and applies the optimizer once, then closes every member's window. Returns the new step count."""
@@ -241,8 +239,9 @@ class Compute:
             def work() -> None:
                 # All memory first: from the first update on nothing may fail. A layer that saw no backward is not here;
                 # it keeps its parameters and moments, as torch does for a parameter without a gradient.
-                specs = {layer: model.layers[layer].spec for layer, _, _ in layers}
-                states = [ensure_state(run, layer, spec, kind, new=params.new_optimizer) for layer, spec in specs.items()]
+                if params.new_optimizer:
+                    forget_updates(run, kind)
+                states = [ensure_state(run, layer, model.layers[layer].spec, kind) for layer, _, _ in layers]
                 updates = [
                     (gradients, adapter.parameters, state)
                     for (_, adapter, gradients), state in zip(layers, states, strict=True)
@@ -250,18 +249,12 @@ class Compute:
                 self._queue.engine.step(step, updates)
 
             begun = time.monotonic()
-            with self._scratch_of_step(run, layers, kind, "an optimizer step"):
-                await self._queue.run(work)
+            await self._queue.run(work)
             self._observer.step(time.monotonic() - begun)
             run.adapter_version += 1
             for member in run.members.values():
                 member.close_window()
         return index
-
-    def _scratch_of_step(self, run: Run, layers: list[LayerGradients], kind: str, what: str) -> AbstractContextManager[None]:
-        model, engine, ranks = self._registry.loaded_model(), self._queue.engine, run.config.world_size
-        sizes = [engine.step_bytes(model.layers[layer].spec, adapter.spec, kind, ranks) for layer, adapter, _ in layers]
-        return self._registry.budget.held(Kind.SCRATCH, max(sizes, default=0), f"{what} of run {run.name!r}")
 
     async def wait_for_request(self, member: Member, request_id: int, timeout_s: float) -> None:
         """Waits until the request and all before it have their outcome. It may still be on its way when this is called."""
@@ -312,20 +305,28 @@ def rank_gradients(run: Run, layer: int) -> list[native.LoraTensors]:
     return [run.members[rank].gradients[layer] for rank in sorted(run.members) if layer in run.members[rank].window]
 
 
-def ensure_state(run: Run, layer: int, layer_spec: native.LayerSpec, kind: str, *, new: bool = False) -> native.OptimizerState:
-    """The layer's optimizer state; with `new`, one that stands for no update. Raises WrongPhase where, without it, updates
-    of another kind have been made."""
+def ensure_state(run: Run, layer: int, layer_spec: native.LayerSpec, kind: str) -> native.OptimizerState:
+    """The layer's optimizer state. Raises WrongPhase where updates of another kind have been made."""
     adapter = run.adapters[layer]
-    state = adapter.state
-    if state is not None and (new or state.kind != kind):
-        has_updates = any(state.tensor("step", name).any() for name in state.names())
-        if has_updates and not new:
+    if adapter.state is not None and adapter.state.kind != kind:
+        if has_updates(adapter.state):
             raise WrongPhase(
-                f"run {run.name!r} has taken {run.step} steps with {state.kind} and is asked for {kind}; say that the "
-                "optimizer is new (StepRequest.new_optimizer) to forget its moments"
+                f"run {run.name!r} has taken {run.step} steps with {adapter.state.kind} and is asked for {kind}; say that "
+                "the optimizer is new (StepRequest.new_optimizer) to forget its moments"
             )
-        if has_updates or state.kind != kind:
-            adapter.state = state = None
-    if state is None:
-        state = adapter.state = native.OptimizerState(layer_spec, adapter.spec, kind, run.config.moment_dtype)
-    return state
+        adapter.state = None
+    if adapter.state is None:
+        adapter.state = native.OptimizerState(layer_spec, adapter.spec, kind, run.config.moment_dtype)
+    return adapter.state
+
+
+def forget_updates(run: Run, kind: str) -> None:
+    """Every layer's moments, of the ones too that saw no gradient in this window. What is forgotten is freed first: only
+    one set is reserved, and a step that then lacks memory is asked for again with the same words."""
+    for adapter in run.adapters.values():
+        if adapter.state is not None and (adapter.state.kind != kind or has_updates(adapter.state)):
+            adapter.state = None
+
+
+def has_updates(state: native.OptimizerState) -> bool:
+    return any(state.tensor("step", name).any() for name in state.names())

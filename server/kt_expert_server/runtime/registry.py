@@ -5,7 +5,9 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Callable
+from dataclasses import fields
 from enum import StrEnum
+from itertools import zip_longest
 
 import kt_expert_native as native
 import numpy as np
@@ -39,12 +41,13 @@ class State(StrEnum):
 class Registry:
     """Owns every run and member. Used from the event loop only."""
 
-    def __init__(self, budget: MemoryBudget, limits: Limits) -> None:
+    def __init__(self, budget: MemoryBudget, limits: Limits, threads: int) -> None:
         self.state = State.LOADING
         self.model: BaseModel | None = None
         self.runs: dict[str, Run] = {}
         self.budget = budget
         self.limits = limits
+        self._threads = threads  # of the engine: each has scratch of its own
         self.is_stopping = False
         self._members: dict[str, Member] = {}
         self._drain_listeners: list[Callable[[], None]] = []
@@ -83,11 +86,10 @@ class Registry:
         check_name("run", name)
         existing = self.runs.get(name)
         if existing is not None:
-            if existing.config != config:
+            differences = describe_differences(existing.config, config)
+            if differences:
                 raise AlreadyExists(
-                    f"run {name!r} exists with another configuration (world size {existing.config.world_size}, wire "
-                    f"{existing.config.wire_dtype}, {len(existing.config.lora)} layers with LoRA); choose another name "
-                    "or close it"
+                    f"run {name!r} exists with another configuration: {differences}; choose another name or close it"
                 )
             return existing, False
         self._require_accepting()
@@ -128,6 +130,8 @@ class Registry:
             Kind.ADAPTERS: size,
             Kind.GRADIENTS: size * config.world_size,
             Kind.OPTIMIZER: sum(optimizer_bytes(model, lora, config.moment_dtype) for lora in config.lora),
+            # A step must not fail because other runs' tickets are many.
+            Kind.SCRATCH: max((self._step_bytes(model, lora, config.world_size) for lora in config.lora), default=0),
         }
         done: dict[str, int] = {}
         try:
@@ -139,6 +143,10 @@ class Registry:
                 self.budget.release(Kind(kind_name), amount)
             raise
         return done
+
+    def _step_bytes(self, model: BaseModel, lora: LayerLora, ranks: int) -> int:
+        spec = model.layers[lora.layer].spec
+        return max(native.Engine.step_bytes(spec, lora.native(), kind, ranks, self._threads) for kind in _STATES)
 
     def run_named(self, name: str) -> Run:
         if name not in self.runs:
@@ -274,6 +282,20 @@ def adapter_bytes(model: BaseModel, lora: LayerLora) -> int:
     a_up = 0 if lora.tied else lora.rank_up * hidden
     floats = lora.rank_gate * (hidden + inter) + a_up + lora.rank_up * inter + lora.rank_down * (inter + hidden)
     return spec.num_experts * floats * 4
+
+
+def describe_differences(existing: RunConfig, asked: RunConfig) -> str:
+    """What two configurations say differently; empty where nothing."""
+    found = []
+    for each in fields(RunConfig):
+        ours, theirs = getattr(existing, each.name), getattr(asked, each.name)
+        if ours == theirs:
+            continue
+        if each.name == "lora":
+            layers = zip_longest(existing.lora, asked.lora)
+            ours, theirs = next(pair for pair in layers if pair[0] != pair[1])
+        found.append(f"{each.name} is {ours}, asked for {theirs}")
+    return "; ".join(found)
 
 
 def describe_layers(model: BaseModel) -> str:

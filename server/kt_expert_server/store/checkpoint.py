@@ -13,6 +13,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -128,12 +129,12 @@ class CheckpointStore:
 
 
 def _write_layers(run: Run, directory: Path, model_digest: str, progress: Progress) -> Manifest:
-    by_layer: dict[int, dict[str, NDArray[np.float32]]] = {}
-    for tensor, values in stored_tensors(run, parameters=True, moments=True):
-        by_layer.setdefault(tensor.layer, {})[f"{tensor.layer}.{tensor.part}.{tensor.tensor}"] = values
-    total = sum(values.nbytes for tensors in by_layer.values() for values in tensors.values())
+    stored = list(stored_tensors(run, parameters=True, moments=True))
+    total = sum(live.nbytes for _, live in stored)
     files, done = {}, 0
-    for layer, tensors in sorted(by_layer.items()):
+    # One layer at a time in fp32: moments may be held in less.
+    for layer, entries in groupby(stored, key=lambda entry: entry[0].layer):
+        tensors = {f"{layer}.{tensor.part}.{tensor.tensor}": live.read() for tensor, live in entries}
         raw = safetensors.numpy.save(tensors)
         file_name = f"layer-{layer:05d}.safetensors"
         _write_durably(directory / file_name, raw)

@@ -68,7 +68,7 @@ DAMAGE = {
     "trailing bytes": (lambda m: m + b"x", "ends 1 bytes into a frame's header"),
     "oversized": (lambda m: m + bytes(MAX_MESSAGE_BYTES), "expected 64 to"),
     "magic": (lambda m: b"KTX2" + m[4:], "magic"),
-    "version": (lambda m: m[:4] + b"\x02" + m[5:], "version 2"),
+    "version": (lambda m: m[:4] + b"\x03" + m[5:], "version 3"),
     "type": (lambda m: m[:5] + b"\xff" + m[6:], "enumerator"),
     "flags": (lambda m: m[:6] + b"\x80" + m[7:], "unknown flags"),
     "reserved": (lambda m: m[:25] + b"\x01" + m[26:], "reserved"),

@@ -19,7 +19,7 @@ GIB = 1024**3
 
 
 def registry(checkpoint: Path, **limits: float) -> Registry:
-    made = Registry(MemoryBudget(GIB), Limits(**limits))  # type: ignore[arg-type]  # sizes and seconds
+    made = Registry(MemoryBudget(GIB), Limits(**limits), threads=2)  # type: ignore[arg-type]  # sizes and seconds
     made.become_ready(load_model(plan_model(checkpoint), "bf16", lambda _: None))
     return made
 
@@ -29,7 +29,7 @@ def config(world_size: int = 1) -> RunConfig:
 
 
 def test_nothing_is_served_while_the_model_loads() -> None:
-    made = Registry(MemoryBudget(GIB), Limits())
+    made = Registry(MemoryBudget(GIB), Limits(), threads=2)
     with pytest.raises(ServerUnavailable, match="still loading"):
         made.open_run("a", config(), ephemeral=True)
 

@@ -88,7 +88,9 @@ def test_a_cancelled_rank_no_longer_counts_as_arrived() -> None:
             await gone
         with pytest.raises(DeadlinePassed, match=r"for ranks \[0\] of 2"):
             await barrier.arrive(1, 1, 7, 0.01, total)
-        assert barrier.is_idle
+        with barrier.held("an adapter is being loaded"):
+            barrier.restart(4)
+        assert barrier.completed == 4
 
     asyncio.run(scenario())
 
@@ -101,8 +103,26 @@ def test_ranks_that_wait_hear_when_the_run_is_closed() -> None:
         barrier.abort(WrongPhase("closed"))
         with pytest.raises(WrongPhase, match="closed"):
             await waiting
-        barrier.restart(4)
-        assert barrier.completed == 4
+
+    asyncio.run(scenario())
+
+
+def test_no_round_begins_while_the_barrier_is_held() -> None:
+    async def scenario() -> None:
+        barrier: Barrier[int, int] = Barrier("sum", 2)
+        waiting = asyncio.ensure_future(barrier.arrive(0, 1, 5, 5, total))
+        await asyncio.sleep(0)
+        with pytest.raises(WrongPhase, match="sum 1 is under way"), barrier.held("a is being loaded"):
+            pass
+        assert await barrier.arrive(1, 1, 6, 5, total) == await waiting == 11
+        with barrier.held("a is being loaded"):
+            assert await barrier.arrive(1, 1, 6, 5, total) == 11  # the last one's result is still told
+            with pytest.raises(WrongPhase, match="sum 2 came while a is being loaded"):
+                await barrier.arrive(0, 2, 5, 5, total)
+            with pytest.raises(WrongPhase, match="a is being loaded already"), barrier.held("b"):
+                pass
+            barrier.restart(8)
+        assert await asyncio.gather(*(barrier.arrive(rank, 9, rank, 5, total) for rank in range(2))) == [1, 1]
 
     asyncio.run(scenario())
 
@@ -129,12 +149,12 @@ def test_bad_names(name: str) -> None:
 
 
 def test_members_must_agree_on_a_step() -> None:
-    def params(rate: float, scale: float, kind: str = "adamw") -> StepParams:
-        return StepParams((ParamGroup((), kind, (("learning_rate", rate),)),), scale)
+    def params(rate: float, scale: float, kind: str = "adamw", *, new: bool = False) -> StepParams:
+        return StepParams((ParamGroup((), kind, (("learning_rate", rate),)),), scale, new)
 
     ours, close = params(1e-3, 0.5), params(1e-3, 0.50001)
     assert agreed_params({0: ours, 1: close}) == ours
-    for other in (params(2e-3, 0.5), params(1e-3, 0.6), params(1e-3, 0.5, "sgd")):
+    for other in (params(2e-3, 0.5), params(1e-3, 0.6), params(1e-3, 0.5, "sgd"), params(1e-3, 0.5, new=True)):
         with pytest.raises(InvalidRequest, match="rank 1 asked for another step than rank 0"):
             agreed_params({0: ours, 1: other})
 
