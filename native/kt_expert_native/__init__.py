@@ -11,6 +11,7 @@ bits. Errors::
 """
 
 from kt_expert_native._core import (
+    MAX_MEMORY_NODES,
     Cancelled,
     CancelToken,
     DeadlineExceeded,
@@ -32,6 +33,7 @@ from kt_expert_native._core import (
 )
 
 __all__ = [
+    "MAX_MEMORY_NODES",
     "CancelToken",
     "Cancelled",
     "DeadlineExceeded",

@@ -10,12 +10,12 @@ from pathlib import Path
 import kt_expert_native as native
 
 from kt_expert_server.errors import InvalidRequest
+from kt_expert_server.model.loader import AUTO_FORMAT
 from kt_expert_server.model.placement import Placement
 
 DEFAULT_LISTEN = "127.0.0.1:7443"
 DEFAULT_METRICS_LISTEN = "127.0.0.1:9464"
 WEIGHT_FORMATS = tuple(native.list_weight_formats())
-AUTO_FORMAT = "auto"  # the checkpoint's own
 SERVED_FORMATS = (AUTO_FORMAT, *WEIGHT_FORMATS)
 ISA_VARIABLE = "KT_EXPERT_ISA"  # forces an instruction set
 _ADDRESS = re.compile(r"^(?P<host>[^:\s]+|\[[0-9a-fA-F:]+\]):(?P<port>\d{1,5})$")

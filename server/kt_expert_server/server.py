@@ -56,6 +56,12 @@ class _StoppedWhileLoadingError(Exception):
     pass
 
 
+def _warn_of_misplaced(model: BaseModel) -> None:
+    obstacles = [layer.weights.placement_obstacle for layer in model.layers.values() if layer.weights.placement_obstacle]
+    if obstacles:
+        _log.warning("memory of %d layers is not on the nodes it was asked for: %s", len(obstacles), obstacles[0])
+
+
 class Server:
     """One process: a gRPC port, a metrics port, one engine, one base model."""
 
@@ -89,6 +95,7 @@ class Server:
         try:
             model = await self._load(on_loaded_bytes)
             if model is not None:
+                _warn_of_misplaced(model)
                 self._registry.become_ready(model)
                 await self._set_health(serving=self._registry.state is State.READY)
                 on_ready(grpc_address, metrics_address)

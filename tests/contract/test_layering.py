@@ -23,7 +23,14 @@ ALLOWED = {
 # Inside the server: what a part must not import.
 FORBIDDEN_IN_SERVER = {
     "runtime": {"grpc", "kt_expert_server.api", "kt_expert_server.server", "kt_expert_server.cli", "prometheus_client"},
-    "model": {"grpc", "kt_expert_server.api", "kt_expert_server.runtime", "kt_expert_server.server"},
+    "model": {
+        "grpc",
+        "kt_expert_server.api",
+        "kt_expert_server.cli",
+        "kt_expert_server.config",
+        "kt_expert_server.runtime",
+        "kt_expert_server.server",
+    },
     "store": {"grpc", "kt_expert_server.api", "kt_expert_server.server"},
 }
 FORBIDDEN_EVERYWHERE = {"pickle", "cloudpickle", "marshal", "shelve", "dill"}

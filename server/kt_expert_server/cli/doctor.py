@@ -11,9 +11,10 @@ from pathlib import Path
 
 import kt_expert_native as native
 
-from kt_expert_server.config import AUTO_FORMAT, ISA_VARIABLE, available_cores, available_memory
+from kt_expert_server.config import ISA_VARIABLE, available_cores, available_memory
 from kt_expert_server.errors import InvalidRequest, ServerError
 from kt_expert_server.model.index import plan_model
+from kt_expert_server.model.loader import AUTO_FORMAT
 from kt_expert_server.model.memory_plan import format_bytes, plan_memory
 
 _PACKAGES = ("grpcio", "protobuf", "numpy", "uvloop", "prometheus-client", "torch", "transformers", "peft")

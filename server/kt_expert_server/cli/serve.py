@@ -15,7 +15,6 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from kt_expert_server.config import (
-    AUTO_FORMAT,
     DEFAULT_LISTEN,
     DEFAULT_METRICS_LISTEN,
     ISA_VARIABLE,
@@ -27,7 +26,7 @@ from kt_expert_server.config import (
 )
 from kt_expert_server.errors import InvalidRequest, ServerError
 from kt_expert_server.model.index import ModelPlan, plan_model
-from kt_expert_server.model.loader import shown_format
+from kt_expert_server.model.loader import AUTO_FORMAT, shown_format
 from kt_expert_server.model.memory_plan import plan_memory
 from kt_expert_server.model.placement import AUTO, choose_placement
 from kt_expert_server.server import Server

@@ -8,10 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from kt_expert_server.cli import bench, doctor
-from kt_expert_server.config import AUTO_FORMAT, SERVED_FORMATS, available_memory
+from kt_expert_server.config import SERVED_FORMATS, available_cores, available_memory
 from kt_expert_server.errors import ServerError
 from kt_expert_server.model.index import plan_model
+from kt_expert_server.model.loader import AUTO_FORMAT
 from kt_expert_server.model.memory_plan import plan_memory
+from kt_expert_server.model.placement import choose_placement
 
 _GIB = 1024**3
 
@@ -36,6 +38,9 @@ def _parser() -> argparse.ArgumentParser:
     plan_parser = commands.add_parser("plan", help="memory a checkpoint needs, without loading it")
     plan_parser.add_argument("--model", type=Path, metavar="DIR", required=True)
     plan_parser.add_argument("--weight-format", default=AUTO_FORMAT, choices=SERVED_FORMATS)
+    plan_parser.add_argument(
+        "--nodes", default="1", metavar="N", help="memory nodes to cut the weights for, or auto (default: 1)"
+    )
     plan_parser.add_argument("--memory-limit", type=float, metavar="GIB")
     plan_parser.set_defaults(run=_plan)
     bench_parser = commands.add_parser("bench", help="measure the engine on this machine")
@@ -47,7 +52,8 @@ def _parser() -> argparse.ArgumentParser:
 def _plan(options: argparse.Namespace) -> int:
     plan = plan_model(options.model)
     limit = available_memory() if options.memory_limit is None else int(options.memory_limit * _GIB)
-    memory = plan_memory(plan, options.weight_format, limit)
+    placement = choose_placement(options.nodes, available_cores())
+    memory = plan_memory(plan, options.weight_format, limit, placement.nodes)
     print(f"{plan.model_type}, {len(plan.layers)} MoE layers, digest {plan.digest[:16]}")
     print("\n".join(memory.lines(threads=1)))
     memory.check()

@@ -169,6 +169,8 @@ def _layer_plan(
         experts, hidden, intermediate = _fused_sizes(naming, prefix, tensors)
     else:
         experts, hidden, intermediate = _expert_sizes(naming, prefix, tensors)
+    if min(experts, hidden, intermediate) < 1:
+        raise ModelError(f"{prefix} has {experts} experts of {hidden} x {intermediate}, expected at least 1 of each")
     expected = config.get("hidden_size")
     if isinstance(expected, int) and expected != hidden:
         raise ModelError(f"{prefix} has hidden size {hidden}, config.json says {expected}")
@@ -194,6 +196,7 @@ def _expert_sizes(naming: Naming, prefix: str, tensors: Mapping[str, tuple[str, 
     coded = any(name.endswith(FP8_SCALE_SUFFIX) for name in tensors)
     dtypes = ("F8_E4M3",) if coded else tuple(FLOAT_BYTES)
     intermediate, hidden = _shape(prefix, tensors, gate.format(e=0), 2, dtypes)
+    unknown = set(tensors)
     for expert in range(experts):
         for name, shape in (
             (gate, (intermediate, hidden)),
@@ -203,7 +206,10 @@ def _expert_sizes(naming: Naming, prefix: str, tensors: Mapping[str, tuple[str, 
             full = name.format(e=expert)
             _require_shape(prefix, tensors, full, shape, dtypes)
             if coded:
-                _require_shape(prefix, tensors, full + FP8_SCALE_SUFFIX, scale_shape("fp8", *shape), ("F32",))
+                _require_shape(prefix, tensors, full + FP8_SCALE_SUFFIX, scale_shape("fp8", *shape))
+            unknown -= {full, full + FP8_SCALE_SUFFIX}
+    if unknown:
+        raise ModelError(f"{prefix} has {len(unknown)} tensors of no expert, the first is {min(unknown)}")
     return experts, hidden, intermediate
 
 

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import kt_expert_native as native
 import numpy as np
 from numpy.typing import NDArray
 
-from kt_expert_server.config import AUTO_FORMAT
+from kt_expert_server.errors import ModelError
 from kt_expert_server.model.architecture import FP8_SCALE_SUFFIX
-from kt_expert_server.model.index import BF16_BYTES, LayerPlan, ModelPlan
+from kt_expert_server.model.bf16 import bf16_to_fp32, round_to_bf16
+from kt_expert_server.model.index import BF16_BYTES, FP32_BYTES, LayerPlan, ModelPlan
 from kt_expert_server.model.placement import ONE_NODE, Placement
 from kt_expert_server.model.quantised import CodedMatrix
 from kt_expert_server.model.safetensors_file import FLOAT_BYTES, SafetensorsFile, TensorInfo
+
+AUTO_FORMAT = "auto"  # the checkpoint's own
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,10 +56,15 @@ def native_spec(plan: LayerPlan) -> native.LayerSpec:
 
 
 def resident_bytes(plan: ModelPlan, weight_format: str, nodes: int = 1) -> int:
-    """Bytes the weights of all layers take in `weight_format`, cut for so many memory nodes."""
-    return sum(
-        native.LayerWeights.nbytes_of(native_spec(layer), format_of(layer, weight_format), nodes) for layer in plan.layers
-    )
+    """Bytes the weights of all layers take in `weight_format`, cut for so many memory nodes. Raises ModelError for a layer the
+    engine cannot hold."""
+    total = 0
+    for layer in plan.layers:
+        try:
+            total += native.LayerWeights.nbytes_of(native_spec(layer), format_of(layer, weight_format), nodes)
+        except native.InvalidArgument as error:
+            raise ModelError(f"{layer.prefix}: {error}") from error
+    return total
 
 
 def format_of(layer: LayerPlan, weight_format: str) -> str:
@@ -91,7 +99,14 @@ def load_model(
 
 
 def _load_tensor(directory: Path, file: SafetensorsFile, layer: LoadedLayer, name: str, info: TensorInfo) -> int:
-    """Returns the bytes its values would take in bf16."""
+    """Returns what ModelPlan.bf16_bytes counts for it. Raises ModelError for values the format cannot hold."""
+    try:
+        return _store_tensor(directory, file, layer, name, info)
+    except native.InvalidArgument as error:
+        raise ModelError(f"{layer.plan.prefix}{name}: {error}") from error
+
+
+def _store_tensor(directory: Path, file: SafetensorsFile, layer: LoadedLayer, name: str, info: TensorInfo) -> int:
     naming = layer.plan.naming
     if naming.per_expert is not None:
         return _load_expert(directory, file, layer, name, info)
@@ -99,10 +114,11 @@ def _load_tensor(directory: Path, file: SafetensorsFile, layer: LoadedLayer, nam
         return 0  # read with the codes
     if naming.biases is not None and name in naming.biases:
         _load_bias(file, layer, name == naming.biases[0], info)
-    elif naming.fused is not None and naming.scales is not None:
+        return info.size_bytes // FLOAT_BYTES[info.dtype] * FP32_BYTES
+    if naming.fused is not None and naming.scales is not None:
         _load_blocks(directory, file, layer, name == naming.fused[0], info)
         return info.size_bytes * _CODES_A_BYTE * BF16_BYTES
-    elif naming.fused is not None:
+    if naming.fused is not None:
         _load_fused(file, layer, name == naming.fused[0], info)
     return info.size_bytes // FLOAT_BYTES[info.dtype] * BF16_BYTES
 
@@ -115,7 +131,8 @@ def _load_expert(directory: Path, file: SafetensorsFile, layer: LoadedLayer, nam
     if layer.plan.form == "fp8":
         codes = np.empty(info.shape, np.uint8)
         file.read_into(info, 0, codes.data)
-        scales = _read_beside(directory, file, layer, name + FP8_SCALE_SUFFIX, np.float32)
+        with _beside(directory, file, layer, name + FP8_SCALE_SUFFIX) as (other, place):
+            scales = _read_fp32(other, place)
         CodedMatrix("fp8", codes, scales).store(layer.weights, projection, expert, layer.plan.prefix + name)
         return info.size_bytes * BF16_BYTES
     source = np.empty(info.shape, np.uint16)
@@ -127,7 +144,9 @@ def _load_expert(directory: Path, file: SafetensorsFile, layer: LoadedLayer, nam
 def _load_blocks(directory: Path, file: SafetensorsFile, layer: LoadedLayer, is_gate_up: bool, info: TensorInfo) -> None:
     """One expert at a time; rows of gate and up alternate."""
     names = layer.plan.naming.scales or ("", "")
-    all_scales = _read_beside(directory, file, layer, names[0 if is_gate_up else 1], np.uint8)
+    with _beside(directory, file, layer, names[0 if is_gate_up else 1]) as (other, place):
+        all_scales = np.empty(place.shape, np.uint8)
+        other.read_into(place, 0, all_scales.data)
     experts, rows = info.shape[:2]
     for expert in range(experts):
         codes = np.empty((rows, info.size_bytes // experts // rows), np.uint8)
@@ -138,16 +157,17 @@ def _load_blocks(directory: Path, file: SafetensorsFile, layer: LoadedLayer, is_
             matrix.store(layer.weights, projection, expert, layer.plan.prefix + names[0 if is_gate_up else 1])
 
 
-def _read_beside(directory: Path, file: SafetensorsFile, layer: LoadedLayer, name: str, dtype: type[np.generic]) -> Any:
-    """A whole tensor of scales, in most checkpoints of the same file."""
+@contextmanager
+def _beside(
+    directory: Path, file: SafetensorsFile, layer: LoadedLayer, name: str
+) -> Iterator[tuple[SafetensorsFile, TensorInfo]]:
+    """Where scales lie: in most checkpoints in the same file as their codes."""
     file_name, info = layer.plan.tensors[name]
-    values = np.empty(info.shape, dtype)
     if file.name == file_name:
-        file.read_into(info, 0, values.data)
+        yield file, info
     else:
         with SafetensorsFile(directory / file_name) as other:
-            other.read_into(info, 0, values.data)
-    return values
+            yield other, info
 
 
 def _load_fused(file: SafetensorsFile, layer: LoadedLayer, is_gate_up: bool, info: TensorInfo) -> None:
@@ -188,12 +208,5 @@ def _read_fp32(file: SafetensorsFile, info: TensorInfo) -> NDArray[np.float32]:
     source = np.empty(info.shape, stored)
     file.read_into(info, 0, source.data)
     if info.dtype == "BF16":
-        return (source.astype(np.uint32) << 16).view(np.float32)
+        return bf16_to_fp32(source.view(np.uint16))
     return source.astype(np.float32, copy=False)
-
-
-def round_to_bf16(values: NDArray[np.float32]) -> NDArray[np.uint16]:
-    """bf16 bits of `values`, to nearest, ties to even, as torch casts."""
-    bits = np.ascontiguousarray(values).view(np.uint32)
-    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-    return np.where(np.isnan(values), 0x7FC0, rounded).astype(np.uint16)

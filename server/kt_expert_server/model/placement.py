@@ -18,6 +18,7 @@ class Placement:
 
     nodes: int = 1
     memory_nodes: tuple[int, ...] = ()
+    remark: str = ""  # why it is not what the machine would offer
 
     def engine(self, threads: int, isa: str) -> native.Engine:
         """Raises InvalidRequest for an instruction set or a thread count this machine does not have."""
@@ -32,7 +33,8 @@ class Placement:
     def describe(self) -> str:
         if self.memory_nodes:
             return f"split over memory nodes {', '.join(map(str, self.memory_nodes))}, threads near them"
-        return f"cut into {self.nodes} slices, on no particular memory" if self.nodes > 1 else "on one memory node"
+        where = f"cut into {self.nodes} slices, on no particular memory" if self.nodes > 1 else "on one memory node"
+        return where + (f" ({self.remark})" if self.remark else "")
 
 
 ONE_NODE = Placement()
@@ -46,8 +48,10 @@ def choose_placement(asked: str, threads: int, machine: Sequence[tuple[int, Sequ
     """
     found = [node for node, _ in (native.list_memory_nodes() if machine is None else machine)]
     if asked == AUTO:
-        return Placement(len(found), tuple(found)) if 1 < len(found) <= threads else ONE_NODE
-    if not asked.isdigit() or int(asked) < 1:
-        raise InvalidRequest(f"--nodes is {asked!r}, expected a number of at least 1, or {AUTO}")
+        if len(found) > threads:
+            return Placement(remark=f"the machine has {len(found)}, more than the {threads} threads")
+        return Placement(len(found), tuple(found)) if len(found) > 1 else ONE_NODE
+    if not (asked.isascii() and asked.isdigit()) or not 1 <= int(asked) <= native.MAX_MEMORY_NODES:
+        raise InvalidRequest(f"--nodes is {asked!r}, expected a number in [1, {native.MAX_MEMORY_NODES}], or {AUTO}")
     count = int(asked)
     return Placement(count, tuple(found) if count == len(found) > 1 else ())

@@ -1,6 +1,6 @@
 """Expert matrices that a checkpoint holds as codes and scales: kept as they are, or decoded for another format.
 
-fp8 (DeepSeek-V3 and others): `weight` F8_E4M3 [N, K] and `weight_scale_inv` F32, one scale per 128 x 128.
+fp8 (DeepSeek-V3 and others): `weight` F8_E4M3 [N, K] and `weight_scale_inv`, one scale per 128 x 128, of any float type.
 mxfp4 (gpt-oss): `*_blocks` U8 [E, N, K / 32, 16], two E2M1 codes a byte, the lower nibble first, and `*_scales` U8
 [E, N, K / 32], exponents of E8M0 (OCP Microscaling Formats 1.0).
 """
@@ -14,10 +14,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kt_expert_server.errors import ModelError
+from kt_expert_server.model.bf16 import round_to_bf16
 
 FP8_BLOCK = 128
 MXFP4_GROUP = 32
-_E8M0_BIAS = 127
+_E8M0_NAN = 255
+_E8M0_VALUES: NDArray[np.float32] = np.append(2.0 ** (np.arange(_E8M0_NAN) - 127.0), np.nan).astype(np.float32)
 _E2M1 = np.array([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0], np.float32)
 _MXFP4_VALUES: NDArray[np.float32] = np.concatenate([_E2M1, -_E2M1])
 
@@ -43,13 +45,17 @@ class CodedMatrix:
     scales: NDArray[np.float32] | NDArray[np.uint8]
 
     def store(self, weights: native.LayerWeights, projection: str, expert: int, source: str) -> None:
-        """Hands the codes over as they are where the layer is held in this form, else decoded. Raises ModelError."""
+        """Hands the codes over as they are where the layer is held in this form, else decoded. Raises ModelError, whatever the
+        form, for values that are not finite."""
         try:
             if weights.weight_format == self.form:
                 scales = np.ascontiguousarray(self.scales).view(np.uint8)
                 weights.set_native(projection, expert, np.ascontiguousarray(self.codes).reshape(-1), scales.reshape(-1))
             else:
-                weights.set_matrix(projection, expert, _bf16_bits(self.decode()).reshape(-1))
+                values = self.decode()
+                if not np.isfinite(values).all():
+                    raise ModelError(f"{source}, expert {expert}: codes and scales give values that are not finite")
+                weights.set_matrix(projection, expert, round_to_bf16(values).reshape(-1))
         except native.InvalidArgument as error:
             raise ModelError(f"{source}, expert {expert}: {error}") from error
 
@@ -59,10 +65,10 @@ class CodedMatrix:
             values = _FP8_VALUES[self.codes]
             rows, columns = values.shape
             by_row = np.repeat(self.scales.astype(np.float32), FP8_BLOCK, axis=0)[:rows]
-            return values * np.repeat(by_row, FP8_BLOCK, axis=1)[:, :columns]
+            return _product(values, np.repeat(by_row, FP8_BLOCK, axis=1)[:, :columns])
         nibbles = np.stack([self.codes & 0xF, self.codes >> 4], axis=-1).reshape(len(self.codes), -1)
-        factors: NDArray[np.float32] = np.ldexp(np.float32(1.0), self.scales.astype(np.int32) - _E8M0_BIAS)
-        return _MXFP4_VALUES[nibbles] * np.repeat(factors, MXFP4_GROUP, axis=1)
+        factors = _E8M0_VALUES[self.scales.astype(np.uint8)]
+        return _product(_MXFP4_VALUES[nibbles], np.repeat(factors, MXFP4_GROUP, axis=1))
 
 
 def scale_shape(form: str, rows: int, columns: int) -> tuple[int, int]:
@@ -72,6 +78,6 @@ def scale_shape(form: str, rows: int, columns: int) -> tuple[int, int]:
     return rows, columns // MXFP4_GROUP
 
 
-def _bf16_bits(values: NDArray[np.float32]) -> NDArray[np.uint16]:
-    bits = np.ascontiguousarray(values).view(np.uint32)
-    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+def _product(values: NDArray[np.float32], factors: NDArray[np.float32]) -> NDArray[np.float32]:
+    with np.errstate(over="ignore", invalid="ignore"):  # the caller looks for what is not finite
+        return values * factors

@@ -46,6 +46,7 @@ class Metrics:
             "checkpoint_last_success_timestamp_seconds", "When a checkpoint last succeeded", ["op"]
         )
         self._threads = self._gauge("threads", "Threads of the engine", [])
+        self._misplaced = self._gauge("misplaced_layers", "Layers whose memory is not on the nodes it was asked for", [])
         self._started = Counter("grpc_server_started", "Calls begun", ["grpc_method"], registry=self.registry)
         self._handled = Counter(
             "grpc_server_handled", "Calls ended, by status code", ["grpc_method", "grpc_code"], registry=self.registry
@@ -117,4 +118,6 @@ class Metrics:
         self._sessions.set(sum(member.sink is not None for member in members))
         self._tickets.set(sum(len(member.tickets) for member in members))
         self._threads.set(queue.engine.threads)
+        layers = runs.model.layers.values() if runs.model is not None else ()
+        self._misplaced.set(sum(bool(layer.weights.placement_obstacle) for layer in layers))
         return prometheus_client.generate_latest(self.registry)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -10,40 +11,19 @@ import pytest
 import torch
 from golden.reference import bf16_bits
 from kt_expert_server.errors import ModelError
+from kt_expert_server.model.bf16 import round_to_bf16
 from kt_expert_server.model.index import plan_model
-from kt_expert_server.model.loader import BaseModel, load_model, resident_bytes, round_to_bf16
+from kt_expert_server.model.loader import BaseModel, load_model, resident_bytes
 from kt_expert_server.model.memory_plan import format_bytes, plan_memory
 from kt_expert_server.model.safetensors_file import SafetensorsFile
-from safetensors.torch import save_file
-
-E, H, I = 3, 10, 6  # noqa: E741  # the letters of the formulas
-PREFIX = "model.layers.0."
-
-
-def expert_weights() -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(0)
-
-    def normal(*size: int) -> torch.Tensor:
-        return torch.randn(*size, generator=generator)
-
-    return {"gate": normal(E, I, H), "up": normal(E, I, H), "down": normal(E, H, I)}
-
-
-def write(directory: Path, tensors: dict[str, torch.Tensor], **config: object) -> Path:
-    directory.mkdir(exist_ok=True)
-    contiguous = {name: value.contiguous() for name, value in tensors.items()}
-    save_file(contiguous, directory / "model.safetensors")
-    base = {"hidden_size": H, "num_hidden_layers": 1, "num_experts_per_tok": 2}
-    (directory / "config.json").write_text(json.dumps(base | config))
-    return directory
+from support.checkpoints import PREFIX, E, H, I, expert_weights, write
 
 
 def load(directory: Path) -> BaseModel:
     loaded: list[int] = []
     plan = plan_model(directory)
     model = load_model(plan, "bf16", loaded.append)
-    assert sum(loaded) == sum(info.size_bytes // {"F32": 2}.get(info.dtype, 1) for layer in plan.layers
-                              for _, info in layer.tensors.values())  # fmt: skip
+    assert sum(loaded) == plan.bf16_bytes
     return model
 
 
@@ -72,96 +52,6 @@ def test_fused_concatenated(tmp_path: Path) -> None:
         f"{PREFIX}mlp.experts.down_proj": weights["down"].bfloat16(),
     }
     assert_holds(load(write(tmp_path, tensors, model_type="qwen3_moe")), weights)
-
-
-Tensors = dict[str, torch.Tensor]
-
-
-def fp8_tensors(weights: Tensors, scale: float = 0.01) -> tuple[Tensors, Tensors]:
-    """A DeepSeek-V3 layer's tensors, and the values they stand for."""
-    tensors, values = {}, {}
-    for name, matrices in weights.items():
-        codes = (matrices / scale).clamp(-448, 448).to(torch.float8_e4m3fn)
-        rows, columns = matrices.shape[1:]
-        shape = (E, -(-rows // 128), -(-columns // 128))
-        scales = scale * (1 + torch.arange(np.prod(shape), dtype=torch.float32).reshape(shape))
-        wide = scales.repeat_interleave(128, 1)[:, :rows].repeat_interleave(128, 2)[:, :, :columns]
-        values[name] = codes.float() * wide
-        for expert in range(E):
-            base = f"{PREFIX}mlp.experts.{expert}.{name}_proj.weight"
-            tensors |= {base: codes[expert], f"{base}_scale_inv": scales[expert]}
-    return tensors, values
-
-
-@pytest.mark.parametrize("sizes", [(H, I), (200, 150)])
-def test_fp8_is_kept_as_it_is(tmp_path: Path, sizes: tuple[int, int]) -> None:
-    hidden, intermediate = sizes
-    generator = torch.Generator().manual_seed(1)
-    shapes = {"gate": (intermediate, hidden), "up": (intermediate, hidden), "down": (hidden, intermediate)}
-    weights = {name: torch.randn(E, *shape, generator=generator) for name, shape in shapes.items()}
-    tensors, values = fp8_tensors(weights)
-    plan = plan_model(write(tmp_path, tensors, model_type="deepseek_v3", hidden_size=hidden))
-    progress: list[int] = []
-    model = load_model(plan, "auto", progress.append)
-    assert plan.form == model.layers[0].weights.weight_format == "fp8"
-    assert sum(progress) == plan.bf16_bytes
-    for name, expected in values.items():
-        for expert in range(E):
-            assert np.array_equal(model.layers[0].weights.dequantized(name, expert), expected[expert].numpy())
-    converted = load_model(plan, "bf16", progress.append)
-    for name, expected in values.items():
-        assert np.array_equal(converted.layers[0].weights.dequantized(name, 1), expected[1].bfloat16().float().numpy())
-
-
-E2M1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0])
-
-
-def mxfp4_tensors(hidden: int, intermediate: int) -> tuple[Tensors, Tensors]:
-    """gpt-oss's tensors, gate and up in alternating rows, and the values of [gate_up, down]."""
-    generator = torch.Generator().manual_seed(2)
-    tensors, values = {}, {}
-    for name, rows, columns in (("gate_up", 2 * intermediate, hidden), ("down", hidden, intermediate)):
-        codes = torch.randint(0, 16, (E, rows, columns), generator=generator)
-        scales = torch.randint(118, 130, (E, rows, columns // 32), generator=generator)
-        values[name] = E2M1[codes] * torch.exp2(scales.float() - 127).repeat_interleave(32, 2)
-        packed = (codes[..., 0::2] | codes[..., 1::2] << 4).to(torch.uint8)
-        tensors[f"{PREFIX}mlp.experts.{name}_proj_blocks"] = packed.reshape(E, rows, columns // 32, 16)
-        tensors[f"{PREFIX}mlp.experts.{name}_proj_scales"] = scales.to(torch.uint8)
-        tensors[f"{PREFIX}mlp.experts.{name}_proj_bias"] = torch.randn(E, rows, generator=generator).bfloat16()
-    return tensors, values
-
-
-@pytest.mark.parametrize("weight_format", ["auto", "bf16"])
-def test_mxfp4_is_kept_as_it_is(tmp_path: Path, weight_format: str) -> None:
-    tensors, values = mxfp4_tensors(64, 32)
-    plan = plan_model(write(tmp_path, tensors, model_type="gpt_oss", hidden_size=64))
-    model = load_model(plan, weight_format, lambda _: None)
-    weights = model.layers[0].weights
-    assert plan.form == "mxfp4"
-    assert weights.weight_format == ("mxfp4" if weight_format == "auto" else "bf16")
-    bias = tensors[f"{PREFIX}mlp.experts.gate_up_proj_bias"]
-    for expert in range(E):
-        gate, up = values["gate_up"][expert, 0::2], values["gate_up"][expert, 1::2]
-        for name, expected in (("gate", gate), ("up", up), ("down", values["down"][expert])):
-            assert np.array_equal(weights.dequantized(name, expert), expected.numpy())
-        assert np.array_equal(weights.bias("up", expert), bias[expert, 1::2].float().numpy())
-
-
-def test_damaged_codes_are_named(tmp_path: Path) -> None:
-    tensors, _ = fp8_tensors(expert_weights())
-    name = f"{PREFIX}mlp.experts.1.up_proj.weight"
-    bad = {
-        "nan": ({name: torch.full((I, H), float("nan")).to(torch.float8_e4m3fn)}, r"experts\.1\.up_proj\.weight, expert 1"),
-        "shape": ({name + "_scale_inv": torch.ones(2, 1)}, r"up_proj\.weight_scale_inv has shape \(2, 1\), expected \(1, 1\)"),
-        "dtype": ({name: torch.zeros(I, H).bfloat16()}, "has dtype BF16; supported here: F8_E4M3"),
-    }
-    for case, (changed, sentence) in bad.items():
-        directory = write(tmp_path / case, tensors | changed, model_type="deepseek_v3")
-        with pytest.raises(ModelError, match=sentence):
-            load_model(plan_model(directory), "auto", lambda _: None)
-    del tensors[name + "_scale_inv"]
-    with pytest.raises(ModelError, match=r"up_proj\.weight_scale_inv is missing"):
-        plan_model(write(tmp_path / "missing", tensors, model_type="deepseek_v3"))
 
 
 def test_granite_names(tmp_path: Path) -> None:
@@ -222,6 +112,44 @@ def test_configs_the_engine_cannot_serve(tmp_path: Path, config: dict[str, objec
     }
     with pytest.raises(ModelError, match=text):
         plan_model(write(tmp_path, tensors, **config))
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({f"{PREFIX}mlp.experts.00.up_proj.weight": torch.zeros(I, H)}, r"1 tensors of no expert, the first is experts\.00"),
+        ({f"{PREFIX}mlp.experts.{e}.{n}_proj.weight": torch.zeros(0, H) if n != "down" else torch.zeros(H, 0)
+          for e in range(E) for n in ("gate", "up", "down")}, "experts of 10 x 0, expected at least 1"),
+    ],
+)  # fmt: skip
+def test_tensors_that_make_no_layer_are_named(tmp_path: Path, changes: dict[str, torch.Tensor], text: str) -> None:
+    tensors = {
+        f"{PREFIX}mlp.experts.{e}.{name}_proj.weight": values[e].bfloat16()
+        for name, values in expert_weights().items()
+        for e in range(E)
+    }
+    with pytest.raises(ModelError, match=text):
+        plan_model(write(tmp_path, tensors | changes, model_type="qwen3_moe"))
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_value_no_quantised_format_can_hold_names_its_tensor(tmp_path: Path, fused: bool) -> None:
+    weights = expert_weights()
+    weights["down"][2, 1, 1] = torch.nan
+    if fused:
+        tensors = {
+            f"{PREFIX}mlp.experts.gate_up_proj": torch.cat((weights["gate"], weights["up"]), 1).bfloat16(),
+            f"{PREFIX}mlp.experts.down_proj": weights["down"].bfloat16(),
+        }
+    else:
+        tensors = {
+            f"{PREFIX}mlp.experts.{e}.{name}_proj.weight": values[e].bfloat16()
+            for name, values in weights.items()
+            for e in range(E)
+        }
+    plan = plan_model(write(tmp_path, tensors, model_type="qwen3_moe"))
+    with pytest.raises(ModelError, match=rf"{re.escape(PREFIX)}mlp\.experts\.(2\.)?down_proj"):
+        load_model(plan, "int8", lambda _: None)
 
 
 def test_an_unsupported_dtype_is_named(tmp_path: Path) -> None:

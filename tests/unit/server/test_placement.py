@@ -13,7 +13,7 @@ TWO = [(0, [0, 1]), (2, [2, 3])]
     ("asked", "threads", "machine", "expected"),
     [
         ("auto", 4, TWO, Placement(2, (0, 2))),
-        ("auto", 1, TWO, Placement()),  # one thread is near one node only
+        ("auto", 1, TWO, Placement(remark="the machine has 2, more than the 1 threads")),
         ("auto", 4, TWO[:1], Placement()),
         ("1", 4, TWO, Placement()),
         ("2", 4, TWO, Placement(2, (0, 2))),
@@ -25,7 +25,7 @@ def test_choices(asked: str, threads: int, machine: list[tuple[int, list[int]]],
     assert choose_placement(asked, threads, machine) == expected
 
 
-@pytest.mark.parametrize("asked", ["0", "-1", "two", ""])
+@pytest.mark.parametrize("asked", ["0", "-1", "two", "", "²", "65", "9" * 30])
 def test_what_is_no_number_of_nodes_is_refused(asked: str) -> None:
     with pytest.raises(InvalidRequest, match="--nodes is"):
         choose_placement(asked, 4, TWO)
@@ -35,3 +35,4 @@ def test_descriptions() -> None:
     assert Placement(2, (0, 2)).describe() == "split over memory nodes 0, 2, threads near them"
     assert "cut into 3 slices" in Placement(3).describe()
     assert Placement().describe() == "on one memory node"
+    assert Placement(remark="why").describe() == "on one memory node (why)"
