@@ -80,15 +80,7 @@ class Client:
             raise InvalidRequest(f"wire_dtype is {wire_dtype!r}, expected one of {sorted(WIRE_TORCH_DTYPES)}")
         if name is None and world_size > 1:
             raise InvalidRequest("a run of several members needs a name that all of them give")
-        chosen = options or RunOptions()
-        config = pb.RunConfig(
-            world_size=world_size,
-            wire_dtype=_PROTO_DTYPES[wire_dtype],
-            lora=[entry.to_proto() for entry in lora],
-            seed=seed,
-            moment_dtype=chosen.moment_dtype,
-            tickets=chosen.ticket_policy,
-        )
+        config = _run_config(world_size, wire_dtype, lora, seed, options or RunOptions())
         run_name = name or f"anonymous-{uuid.uuid4().hex}"
         keep = name is not None if ephemeral is None else not ephemeral
         self._call("open_run", self._stub.OpenRun, pb.OpenRunRequest(run=run_name, config=config, ephemeral=not keep))
@@ -132,6 +124,17 @@ class Client:
             return method(request, timeout=_CALL_TIMEOUT_S)
         except grpc.RpcError as error:
             raise from_rpc(error, what) from error
+
+
+def _run_config(world_size: int, wire_dtype: str, lora: Iterable[LayerLora], seed: int, options: RunOptions) -> pb.RunConfig:
+    return pb.RunConfig(
+        world_size=world_size,
+        wire_dtype=_PROTO_DTYPES[wire_dtype],
+        lora=[entry.to_proto() for entry in lora],
+        seed=seed,
+        moment_dtype=options.moment_dtype,
+        tickets=options.ticket_policy,
+    )
 
 
 def connect(address: str, *, timeout_s: float = DEFAULT_CONNECT_TIMEOUT_S) -> Client:

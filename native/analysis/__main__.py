@@ -22,7 +22,7 @@ _VECTOR_FILES = (
     ("x86_avx512_bf16", "sapphirerapids", "vdpbf16ps"),
     ("x86_avx512_vnni", "sapphirerapids", "vpdpbusd"),
 )
-# The loops in which many rows spend their time.
+# The loops in which many rows spend their time: each file that has one has one of these.
 _MAIN = ("multiply_panels", "panel_tile", "grouped_multiply", "grouped_panel_tile", "tile", "multiply")
 _TILE_FILES = (("x86_amx_bf16", "tdpbf16ps"), ("x86_amx_int8", "tdpbssd"))
 
@@ -39,14 +39,18 @@ def _print_vector_loops(build: Path) -> list[str]:
     print("cycles of one pass by llvm-mca, the share of its busiest unit's, and of its multiplications' alone")
     print(f"{'file':19} {'processor':15} {'multiplies':>10} {'others':>6} {'cycles':>7} {'unit':>5} {'multiply':>8}  function")
     for name, cpu, multiply in _VECTOR_FILES:
+        found = False
         for function, loop in _best_loops(_object(build, name), multiply).items():
             prediction, multiplies = predict(loop, cpu), loop.count(*MULTIPLIES)
             print(
                 f"{name:19} {cpu:15} {multiplies:10} {len(loop.body) - multiplies:6} {prediction.cycles:7.1f} "
                 f"{prediction.of_resource_bound:5.2f} {prediction.of_multiply_bound:8.2f}  {function}"
             )
+            found = found or function in _MAIN
             if function in _MAIN and prediction.of_resource_bound < LEAST_FRACTION:
                 short.append(f"{name} {function} on {cpu}: {prediction.of_resource_bound:.2f} of llvm-mca's bound")
+        if not found:
+            short.append(f"{name}: none of its loops is one of {', '.join(_MAIN)}; was it renamed?")
     return short
 
 
@@ -67,7 +71,11 @@ def _print_tile_loops(build: Path) -> list[str]:
 
 
 def _object(build: Path, name: str) -> Path:
-    return next(build.glob(f"CMakeFiles/*/src/gemm/{name}.cc.o"))
+    pattern = f"CMakeFiles/*/src/gemm/{name}.cc.o"
+    found = next(build.glob(pattern), None)
+    if found is None:
+        sys.exit(f"{build} has no {pattern}; build the native tests first")
+    return found
 
 
 def _best_loops(path: Path, multiply: str) -> dict[str, Loop]:

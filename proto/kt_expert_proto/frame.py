@@ -177,7 +177,9 @@ def _decode_at(message: bytes, position: int) -> tuple[Header, memoryview]:
         reserved_tail,
     ) = _HEADER.unpack_from(message, position)
     if magic != _MAGIC or version != PROTOCOL_VERSION:
-        raise FrameError(f"frame begins with magic {magic:#x} version {version}, expected {_MAGIC:#x} version 1")
+        raise FrameError(
+            f"frame begins with magic {magic:#x} version {version}, expected {_MAGIC:#x} version {PROTOCOL_VERSION}"
+        )
     if flags & ~_KNOWN_FLAGS or reserved != _RESERVED or reserved_tail:
         raise FrameError(f"frame has unknown flags {flags:#x} or a reserved field that is not zero")
     begin = position + HEADER_BYTES

@@ -52,9 +52,10 @@ def test_bench_writes_its_figures(tmp_path: Path, capsys: pytest.CaptureFixture[
 
 def test_bench_measures_memory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "memory.json"
-    arguments = ["--shape", "4,64,32,2", "--tokens", "8", "--rank", "4", "--json", str(path)]
+    arguments = ["--shape", "4,64,32,2", "--json", str(path)]
     assert main(["bench", "memory", *arguments]) == 0
     (row,) = json.loads(path.read_text())["rows"]
+    assert (row["tokens"], row["rank"]) == (512, 16)
     assert row["peak"] >= row["after_load"] > row["weights"] > 0
     assert row["allowed"] == int(1.05 * row["weights"]) + 300 * 1024**2
     assert "allowed" in capsys.readouterr().out
@@ -63,12 +64,13 @@ def test_bench_measures_memory(tmp_path: Path, capsys: pytest.CaptureFixture[str
 
 def test_bench_measures_optimizers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "optimizers.json"
-    assert main(["bench", "optimizer", "--shape", "4,64,32,2", "--rank", "0,4", "--repeats", "1", "--json", str(path)]) == 0
+    assert main(["bench", "optimizer", "--shape", "4,64,32,2", "--rank", "4", "--repeats", "1", "--json", str(path)]) == 0
     report = json.loads(path.read_text())
     assert {(row["optimizer"], row["moments"]) for row in report["rows"]} >= {("adamw", "bf16"), ("adafactor", "fp32")}
     assert all(row["seconds"] > 0 and row["bandwidth_fraction"] > 0 and row["rank"] == 4 for row in report["rows"])
     assert report["update_gbs"] > 0
     assert "adafactor" in capsys.readouterr().out
+    assert main(["bench", "optimizer", "--rank", "0,4"]) == 2
 
 
 @pytest.mark.parametrize(

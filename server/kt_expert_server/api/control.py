@@ -23,7 +23,7 @@ from kt_expert_server.runtime.compute import Compute
 from kt_expert_server.runtime.engine_queue import EngineQueue
 from kt_expert_server.runtime.memory import Kind
 from kt_expert_server.runtime.registry import Registry, initialise
-from kt_expert_server.runtime.run import Member
+from kt_expert_server.runtime.run import Member, Run
 
 Context = grpc.aio.ServicerContext[Any, Any]
 _ROUNDING_ISAS = ("avx512_vnni", "amx_int8")
@@ -276,35 +276,11 @@ class ControlService(service_pb2_grpc.ExpertServicer):
 
     def _status(self) -> pb.GetStatusResponse:
         registry, engine = self._registry, self._queue.engine
-        runs = [
-            pb.RunStatus(
-                run=run.name,
-                step=run.step,
-                world_size=run.config.world_size,
-                wire_dtype=convert.WIRE_DTYPES[run.config.wire_dtype],
-                adapter_bytes=run.adapter_bytes,
-                moment_dtype=convert.MOMENTS[run.config.moment_dtype],
-                tickets=convert.TICKETS[run.config.tickets],
-                optimizer=run.optimizer,
-                members=[
-                    pb.MemberStatus(
-                        rank=member.rank,
-                        epoch=member.epoch,
-                        connected=member.sink is not None,
-                        tickets=len(member.tickets),
-                        ticket_bytes=sum(saved.size_bytes for saved in member.tickets.values()),
-                        last_request_id=member.last_request_id,
-                    )
-                    for member in run.members.values()
-                ],
-            )
-            for run in registry.runs.values()
-        ]
         layers = registry.model.layers if registry.model else {}
         return pb.GetStatusResponse(
             state=convert.STATES[registry.state],
             uptime_s=time.monotonic() - self._begun,
-            runs=runs,
+            runs=[_run_status(run) for run in registry.runs.values()],
             kernels=[
                 pb.KernelStatus(
                     layer=layer,
@@ -326,6 +302,31 @@ class ControlService(service_pb2_grpc.ExpertServicer):
 
     async def _answer(self, method: str, context: Context, body: Callable[[], Awaitable[Response]]) -> Response:
         return await self._guard.unary(method, context, body)
+
+
+def _run_status(run: Run) -> pb.RunStatus:
+    members = [
+        pb.MemberStatus(
+            rank=member.rank,
+            epoch=member.epoch,
+            connected=member.sink is not None,
+            tickets=len(member.tickets),
+            ticket_bytes=sum(saved.size_bytes for saved in member.tickets.values()),
+            last_request_id=member.last_request_id,
+        )
+        for member in run.members.values()
+    ]
+    return pb.RunStatus(
+        run=run.name,
+        step=run.step,
+        world_size=run.config.world_size,
+        wire_dtype=convert.WIRE_DTYPES[run.config.wire_dtype],
+        adapter_bytes=run.adapter_bytes,
+        moment_dtype=convert.MOMENTS[run.config.moment_dtype],
+        tickets=convert.TICKETS[run.config.tickets],
+        optimizer=run.optimizer,
+        members=members,
+    )
 
 
 def _kernel_reason(engine: native.Engine, weights: native.LayerWeights) -> str:

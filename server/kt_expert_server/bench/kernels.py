@@ -16,8 +16,10 @@ import numpy as np
 from kt_expert_server.bench.layer import Batch, LayerBench, make_batch
 from kt_expert_server.bench.peers import Peer
 from kt_expert_server.bench.shapes import LayerShape
+from kt_expert_server.model.placement import ONE_NODE, Placement
 
 PASSES = ("forward", "backward")
+_ERROR_TOKENS = 16  # whose outputs in quantised formats are compared with bf16's
 _GIGA = 1e9
 
 
@@ -86,6 +88,7 @@ class Plan:
     ranks: Sequence[int]
     formats: Sequence[str]
     repeats: int
+    placement: Placement = ONE_NODE
 
 
 class _Samples:
@@ -108,12 +111,12 @@ def measure(
     plan: Plan, engine: native.Engine, peers: Sequence[Peer], on_rows: Callable[[Sequence[Row]], None] = lambda _: None
 ) -> Report:
     """Runs the plan; `on_rows` sees the rows of each batch size as they are finished."""
-    layers = {name: LayerBench(engine, plan.shape, name) for name in plan.formats}
+    layers = {name: LayerBench(engine, plan.shape, name, plan.placement) for name in plan.formats}
     peaks: list[float] = []
     bandwidths: list[float] = []
     measured: list[tuple[Batch, _Samples]] = []
     rows: list[Row] = []
-    errors: dict[str, float] = {}
+    errors = _weight_errors(layers, make_batch(plan.shape, _ERROR_TOKENS))
     for tokens in plan.tokens:
         batch, samples = make_batch(plan.shape, tokens), _Samples()
         for _ in range(plan.repeats + 1):
@@ -125,7 +128,6 @@ def measure(
             for peer in peers:
                 samples.add(peer.name, peer.run(batch))
         measured.append((batch, samples))
-        errors = errors or _weight_errors(layers, batch)
         peak, bandwidth = statistics.median(peaks), statistics.median(bandwidths)
         rows = [row for made in measured for row in _rows(plan, layers, peers, *made, peak, bandwidth, errors)]
         on_rows([row for row in rows if row.tokens == tokens])

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kt_expert_server.bench.shapes import LayerShape
+from kt_expert_server.model.placement import ONE_NODE, Placement
 
 _SEED = 0
 
@@ -52,14 +53,14 @@ def random_matrix(shape: LayerShape, generator: np.random.Generator) -> NDArray[
 
 
 class LayerBench:
-    """An engine's layer in one weight format."""
+    """An engine's layer in one weight format, placed as the engine is."""
 
-    def __init__(self, engine: native.Engine, shape: LayerShape, weight_format: str) -> None:
+    def __init__(self, engine: native.Engine, shape: LayerShape, weight_format: str, placement: Placement = ONE_NODE) -> None:
         self.engine = engine
         self.shape = shape
         self.weight_format = weight_format
         self._spec = native.LayerSpec(shape.experts, shape.hidden, shape.intermediate)
-        self.weights = native.LayerWeights(self._spec, weight_format, engine.nodes)
+        self.weights = placement.weights(self._spec, weight_format)
         generator = np.random.default_rng(_SEED)
         pattern = random_matrix(shape, generator)
         for expert in range(shape.experts):

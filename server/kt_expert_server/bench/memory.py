@@ -13,10 +13,10 @@ from rich.table import Table
 
 from kt_expert_server.bench.layer import LayerBench, make_batch
 from kt_expert_server.bench.shapes import LayerShape
-from kt_expert_server.model.memory_plan import format_bytes
+from kt_expert_server.model.memory_plan import RUNTIME_BYTES, format_bytes
+from kt_expert_server.model.placement import Placement
 
 WEIGHT_FACTOR = 1.05
-FIXED_BYTES = 300 * 1024**2
 _KIB = 1024
 
 
@@ -34,14 +34,16 @@ class MemoryRow:
     allowed: int
 
 
-def measure_memory(engine: native.Engine, shape: LayerShape, weight_format: str, tokens: int, rank: int) -> MemoryRow:
+def measure_memory(
+    engine: native.Engine, shape: LayerShape, weight_format: str, tokens: int, rank: int, placement: Placement
+) -> MemoryRow:
     """One forward and backward. The peak is the process's own since it began, so one format a process is measured."""
-    layer = LayerBench(engine, shape, weight_format)
+    layer = LayerBench(engine, shape, weight_format, placement)
     after_load = _resident()
     layer.run(make_batch(shape, tokens), rank, backward=True)
     weights = layer.weights.nbytes
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _KIB
-    allowed = int(WEIGHT_FACTOR * weights) + FIXED_BYTES
+    allowed = int(WEIGHT_FACTOR * weights) + RUNTIME_BYTES
     return MemoryRow(weight_format, tokens, rank, weights, layer.adapter_bytes(rank), after_load, peak, allowed)
 
 

@@ -22,9 +22,12 @@ from kt_expert_server.bench.report import print_rows, write_plot
 from kt_expert_server.bench.shapes import PUBLISHED, LayerShape, parse_shape
 from kt_expert_server.config import ISA_VARIABLE, WEIGHT_FORMATS, available_cores, available_memory
 from kt_expert_server.errors import InvalidRequest
+from kt_expert_server.model.placement import AUTO, choose_placement
 
 PEERS = ("torch", "kt-kernel")
 _FP32_OVER_BF16 = 2
+_FP32_BYTES = 4
+_OPTIMIZER_SETS = 4  # parameters, gradients and at most two moments
 _FILE_WIDTH = 140  # of tables that do not go to a terminal
 _MEMORY_SHARE = 0.6  # of what this process may use, for weights
 
@@ -32,12 +35,13 @@ _MEMORY_SHARE = 0.6  # of what this process may use, for weights
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("what", choices=("kernels", "optimizer", "memory"))
     parser.add_argument("--shape", default="qwen3-30b-a3b", help=f"{', '.join(PUBLISHED)}, a model directory, or E,H,I,k")
-    parser.add_argument("--tokens", default="1,16,128,2048", help="batch sizes, separated by commas")
-    parser.add_argument("--rank", default="0,16", help="LoRA ranks, separated by commas; 0 is none")
+    parser.add_argument("--tokens", help="batch sizes, separated by commas (default: 1,16,128,2048; of memory 512)")
+    parser.add_argument("--rank", help="LoRA ranks, separated by commas; 0 is none (default: 0,16; else 16)")
     parser.add_argument("--format", default="bf16", help=f"of {', '.join(WEIGHT_FORMATS)}; or all")
     parser.add_argument("--against", default="", help=f"peers to run beside: {', '.join(PEERS)}")
     parser.add_argument("--kt-kernel-python", metavar="PYTHON", help="a Python that has kt-kernel")
     parser.add_argument("--threads", type=int, default=available_cores())
+    parser.add_argument("--nodes", default=AUTO, metavar="N", help="memory nodes, as for kt-expert-server")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures there")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="also draw them (.png, .svg, .pdf)")
@@ -48,6 +52,11 @@ def run(options: argparse.Namespace) -> int:
     if not console.is_terminal:
         console = Console(width=_FILE_WIDTH)
     asked = parse_shape(options.shape)
+    is_kernels = options.what == "kernels"
+    options.tokens = _numbers(options.tokens or ("1,16,128,2048" if is_kernels else "512"), "--tokens", 1)
+    options.rank = _numbers(options.rank or ("0,16" if is_kernels else "16"), "--rank", 0)
+    if options.repeats < 1 or options.threads < 1:
+        raise InvalidRequest(f"--repeats {options.repeats} and --threads {options.threads} must be at least 1")
     if options.what == "optimizer":
         return _run_optimizers(console, asked, options)
     if options.what == "memory":
@@ -56,8 +65,9 @@ def run(options: argparse.Namespace) -> int:
     peer_names = [name for name in options.against.split(",") if name]
     _validate(formats, peer_names, options)
     shape = _that_fits(asked, formats, peer_names)
-    plan = Plan(shape, _numbers(options.tokens, "--tokens", 1), _numbers(options.rank, "--rank", 0), formats, options.repeats)
-    engine = _engine(options.threads)
+    placement = choose_placement(options.nodes, options.threads)
+    plan = Plan(shape, options.tokens, options.rank, formats, options.repeats, placement)
+    engine = placement.engine(options.threads, os.environ.get(ISA_VARIABLE, ""))
     console.print(
         f"{shape.name}: E={shape.experts} H={shape.hidden} I={shape.intermediate} k={shape.top_k}, "
         f"{engine.kernel} on {engine.threads} threads"
@@ -79,31 +89,29 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _run_optimizers(console: Console, shape: LayerShape, options: argparse.Namespace) -> int:
-    if options.repeats < 1 or options.threads < 1:
-        raise InvalidRequest(f"--repeats {options.repeats} and --threads {options.threads} must be at least 1")
-    ranks = [rank for rank in _numbers(options.rank, "--rank", 0) if rank > 0]
-    report = measure_optimizers(_engine(options.threads), shape, ranks, options.repeats)
+    if 0 in options.rank:
+        raise InvalidRequest("bench optimizer updates LoRA; give --rank without 0")
+    placement = choose_placement(options.nodes, options.threads)
+    engine = placement.engine(options.threads, os.environ.get(ISA_VARIABLE, ""))
+    of_rank = max(options.rank) * 3 * (shape.hidden + shape.intermediate) * _FP32_BYTES
+    fitting = _limited(shape, of_rank * _OPTIMIZER_SETS)
+    report = measure_optimizers(engine, fitting, options.rank, options.repeats)
     print_optimizers(console, report)
     _write_json(options.json, report.as_json())
     return 0
 
 
 def _run_memory(console: Console, shape: LayerShape, options: argparse.Namespace) -> int:
-    formats, tokens, ranks = [options.format], _numbers(options.tokens, "--tokens", 1), _numbers(options.rank, "--rank", 0)
-    _validate(tuple(formats), [], options)
-    if len(tokens) > 1 or len(ranks) > 1:
+    _validate((options.format,), [], options)
+    if len(options.tokens) > 1 or len(options.rank) > 1:
         raise InvalidRequest("bench memory measures one case a process; give one of --tokens and one --rank")
-    row = measure_memory(_engine(options.threads), _that_fits(shape, tuple(formats), []), formats[0], tokens[0], ranks[0])
+    placement = choose_placement(options.nodes, options.threads)
+    engine = placement.engine(options.threads, os.environ.get(ISA_VARIABLE, ""))
+    fitting = _that_fits(shape, (options.format,), [])
+    row = measure_memory(engine, fitting, options.format, options.tokens[0], options.rank[0], placement)
     print_memory(console, row)
     _write_json(options.json, memory_as_json([row]))
     return 0
-
-
-def _engine(threads: int) -> native.Engine:
-    try:
-        return native.Engine(threads, os.environ.get(ISA_VARIABLE, ""))
-    except native.NativeError as error:
-        raise InvalidRequest(str(error)) from error
 
 
 def _write_json(path: Path | None, content: dict[str, object]) -> None:
@@ -128,8 +136,6 @@ def _validate(formats: tuple[str, ...], peers: list[str], options: argparse.Name
             raise InvalidRequest(f"peer {name!r} is not known; choose among {', '.join(PEERS)}")
     if "kt-kernel" in peers and options.kt_kernel_python is None:
         raise InvalidRequest("--against kt-kernel needs --kt-kernel-python, a Python that has it")
-    if options.repeats < 1 or options.threads < 1:
-        raise InvalidRequest(f"--repeats {options.repeats} and --threads {options.threads} must be at least 1")
 
 
 def _that_fits(shape: LayerShape, formats: tuple[str, ...], peers: list[str]) -> LayerShape:
@@ -138,6 +144,10 @@ def _that_fits(shape: LayerShape, formats: tuple[str, ...], peers: list[str]) ->
     per_expert = sum(native.LayerWeights.nbytes_of(one, name) for name in formats)
     bf16 = native.LayerWeights.nbytes_of(one, "bf16")
     per_expert += sum(2 * _FP32_OVER_BF16 * bf16 if name == "torch" else 2 * bf16 for name in peers)
+    return _limited(shape, per_expert)
+
+
+def _limited(shape: LayerShape, per_expert: int) -> LayerShape:
     fitting = int(available_memory() * _MEMORY_SHARE) // per_expert
     if fitting < shape.top_k:
         raise InvalidRequest(f"memory holds {fitting} experts of {shape.name}, fewer than a token's {shape.top_k}")
