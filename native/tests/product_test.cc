@@ -2,6 +2,7 @@
 // tiles and shapes that do not.
 #include <doctest/doctest.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <string>
@@ -209,6 +210,32 @@ TEST_CASE("products with fp32 matrices in both layouts") {
           return static_cast<double>(a.values[static_cast<std::size_t>(m * a.stride + k)]) *
                  operand_value(kernels, right);
         });
+      }
+    }
+  });
+}
+
+TEST_CASE("a row's product with an fp32 matrix has the same bits whatever rows are beside it") {
+  for_each_rung([](const KernelTable& kernels) {
+    Values values;
+    Scratch scratch(kernels);
+    const int rows = 9, depth = 53, outputs = 2 * kPanelColumns + 5;
+    const Operands a = make_operands(kernels, values, rows, depth);
+    const Block before(values, rows, outputs);
+    for (const RightLayout layout : {RightLayout::kNK, RightLayout::kKN}) {
+      const std::int64_t stride = layout == RightLayout::kNK ? depth : outputs;
+      const std::vector<float> b = values.floats(std::int64_t{outputs} * depth);
+      Block together = before;
+      multiply_f32(kernels, a.left, rows, {b.data(), stride, layout}, outputs, depth, together.values.data(),
+                   together.stride, scratch.panels);
+      for (int count = 1; count < rows; ++count) {
+        Block fewer = before;  // rows past `count` may be written too
+        multiply_f32(kernels, a.left, count, {b.data(), stride, layout}, outputs, depth, fewer.values.data(),
+                     fewer.stride, scratch.panels);
+        for (int m = 0; m < count; ++m) {
+          const float* line = together.values.data() + m * together.stride;
+          CHECK(std::equal(line, line + outputs, fewer.values.data() + m * fewer.stride));
+        }
       }
     }
   });

@@ -120,13 +120,19 @@ void multiply_backward(const KernelTable& kernels, const LeftRows& a, int rows, 
 
 void multiply_f32(const KernelTable& kernels, const LeftRows& a, int rows, const F32Matrix& b, int columns, int depth,
                   float* c, std::int64_t c_stride, const PanelScratch& scratch) {
+  const int direct = rows <= kernels.direct_f32_rows ? columns / kPanelColumns : 0;
+  if (direct > 0) {
+    const auto multiply = b.layout == RightLayout::kNK ? kernels.direct_f32_nk : kernels.direct_f32_kn;
+    multiply(a, rows, b.data, b.stride, direct, depth, c, c_stride);
+  }
+  const int begin = direct * kPanelColumns;
   char* panels = static_cast<char*>(scratch.panels);
-  for (int first = 0; first < depth; first += kSliceDepth) {
+  for (int first = 0; begin < columns && first < depth; first += kSliceDepth) {
     const int slice = std::min(kSliceDepth, depth - first);
     const int padded = (slice + kernels.depth_step - 1) / kernels.depth_step * kernels.depth_step;
     const std::int64_t bytes = panel_bytes(kernels, padded);
     const int group_columns = kernels.tile_panels * kPanelColumns;
-    for (int n0 = 0; n0 < columns; n0 += group_columns) {
+    for (int n0 = begin; n0 < columns; n0 += group_columns) {
       int group = 0;
       for (int n = n0; n < std::min(columns, n0 + group_columns); n += kPanelColumns, ++group) {
         const int width = std::min(kPanelColumns, columns - n);

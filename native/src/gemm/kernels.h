@@ -123,6 +123,13 @@ struct KernelTable {
   // depth is padded to depth_step.
   void (*expand_f32_nk)(const float* source, std::int64_t stride, int columns, int depth, void* panel);
   void (*expand_f32_kn)(const float* source, std::int64_t stride, int columns, int depth, void* panel);
+  // The product with whole panels of such a matrix from where it lies, for up to direct_f32_rows rows; 0 on rungs
+  // without.
+  int direct_f32_rows;
+  void (*direct_f32_nk)(const LeftRows& a, int rows, const float* source, std::int64_t stride, int panels, int depth,
+                        float* c, std::int64_t c_stride);
+  void (*direct_f32_kn)(const LeftRows& a, int rows, const float* source, std::int64_t stride, int panels, int depth,
+                        float* c, std::int64_t c_stride);
   // C[m, 16 p + n] += sum over k < depth of A(m, k) panel_p(k, n), for p < panels <= tile_panels.
   void (*multiply)(const LeftRows& a, int rows, int depth, const void* panels, std::int64_t panel_stride,
                    int panel_count, float* c, std::int64_t c_stride);

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 
+#include "gemm/direct_f32.h"
 #include "gemm/vector_loops.h"
 #include "gemm/x86_avx2_codes.h"
 #include "gemm/x86_avx2_vector.h"
@@ -12,6 +13,7 @@ namespace kt_expert {
 namespace {
 
 constexpr int kVector = Avx2Vector::kLanes;
+constexpr int kDirectF32Rows = 4;  // from here on a panel is used often enough
 
 void expand_f32_nk(const float* source, std::int64_t stride, int columns, int depth, void* target) {
   float* panel = static_cast<float*>(target);
@@ -33,6 +35,14 @@ void expand_f32_nk(const float* source, std::int64_t stride, int columns, int de
   }
 }
 
+struct Turn {
+  static KT_INLINE void load(const float* source, std::int64_t stride, __m256 (&t)[kVector]) {
+#pragma GCC unroll 8
+    for (int n = 0; n < kVector; ++n) t[n] = _mm256_loadu_ps(source + n * stride);
+    transpose(t);
+  }
+};
+
 KernelTable make_table() {
   KernelTable table{};
   table.isa = Isa::kAvx2;
@@ -46,6 +56,7 @@ KernelTable make_table() {
   table.expand_f32_nk = expand_f32_nk;
   table.expand_f32_kn = expand_kn_rows;
   table.multiply = multiply_panels<Avx2>;
+  set_direct_f32<Avx2, Turn, kDirectF32Rows>(table);
   set_vector_loops<Avx2, Avx2Vector>(table);
   return table;
 }

@@ -2,12 +2,15 @@
 // loops over contiguous floats.
 #include "gemm/x86_avx512.h"
 
+#include "gemm/direct_f32.h"
 #include "gemm/vector_loops.h"
 #include "gemm/x86_avx512_decode.h"
 #include "gemm/x86_avx512_vector.h"
 
 namespace kt_expert {
 namespace {
+
+constexpr int kDirectF32Rows = 4;  // as with AVX2
 
 void expand_f32_nk(const float* source, std::int64_t stride, int columns, int depth, void* target) {
   constexpr int kLanes = Avx512Vector::kLanes;
@@ -23,6 +26,12 @@ void expand_f32_nk(const float* source, std::int64_t stride, int columns, int de
   }
 }
 
+struct Turn {
+  static KT_INLINE void load(const float* source, std::int64_t stride, __m512 (&t)[kPanelColumns]) {
+    load_turned(source, stride, kPanelColumns, kPanelColumns, t);
+  }
+};
+
 KernelTable make_table() {
   KernelTable table{};
   table.isa = Isa::kAvx512;
@@ -36,6 +45,7 @@ KernelTable make_table() {
   table.expand_f32_nk = expand_f32_nk;
   table.expand_f32_kn = expand_kn_rows;
   table.multiply = multiply_panels<Avx512>;
+  set_direct_f32<Avx512, Turn, kDirectF32Rows>(table);
   set_avx512_loops(table);
   return table;
 }
