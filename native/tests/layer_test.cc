@@ -162,7 +162,8 @@ TEST_CASE("tickets take the bytes announced") {
   for (const SavePolicy policy : {SavePolicy::kActivations, SavePolicy::kInputs}) {
     const Routing routing = build_routing({inputs.ids.data(), inputs.ids.size()},
                                           {inputs.route_weights.data(), inputs.route_weights.size()}, 23, 3, 5);
-    const Ticket ticket(inputs.spec.layer, kTied, routing, FloatType::kBf16, policy, {});
+    const Ticket ticket(inputs.spec.layer, kTied, routing, FloatType::kBf16, policy, {},
+                        std::make_shared<TicketMemory>());
     CHECK(ticket.bytes() == Engine::ticket_bytes(inputs.spec.layer, kTied, 23, 3, FloatType::kBf16, policy));
   }
 }

@@ -68,10 +68,10 @@ class Server:
     def __init__(self, config: ServerConfig, plan: ModelPlan) -> None:
         self._config = config
         self._plan = plan
-        self._budget = MemoryBudget(config.memory_limit_bytes)
+        self._queue = EngineQueue(config.placement.engine(config.threads, config.isa))
+        self._budget = MemoryBudget(config.memory_limit_bytes, self._queue.engine)
         self._budget.record(Kind.RUNTIME, RUNTIME_BYTES)
         self._registry = Registry(self._budget, config.limits, config.threads)
-        self._queue = EngineQueue(config.placement.engine(config.threads, config.isa))
         self._version = version("kt-expert")
         self._metrics = Metrics(self._version, self._queue.engine.isa, shown_format(plan, config.weight_format))
         self._compute = Compute(self._registry, self._queue, self._metrics)

@@ -13,6 +13,7 @@ from kt_expert_client import Adafactor, Adam, AdamW, Client, LayerLora, ParamGro
 from kt_expert_client.optimizers import Update
 from support.batches import LAYERS, LORA, batch, train_step
 from support.server import ServerProcess
+from support.waiting import wait_until
 
 
 def with_random_b(run: Run, seed: int = 0) -> None:
@@ -364,7 +365,7 @@ def test_too_large_a_run_is_refused_with_its_numbers(client: Client) -> None:
 
 
 def test_leaving_frees_everything(server: ServerProcess) -> None:
-    kinds = ("adapters", "gradients", "optimizer", "tickets", "outcomes", "requests", "scratch")
+    kinds = ("adapters", "gradients", "optimizer", "tickets", "kept", "outcomes", "requests", "scratch")
 
     def reserved() -> list[float]:
         return [server.metric(f'kt_expert_memory_bytes{{kind="{kind}"}}') for kind in kinds]
@@ -376,6 +377,16 @@ def test_leaving_frees_everything(server: ServerProcess) -> None:
         run.submit_forward(0, x, ids, weights).result()
         assert reserved() != before
     assert reserved() == before
+
+
+def test_memory_of_past_tickets_is_kept_until_a_member_leaves(server: ServerProcess) -> None:
+    with kt.connect(server.address) as client:
+        run = client.open_run(lora=LORA, wire_dtype="fp32")
+        x, ids, weights = batch(16_000, 0)  # its tokens take more than the 1 MiB below which nothing is kept
+        handle = run.submit_forward(0, x, ids, weights)
+        run.submit_backward(0, handle.ticket, handle.result()).result()
+        wait_until(lambda: server.metric('kt_expert_memory_bytes{kind="kept"}') > 2**20, what="the ticket's end")
+    assert server.metric('kt_expert_memory_bytes{kind="kept"}') == 0
 
 
 def test_no_server_is_a_clear_error() -> None:

@@ -14,6 +14,8 @@ namespace kt_expert {
 template <typename T>
 class AlignedBuffer {
  public:
+  static constexpr std::size_t kMapThresholdBytes = 1024 * 1024;  // below, a fresh mapping costs more than it saves
+
   AlignedBuffer() = default;
   explicit AlignedBuffer(std::size_t count) : count_(count) {
     if (count == 0) return;
@@ -49,14 +51,22 @@ class AlignedBuffer {
   const T* data() const { return data_; }
   std::size_t size() const { return count_; }
   bool empty() const { return count_ == 0; }
+  // Makes a mapped buffer hold `count` > 0 elements: the kernel takes pages from its end or adds zeros there, and may
+  // move all of them elsewhere without a copy. Throws std::bad_alloc and changes nothing where it cannot.
+  void remap(std::size_t count) {
+    void* moved = mremap(data_, bytes_, count * sizeof(T), MREMAP_MAYMOVE);
+    if (moved == MAP_FAILED) throw std::bad_alloc();
+    data_ = static_cast<T*>(moved);
+    count_ = count;
+    bytes_ = count * sizeof(T);
+  }
   // Whether its pages are its own: a mapping, not a piece of the heap.
   bool is_mapped() const { return mapped_; }
   T& operator[](std::size_t index) { return data_[index]; }
   const T& operator[](std::size_t index) const { return data_[index]; }
 
  private:
-  static constexpr std::size_t kAlignmentBytes = 64;              // one cache line, one AVX-512 register, one tile row
-  static constexpr std::size_t kMapThresholdBytes = 1024 * 1024;  // below, a fresh mapping costs more than it saves
+  static constexpr std::size_t kAlignmentBytes = 64;  // one cache line, one AVX-512 register, one tile row
 
   void swap(AlignedBuffer& other) noexcept {
     std::swap(data_, other.data_);

@@ -1,6 +1,7 @@
 // The compute engine: forward, backward and optimizer step of MoE layers on one team of workers.
 //
-// One operation runs at a time. Nothing here allocates more than the *_bytes functions announce.
+// One operation runs at a time. Nothing here allocates more than the *_bytes functions announce; memory of past tickets
+// is kept for later ones until it is dropped.
 #pragma once
 
 #include <cstdint>
@@ -17,6 +18,7 @@
 #include "kt_expert/optimizer.h"
 #include "kt_expert/routing.h"
 #include "kt_expert/thread_pool.h"
+#include "kt_expert/ticket_memory.h"
 
 namespace kt_expert {
 
@@ -63,7 +65,10 @@ struct DropoutSeed {
 class Ticket {
  public:
   Ticket(const LayerSpec& layer, const LoraSpec& lora, Routing routing, FloatType type, SavePolicy policy,
-         DropoutSeed dropout);
+         DropoutSeed dropout, std::shared_ptr<TicketMemory> memory);
+  ~Ticket();
+  Ticket(const Ticket&) = delete;
+  Ticket& operator=(const Ticket&) = delete;
 
   const LayerSpec& layer() const { return layer_; }
   const LoraSpec& lora() const { return lora_; }
@@ -84,8 +89,9 @@ class Ticket {
   FloatType type_;
   SavePolicy policy_;
   DropoutSeed dropout_;
-  AlignedBuffer<std::uint8_t> x_;  // [tokens, H]
-  AlignedBuffer<float> hidden_;    // what store_ points into
+  std::shared_ptr<TicketMemory> memory_;
+  TicketMemory::Buffer x_;       // [tokens, H]
+  TicketMemory::Buffer hidden_;  // what store_ points into
   HiddenStore store_;
 };
 
@@ -144,6 +150,9 @@ class Engine {
   // or a tensor's update is of another kind than the state. Everything is checked and all memory taken before the first
   // write: a step counts whole or not at all.
   void step(const OptimizerStep& step, const std::vector<LayerUpdate>& layers);
+  // Memory of tickets that are gone, kept for those to come.
+  std::int64_t kept_ticket_bytes() const { return ticket_memory_->kept_bytes(); }
+  void drop_kept_tickets() { ticket_memory_->drop(); }
   // Sum of squares of scale * (sum over ranks of gradients).
   double gradient_square_sum(double scale, const std::vector<const LoraTensors*>& gradients);
 
@@ -179,6 +188,7 @@ class Engine {
   ThreadPool pool_;
   AlignedBuffer<std::uint8_t> worker_scratch_;
   std::unique_ptr<Arena> arena_;
+  std::shared_ptr<TicketMemory> ticket_memory_;
   std::mutex mutex_;
 };
 

@@ -52,20 +52,27 @@ std::int64_t lay_out(const LayerSpec& layer, const LoraSpec& lora, std::int64_t 
 }  // namespace
 
 Ticket::Ticket(const LayerSpec& layer, const LoraSpec& lora, Routing routing, FloatType type, SavePolicy policy,
-               DropoutSeed dropout)
+               DropoutSeed dropout, std::shared_ptr<TicketMemory> memory)
     : layer_(layer),
       lora_(lora),
       routing_(std::move(routing)),
       type_(type),
       policy_(policy),
       dropout_(dropout),
-      x_(static_cast<std::size_t>(std::int64_t{routing_.tokens} * layer.hidden * size_of(type))),
-      hidden_(static_cast<std::size_t>(lay_out(layer, lora, routing_.routes, policy, nullptr, nullptr))) {
-  lay_out(layer, lora, routing_.routes, policy, hidden_.data(), &store_);
+      memory_(std::move(memory)),
+      x_(memory_->take(static_cast<std::size_t>(std::int64_t{routing_.tokens} * layer.hidden * size_of(type)))),
+      hidden_(memory_->take(static_cast<std::size_t>(lay_out(layer, lora, routing_.routes, policy, nullptr, nullptr)) *
+                            sizeof(float))) {
+  lay_out(layer, lora, routing_.routes, policy, reinterpret_cast<float*>(hidden_.data()), &store_);
+}
+
+Ticket::~Ticket() {
+  memory_->give(std::move(x_));
+  memory_->give(std::move(hidden_));
 }
 
 std::int64_t Ticket::bytes() const {
-  return static_cast<std::int64_t>(x_.size() + hidden_.size() * sizeof(float)) +
+  return static_cast<std::int64_t>(x_.size() + hidden_.size()) +
          routing_bytes(routing_.tokens, routing_.top_k, layer_.experts);
 }
 
@@ -99,7 +106,8 @@ Engine::Engine(int threads, const std::string& isa, int nodes, const std::vector
       worker_bytes_(std::max(WorkerScratch::bytes(kernels_), WorkerScratch::bytes(fp32_kernels_))),
       pool_(threads, node_cpus(nodes, memory_nodes)),
       worker_scratch_(static_cast<std::size_t>(worker_bytes_ * threads)),
-      arena_(std::make_unique<Arena>()) {}
+      arena_(std::make_unique<Arena>()),
+      ticket_memory_(std::make_shared<TicketMemory>()) {}
 
 Engine::~Engine() = default;
 

@@ -30,7 +30,8 @@ std::unique_ptr<Ticket> Engine::ForwardPass::run(Engine& engine, const ForwardAr
   std::unique_ptr<Ticket> ticket;
   HiddenStore store;
   if (args.save != SavePolicy::kNothing) {
-    ticket = std::make_unique<Ticket>(layer, lora, args.routing, args.x.type, args.save, args.dropout);
+    ticket = std::make_unique<Ticket>(layer, lora, args.routing, args.x.type, args.save, args.dropout,
+                                      engine.ticket_memory_);
     store = ticket->store();
     std::copy_n(static_cast<const std::uint8_t*>(args.x.data), ticket->x_.size(), ticket->x_.data());
   }

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum
+from typing import Protocol
 
 from kt_expert_server.errors import OutOfCapacity
 from kt_expert_server.model.memory_plan import format_bytes
@@ -18,27 +19,47 @@ class Kind(StrEnum):
     GRADIENTS = "gradients"
     OPTIMIZER = "optimizer"
     TICKETS = "tickets"
+    KEPT = "kept"  # of tickets that are gone, for those to come
     REQUESTS = "requests"
     OUTCOMES = "outcomes"
     SCRATCH = "scratch"
 
 
+class TicketKeeper(Protocol):
+    """What keeps the memory of past tickets: the engine."""
+
+    @property
+    def kept_ticket_bytes(self) -> int: ...
+    def drop_kept_tickets(self) -> None: ...
+
+
 class MemoryBudget:
     """Reserved bytes by kind against one limit. Used from the event loop only."""
 
-    def __init__(self, limit_bytes: int) -> None:
+    def __init__(self, limit_bytes: int, keeper: TicketKeeper | None = None) -> None:
         self.limit_bytes = limit_bytes
+        self._keeper = keeper
         self._reserved = dict.fromkeys(Kind, 0)
 
     def reserved(self, kind: Kind) -> int:
+        if kind is Kind.KEPT:
+            return self._keeper.kept_ticket_bytes if self._keeper is not None else 0
         return self._reserved[kind]
 
     @property
     def total(self) -> int:
-        return sum(self._reserved.values())
+        return sum(self.reserved(kind) for kind in Kind)
+
+    def drop_kept(self) -> None:
+        """Gives what past tickets left back to the system."""
+        if self._keeper is not None:
+            self._keeper.drop_kept_tickets()
 
     def reserve(self, kind: Kind, size_bytes: int, what: str) -> None:
-        """Raises OutOfCapacity with the numbers where `size_bytes` more do not fit."""
+        """Takes the place of kept memory where it has to. Raises OutOfCapacity with the numbers where `size_bytes`
+        more do not fit even so."""
+        if size_bytes > self.limit_bytes - self.total:
+            self.drop_kept()
         free = self.limit_bytes - self.total
         if size_bytes > free:
             raise OutOfCapacity(

@@ -208,6 +208,7 @@ class Registry:
             token.cancel()
         for ticket_id in list(member.tickets):
             self.drop_ticket(member, ticket_id, "released when its member left")
+        self.budget.drop_kept()  # it may never be used again; for those who stay it is one fresh ticket
         for outcome in member.outcomes.values():
             self.budget.release(Kind.OUTCOMES, outcome.size_bytes)
         member.outcomes.clear()

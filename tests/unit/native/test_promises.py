@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import kt_expert_native as native
 import numpy as np
 import pytest
@@ -54,6 +56,25 @@ def test_batch_composition_does_not_change_a_bit(isa: str) -> None:
         assert same_bits(together.y[selected], alone.y)
         assert same_bits(together.dx[selected], alone.dx)
         assert same_bits(together.d_weights[selected], alone.d_weights)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize("save", ["activations", "inputs"])
+def test_what_an_earlier_ticket_left_does_not_change_a_bit(save: str, dtype: str) -> None:
+    """Tickets above 1 MiB take over the memory of those before them; here it is full of NaN."""
+    case = make_case(Shape(4, 70, 44, 8000, 2), LORA, seed=8)
+    poison = dataclasses.replace(case, x=torch.full_like(case.x, float("nan")))
+    fresh, used = native.Engine(2), native.Engine(2)
+    on_engine.run(used, poison, dtype, save=save)
+    assert used.kept_ticket_bytes > 2**20
+    expected, got = on_engine.run(fresh, case, dtype, save=save), on_engine.run(used, case, dtype, save=save)
+    assert used.kept_ticket_bytes == fresh.kept_ticket_bytes
+    assert same_bits(expected.y, got.y)
+    assert same_bits(expected.dx, got.dx)
+    assert same_bits(expected.d_weights, got.d_weights)
+    assert all(same_bits(expected.adapter[name], got.adapter[name]) for name in expected.adapter)
+    used.drop_kept_tickets()
+    assert used.kept_ticket_bytes == 0
 
 
 def test_tickets_serve_in_any_order() -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping
 
+import kt_expert_native as native
+import numpy as np
 import pytest
 from kt_expert_server.config import Address
 from kt_expert_server.errors import DeadlinePassed, InvalidRequest, OutOfCapacity, WrongPhase
@@ -12,6 +14,8 @@ from kt_expert_server.runtime.barrier import Barrier
 from kt_expert_server.runtime.memory import Kind, MemoryBudget
 from kt_expert_server.runtime.names import check_name
 from kt_expert_server.runtime.optimizer import TENSORS, ParamGroup, StepParams, agreed_params
+
+MIB = 1024**2
 
 
 async def total(arrivals: Mapping[int, int]) -> int:
@@ -135,6 +139,23 @@ def test_the_budget_refuses_with_its_numbers() -> None:
     with budget.held(Kind.SCRATCH, 400, "scratch"):
         assert budget.total == 1000
     assert budget.total == budget.reserved(Kind.WEIGHTS) == 600
+
+
+def test_memory_of_past_tickets_is_counted_and_gives_way() -> None:
+    engine = native.Engine(1)
+    budget = MemoryBudget(8 * MIB, engine)
+    tokens, hidden = 1024, 512
+    x, ids = np.zeros((tokens, hidden), np.float32), np.zeros((tokens, 1), np.int32)
+    weights, routing_weights = native.LayerWeights(native.LayerSpec(1, hidden, 8)), np.ones((tokens, 1), np.float32)
+    engine.forward(weights, None, x, ids, routing_weights, np.empty_like(x), "activations")
+    assert budget.reserved(Kind.KEPT) == budget.total == 2 * MIB  # the tokens; the rest is too small to be kept
+    budget.reserve(Kind.ADAPTERS, 6 * MIB, "an adapter")
+    assert budget.total == 8 * MIB
+    with pytest.raises(OutOfCapacity, match=r"2.0 MiB of the limit of 8.0 MiB are free"):
+        budget.reserve(Kind.ADAPTERS, 2 * MIB + 1, "another")
+    budget.reserve(Kind.ADAPTERS, 2 * MIB, "another")
+    assert budget.reserved(Kind.KEPT) == 0
+    assert budget.total == 8 * MIB
 
 
 @pytest.mark.parametrize("name", ["a", "run-1", "A.b_c-d", "0" * 128])
