@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "gemm/optimizer_loops.h"
+#include "gemm/sums.h"
 
 namespace kt_expert {
 namespace {
@@ -25,34 +26,18 @@ void loop_add_scaled(float factor, const float* source, float* target, std::int6
   for (std::int64_t i = 0; i < count; ++i) target[i] += factor * source[i];
 }
 
-// Eight partial sums, then a fixed tree: the order does not depend on the compiler or on who calls.
 float loop_dot(const float* left, const float* right, std::int64_t count) {
-  constexpr int kLanes = 8;
-  float partial[kLanes] = {};
+  float partial[kSumLanes] = {};
   std::int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) {
-    for (int lane = 0; lane < kLanes; ++lane) partial[lane] += left[i + lane] * right[i + lane];
+  for (; i + kSumLanes <= count; i += kSumLanes) {
+    for (int lane = 0; lane < kSumLanes; ++lane) partial[lane] += left[i + lane] * right[i + lane];
   }
   for (int lane = 0; i < count; ++i, ++lane) partial[lane] += left[i] * right[i];
-  return ((partial[0] + partial[4]) + (partial[2] + partial[6])) +
-         ((partial[1] + partial[5]) + (partial[3] + partial[7]));
+  return sum_lanes(partial);
 }
 
-// Short runs in fp32, summed up in double: as exact as its inputs deserve, at twice the speed of double throughout.
 double loop_sum_squares(const float* values, std::int64_t count) {
-  constexpr int kLanes = 8;
-  constexpr std::int64_t kRun = 16 * kLanes;
-  double total = 0.0;
-  std::int64_t first = 0;
-  for (; first + kRun <= count; first += kRun) {
-    float partial[kLanes] = {};
-    for (int i = 0; i < kRun; i += kLanes) {
-      for (int lane = 0; lane < kLanes; ++lane) partial[lane] += values[first + i + lane] * values[first + i + lane];
-    }
-    for (int lane = 0; lane < kLanes; ++lane) total += static_cast<double>(partial[lane]);
-  }
-  for (; first < count; ++first) total += static_cast<double>(values[first]) * values[first];
-  return total;
+  return sum_squares_of(count, [&](std::int64_t i) { return values[i]; });
 }
 
 void set_float_loops(KernelTable& table) {

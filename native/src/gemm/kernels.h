@@ -154,10 +154,14 @@ struct KernelTable {
                              void* exp_avg_sq, std::uint32_t first, std::int64_t count);
   void (*sgd[kMomentTypes])(const struct SgdStep& step, const float* gradient, float* parameter, void* momentum_buffer,
                             std::uint32_t first, std::int64_t count);
-  void (*add_squares)(const float* source, float* target, std::int64_t count);  // target += source^2
-  // update = gradient / sqrt(max(row * columns, least))
-  void (*factored_update)(float row, const float* columns, float least, const float* gradient, float* update,
-                          std::int64_t count);
+  // Sums of squares of every row and of every column of a matrix [rows, columns].
+  void (*line_squares)(const float* matrix, std::int64_t rows, std::int64_t columns, float* of_rows, float* of_columns);
+  // Sum of squares of the update an estimate makes of a gradient [rows, columns].
+  double (*factored_squares)(const struct FactoredEstimate& estimate, const float* gradient, std::int64_t rows,
+                             std::int64_t columns);
+  // parameter += factor * that update
+  void (*factored_apply)(const struct FactoredEstimate& estimate, float factor, const float* gradient, float* parameter,
+                         std::int64_t rows, std::int64_t columns);
 
   // What the rung's products are bound by: multiply-adds without memory (returns the flop done in `rounds`), and memory
   // without arithmetic (`count` floats, a multiple of 128).
@@ -187,6 +191,16 @@ struct SgdStep {
   bool nesterov;
   bool first;  // the first gradient fills the buffer undampened
   std::uint32_t rounding;
+};
+
+// What a factored second moment makes of a gradient: update = scale * gradient / sqrt(max(row * column, least)).
+struct FactoredEstimate {
+  const float* rows;
+  const float* columns;
+  const float* row_roots;  // 1 / sqrt of each
+  const float* column_roots;
+  float least;
+  float scale;
 };
 
 // The table of one instruction set; throws Unsupported where the machine cannot run it.

@@ -2,12 +2,14 @@
 // order of operations are torch.optim's, so that fp32 moments follow it to rounding.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
 
 #include "gemm/kernels.h"
+#include "gemm/sums.h"
 
 namespace kt_expert {
 namespace {
@@ -44,7 +46,7 @@ void loop_adam(const AdamStep& step, const float* gradient, float* parameter, vo
   const float decay = step.decoupled ? static_cast<float>(1.0 - step.learning_rate * step.weight_decay) : 1.0f;
   const float l2 = step.decoupled ? 0.0f : static_cast<float>(step.weight_decay);
   const float step_size = static_cast<float>(step.learning_rate / step.bias_correction1);
-  const float root_correction = static_cast<float>(std::sqrt(step.bias_correction2));
+  const float root_correction = static_cast<float>(1.0 / std::sqrt(step.bias_correction2));  // divisions are few
   const float grad_scale = static_cast<float>(step.grad_scale), eps = static_cast<float>(step.eps);
   const float beta1 = static_cast<float>(step.beta1), rest1 = static_cast<float>(1.0 - step.beta1);
   const float beta2 = static_cast<float>(step.beta2), rest2 = static_cast<float>(1.0 - step.beta2);
@@ -56,7 +58,7 @@ void loop_adam(const AdamStep& step, const float* gradient, float* parameter, vo
         std::is_same_v<Moment, float> ? 0u : mixed(step.rounding + first + static_cast<std::uint32_t>(i));
     write_moment(m, random, averages[i]);
     write_moment(v, random >> 16, squares[i]);
-    parameter[i] = parameter[i] * decay - step_size * (m / (std::sqrt(v) / root_correction + eps));
+    parameter[i] = parameter[i] * decay - step_size * (m / (std::sqrt(v) * root_correction + eps));
   }
 }
 
@@ -82,16 +84,51 @@ void loop_sgd(const SgdStep& step, const float* gradient, float* parameter, void
   }
 }
 
-void loop_add_squares(const float* source, float* target, std::int64_t count) {
-  for (std::int64_t i = 0; i < count; ++i) target[i] += source[i] * source[i];
+void loop_line_squares(const float* matrix, std::int64_t rows, std::int64_t columns, float* of_rows,
+                       float* of_columns) {
+  std::fill_n(of_columns, columns, 0.0f);
+  for (std::int64_t m = 0; m < rows; ++m) {
+    const float* row = matrix + m * columns;
+    of_rows[m] = static_cast<float>(sum_squares_of(columns, [&](std::int64_t i) { return row[i]; }));
+    for (std::int64_t i = 0; i < columns; ++i) of_columns[i] += row[i] * row[i];
+  }
 }
 
-// update = gradient / sqrt(max(row * column, least)), NaN where the estimate is
-void loop_factored_update(float row, const float* columns, float least, const float* gradient, float* update,
-                          std::int64_t count) {
-  for (std::int64_t i = 0; i < count; ++i) {
-    const float estimate = row * columns[i];
-    update[i] = gradient[i] / std::sqrt(estimate < least ? least : estimate);
+// One row of a factored update. The root of a product is the product of roots, so that an element needs neither root
+// nor division; NaN where the estimate is.
+struct FactoredRow {
+  float row, by_root, by_least, least;
+  const float* columns;
+  const float* column_roots;
+
+  FactoredRow(const FactoredEstimate& estimate, std::int64_t m)
+      : row(estimate.rows[m]),
+        by_root(estimate.scale * estimate.row_roots[m]),
+        by_least(estimate.scale / std::sqrt(estimate.least)),
+        least(estimate.least),
+        columns(estimate.columns),
+        column_roots(estimate.column_roots) {}
+  float operator()(const float* gradient, std::int64_t i) const {
+    const float by_estimate = by_root * column_roots[i];
+    return gradient[i] * (row * columns[i] < least ? by_least : by_estimate);
+  }
+};
+
+double loop_factored_squares(const FactoredEstimate& estimate, const float* gradient, std::int64_t rows,
+                             std::int64_t columns) {
+  double total = 0.0;
+  for (std::int64_t m = 0; m < rows; ++m, gradient += columns) {
+    const FactoredRow row(estimate, m);
+    total += sum_squares_of(columns, [&](std::int64_t i) { return row(gradient, i); });
+  }
+  return total;
+}
+
+void loop_factored_apply(const FactoredEstimate& estimate, float factor, const float* gradient, float* parameter,
+                         std::int64_t rows, std::int64_t columns) {
+  for (std::int64_t m = 0; m < rows; ++m, gradient += columns, parameter += columns) {
+    const FactoredRow row(estimate, m);
+    for (std::int64_t i = 0; i < columns; ++i) parameter[i] += factor * row(gradient, i);
   }
 }
 
@@ -100,8 +137,9 @@ void set_optimizer_loops(KernelTable& table) {
   table.adam[static_cast<int>(MomentType::kBf16)] = loop_adam<bf16_t>;
   table.sgd[static_cast<int>(MomentType::kF32)] = loop_sgd<float>;
   table.sgd[static_cast<int>(MomentType::kBf16)] = loop_sgd<bf16_t>;
-  table.add_squares = loop_add_squares;
-  table.factored_update = loop_factored_update;
+  table.line_squares = loop_line_squares;
+  table.factored_squares = loop_factored_squares;
+  table.factored_apply = loop_factored_apply;
 }
 
 }  // namespace

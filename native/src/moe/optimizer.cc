@@ -14,6 +14,17 @@ namespace {
 
 constexpr std::int64_t kSpanFloats = 16 * 1024;  // 64 KiB a stream: a handful of streams fit in L2
 
+// What an estimate of one matrix takes beyond its state.
+struct FactoredScratch {
+  float* rows;  // sums of squares, then what estimates them
+  float* row_roots;
+  float* column_roots;  // sums of squares before
+
+  FactoredScratch(float* first, const LoraShape& shape)
+      : rows(first), row_roots(first + shape.rows), column_roots(first + 2 * shape.rows) {}
+  static std::int64_t floats(const LoraShape& shape) { return 2 * shape.rows + shape.columns; }
+};
+
 struct SpanOf {
   LoraTensor tensor;
   std::int64_t first;
@@ -42,13 +53,15 @@ class Spans {
   std::array<std::int64_t, kLoraTensors> sizes_, ends_;
 };
 
-// Floats one worker needs: a span summed over ranks, or what adafactor makes of one expert's matrix.
+// Floats one worker needs: a span summed over ranks, or for adafactor one expert's matrix summed over ranks and what
+// its estimate takes.
 std::int64_t worker_floats(const LayerSpec& layer, const LoraSpec& lora, OptimizerKind kind, std::int64_t ranks) {
   std::int64_t most = ranks > 1 ? kSpanFloats : 0;
   if (kind != OptimizerKind::kAdafactor) return most;
   for (int t = 0; t < kLoraTensors; ++t) {
     const LoraShape shape = lora_shape(layer, lora, static_cast<LoraTensor>(t));
-    most = std::max(most, shape.rows * shape.columns + shape.columns);
+    const std::int64_t summed = ranks > 1 ? shape.rows * shape.columns : 0;
+    most = std::max(most, summed + FactoredScratch::floats(shape));
   }
   return most;
 }
@@ -101,39 +114,48 @@ SgdStep sgd_step(const OptimizerUpdate& update, double grad_scale, LoraTensor te
 
 // One expert's matrix, as torch.optim.Adafactor treats a parameter.
 struct FactoredMatrix {
-  std::int64_t rows, columns;
-  float* gradient;  // summed over ranks and scaled; ends as the update
-  float* column_squares;
+  LoraShape shape;
+  const float* gradient;  // summed over ranks
   float* parameter;
   float* row_var;
   float* col_var;
 };
 
-void factored_step(const KernelTable& kernels, const OptimizerUpdate& update, double count,
-                   const FactoredMatrix& matrix) {
-  const std::int64_t rows = matrix.rows, columns = matrix.columns, size = rows * columns;
-  const double elements = static_cast<double>(size);
-  const float fresh = static_cast<float>(std::pow(count, update.beta2_decay));
-  std::fill_n(matrix.column_squares, columns, 0.0f);
+// Takes a gradient's squares into the variances and makes an estimate of them.
+FactoredEstimate estimate_squares(const KernelTable& kernels, const OptimizerUpdate& update, double count, double scale,
+                                  const FactoredMatrix& matrix, const FactoredScratch& scratch) {
+  const std::int64_t rows = matrix.shape.rows, columns = matrix.shape.columns;
+  const double fresh = std::pow(count, update.beta2_decay);
+  kernels.line_squares(matrix.gradient, rows, columns, scratch.rows, scratch.column_roots);
+  const auto follow = [&](float* variances, const float* squares, std::int64_t size, std::int64_t summed) {
+    kernels.scale(static_cast<float>(1.0 - fresh), variances, size);
+    kernels.add_scaled(static_cast<float>(fresh * scale * scale / static_cast<double>(summed)), squares, variances,
+                       size);
+  };
+  follow(matrix.row_var, scratch.rows, rows, columns);
+  follow(matrix.col_var, scratch.column_roots, columns, rows);
   double row_sum = 0.0;
-  for (std::int64_t i = 0; i < rows; ++i) {
-    const float* line = matrix.gradient + i * columns;
-    const float mean = static_cast<float>(kernels.sum_squares(line, columns) / static_cast<double>(columns));
-    matrix.row_var[i] = (1.0f - fresh) * matrix.row_var[i] + fresh * mean;
-    row_sum += matrix.row_var[i];
-    kernels.add_squares(line, matrix.column_squares, columns);
-  }
-  kernels.scale(1.0f - fresh, matrix.col_var, columns);
-  kernels.add_scaled(fresh / static_cast<float>(rows), matrix.column_squares, matrix.col_var, columns);
+  for (std::int64_t m = 0; m < rows; ++m) row_sum += matrix.row_var[m];
   const double row_mean = std::max(row_sum / static_cast<double>(rows), update.eps1);
-  const float least = static_cast<float>(update.eps1 * update.eps1);
-  double update_squares = 0.0;
-  for (std::int64_t i = 0; i < rows; ++i) {
-    float* line = matrix.gradient + i * columns;
-    const float row = static_cast<float>(matrix.row_var[i] / row_mean);
-    kernels.factored_update(row, matrix.col_var, least, line, line, columns);
-    update_squares += kernels.sum_squares(line, columns);
+  for (std::int64_t m = 0; m < rows; ++m) {
+    scratch.rows[m] = static_cast<float>(matrix.row_var[m] / row_mean);
+    scratch.row_roots[m] = 1.0f / std::sqrt(scratch.rows[m]);
   }
+  for (std::int64_t n = 0; n < columns; ++n) scratch.column_roots[n] = 1.0f / std::sqrt(matrix.col_var[n]);
+  return {scratch.rows,
+          matrix.col_var,
+          scratch.row_roots,
+          scratch.column_roots,
+          static_cast<float>(update.eps1 * update.eps1),
+          static_cast<float>(scale)};
+}
+
+void factored_step(const KernelTable& kernels, const OptimizerUpdate& update, double count, double scale,
+                   const FactoredMatrix& matrix, const FactoredScratch& scratch) {
+  const std::int64_t rows = matrix.shape.rows, columns = matrix.shape.columns, size = rows * columns;
+  const double elements = static_cast<double>(size);
+  const FactoredEstimate estimate = estimate_squares(kernels, update, count, scale, matrix, scratch);
+  const double update_squares = kernels.factored_squares(estimate, matrix.gradient, rows, columns);
   const double rate = std::min(update.learning_rate, 1.0 / std::sqrt(count));
   const double size_of_parameter = std::sqrt(kernels.sum_squares(matrix.parameter, size) / elements);
   const double size_of_update = std::sqrt(update_squares / elements) / update.clip_threshold;
@@ -142,7 +164,7 @@ void factored_step(const KernelTable& kernels, const OptimizerUpdate& update, do
     kernels.scale(static_cast<float>(1.0 - update.learning_rate * update.weight_decay), matrix.parameter, size);
   }
   const double alpha = std::max(update.eps2, size_of_parameter) * rate;
-  kernels.add_scaled(static_cast<float>(-alpha / clip), matrix.gradient, matrix.parameter, size);
+  kernels.factored_apply(estimate, static_cast<float>(-alpha / clip), matrix.gradient, matrix.parameter, rows, columns);
 }
 
 void require_shape_of(const LoraTensors& parameters, const LayerSpec& layer, const LoraSpec& lora, const char* what) {
@@ -218,17 +240,13 @@ class LayerStep {
     const LoraShape shape = lora_shape(layer_.parameters->layer(), layer_.parameters->lora(), tensor);
     const std::int64_t expert = task / kLoraTensors, size = shape.rows * shape.columns;
     if (size == 0) return;
-    float* gradient = scratch_.of(worker);
-    std::fill_n(gradient, size, 0.0f);
-    for (const LoraTensors* rank : layer_.gradients) {
-      kernels_.add_scaled(1.0f, rank->tensor(tensor).data() + expert * size, gradient, size);
-    }
-    kernels_.scale(static_cast<float>(step_.grad_scale), gradient, size);
-    factored_step(
-        kernels_, update_of(tensor), static_cast<double>(count_of(tensor)),
-        {shape.rows, shape.columns, gradient, gradient + size, layer_.parameters->tensor(tensor).data() + expert * size,
-         reinterpret_cast<float*>(layer_.state->data(0, tensor)) + expert * shape.rows,
-         reinterpret_cast<float*>(layer_.state->data(1, tensor)) + expert * shape.columns});
+    float* floats = scratch_.of(worker);
+    const float* gradient = sum_ranks(kernels_, layer_.gradients, {tensor, expert * size, size}, floats);
+    factored_step(kernels_, update_of(tensor), static_cast<double>(count_of(tensor)), step_.grad_scale,
+                  {shape, gradient, layer_.parameters->tensor(tensor).data() + expert * size,
+                   reinterpret_cast<float*>(layer_.state->data(0, tensor)) + expert * shape.rows,
+                   reinterpret_cast<float*>(layer_.state->data(1, tensor)) + expert * shape.columns},
+                  FactoredScratch(layer_.gradients.size() > 1 ? floats + size : floats, shape));
   }
 
   void step_span(const SpanOf& span, int worker) {
