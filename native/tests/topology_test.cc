@@ -47,7 +47,8 @@ TEST_CASE("workers stay on the cores of their node, and the caller only while a 
   const std::vector<int> first{before.front()}, last{before.back()};
   ThreadPool pool(4, {first, last});
   std::atomic<int> ran{0};
-  pool.run_on_nodes({200, 200}, [&](int, std::int64_t, int worker) {
+  const std::int64_t tasks[] = {200, 200};
+  pool.run_on_nodes({tasks, 2}, [&](int, std::int64_t, int worker) {
     CHECK(cpus_of_this_thread() == (worker < 2 ? first : last));
     ++ran;
   });
@@ -63,7 +64,8 @@ TEST_CASE("workers are dealt by the cores of their node") {
   std::vector<std::atomic<bool>> seen(8);
   std::atomic<int> arrived{0};
   // A task a worker: each waits for all others, so that every worker takes one, of its own node while there are any.
-  pool.run_on_nodes({2, 6}, [&](int node, std::int64_t, int worker) {
+  const std::int64_t tasks[] = {2, 6};
+  pool.run_on_nodes({tasks, 2}, [&](int node, std::int64_t, int worker) {
     of_node[static_cast<std::size_t>(node)] += (worker < 2) == (node == 0) ? 1 : 0;
     seen[static_cast<std::size_t>(worker)] = true;
     for (++arrived; arrived < 8;) std::this_thread::yield();

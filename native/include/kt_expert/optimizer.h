@@ -78,14 +78,14 @@ class OptimizerState {
   const LayerSpec& layer() const { return layer_; }
   const LoraSpec& lora() const { return lora_; }
   static std::vector<std::string> slot_names(OptimizerKind kind);
-  int slot_count() const { return static_cast<int>(slot_names(kind_).size()); }
+  static int slot_count(OptimizerKind kind) { return kind == OptimizerKind::kSgd ? 2 : kMostSlots; }
   MomentType slot_type(int slot) const;
   // Shape of one slot of one tensor; rows or columns are 1 where they are factored away.
   SlotShape slot_shape(int slot, LoraTensor tensor) const;
   std::uint8_t* data(int slot, LoraTensor tensor) { return slots_[slot][static_cast<std::size_t>(tensor)].data(); }
   // Counted per tensor, because a layer may see no gradient for some steps, and a momentum buffer begins only once
   // there is momentum. Exact up to 2^24. Only for tensors that are there.
-  float& steps(LoraTensor tensor) { return *reinterpret_cast<float*>(data(slot_count() - 1, tensor)); }
+  float& steps(LoraTensor tensor) { return *reinterpret_cast<float*>(data(slot_count(kind_) - 1, tensor)); }
   std::int64_t bytes() const;
   static std::int64_t bytes_of(const LayerSpec& layer, const LoraSpec& lora, OptimizerKind kind, MomentType moments);
 

@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "kt_expert/cancel_token.h"
+#include "kt_expert/span.h"
 
 namespace kt_expert {
 
@@ -37,7 +38,7 @@ class ThreadPool {
 
   // The same with one list of tasks a node, body(node, task, worker): a worker takes its own node's tasks first and
   // then helps the others.
-  void run_on_nodes(const std::vector<std::int64_t>& tasks, const std::function<void(int, std::int64_t, int)>& body,
+  void run_on_nodes(Span<const std::int64_t> tasks, const std::function<void(int, std::int64_t, int)>& body,
                     const CancelToken* token = nullptr);
 
   static constexpr int kMaxThreads = 1024;

@@ -1,6 +1,7 @@
 #include "kt_expert/thread_pool.h"
 
 #include <algorithm>
+#include <array>
 #include <chrono>
 #include <string>
 #include <utility>
@@ -72,13 +73,14 @@ void ThreadPool::stop() {
 }
 
 void ThreadPool::run(std::int64_t tasks, const std::function<void(std::int64_t, int)>& body, const CancelToken* token) {
-  std::vector<std::int64_t> counts(static_cast<std::size_t>(nodes_), 0);
-  counts[0] = tasks;
-  run_on_nodes(counts, [&body](int, std::int64_t task, int worker) { body(task, worker); }, token);
+  const std::array<std::int64_t, kMaxMemoryNodes> counts = {tasks};
+  run_on_nodes(
+      {counts.data(), static_cast<std::size_t>(nodes_)},
+      [&body](int, std::int64_t task, int worker) { body(task, worker); }, token);
 }
 
-void ThreadPool::run_on_nodes(const std::vector<std::int64_t>& tasks,
-                              const std::function<void(int, std::int64_t, int)>& body, const CancelToken* token) {
+void ThreadPool::run_on_nodes(Span<const std::int64_t> tasks, const std::function<void(int, std::int64_t, int)>& body,
+                              const CancelToken* token) {
   if (static_cast<int>(tasks.size()) != nodes_) {
     throw InvalidArgument("tasks for " + std::to_string(tasks.size()) + " memory nodes on a pool of " +
                           std::to_string(nodes_) + "; load the weights for this engine's nodes");

@@ -17,23 +17,16 @@ namespace {
 constexpr char kNodesDirectory[] = "/sys/devices/system/node/";
 constexpr int kPreferred = 1;  // MPOL_PREFERRED of <linux/mempolicy.h>: elsewhere where the node is full
 
-// Masks of cores as the kernel reads and writes them, of as many words as it takes: cpu_set_t ends at 1024 cores.
 constexpr int kWordBits = 8 * sizeof(unsigned long);
-constexpr std::size_t kMostWords = 1024;  // 65,536 cores
 
-// Empty where the kernel refuses.
-std::vector<unsigned long> own_mask() {
-  for (std::size_t words = 16; words <= kMostWords; words *= 2) {
-    std::vector<unsigned long> mask(words, 0);
-    if (syscall(SYS_sched_getaffinity, 0, mask.size() * sizeof(unsigned long), mask.data()) >= 0) return mask;
-    if (errno != EINVAL) break;  // EINVAL: too short
-  }
-  return {};
+// All zeros where the kernel refuses.
+CpuMask own_mask() {
+  CpuMask mask = {};
+  syscall(SYS_sched_getaffinity, 0, sizeof mask, mask.data());
+  return mask;
 }
 
-bool set_own_mask(const std::vector<unsigned long>& mask) {
-  return syscall(SYS_sched_setaffinity, 0, mask.size() * sizeof(unsigned long), mask.data()) == 0;
-}
+bool set_own_mask(const CpuMask& mask) { return syscall(SYS_sched_setaffinity, 0, sizeof mask, mask.data()) == 0; }
 
 std::string read_line(const std::string& path) {
   std::ifstream file(path);
@@ -43,7 +36,7 @@ std::string read_line(const std::string& path) {
 }
 
 std::vector<int> own_cpus() {
-  const std::vector<unsigned long> mask = own_mask();
+  const CpuMask mask = own_mask();
   std::vector<int> cpus;
   for (int cpu = 0; cpu < static_cast<int>(mask.size()) * kWordBits; ++cpu) {
     if ((mask[static_cast<std::size_t>(cpu / kWordBits)] >> (cpu % kWordBits) & 1) != 0) cpus.push_back(cpu);
@@ -96,18 +89,19 @@ std::vector<MemoryNode> memory_nodes() {
   return nodes;
 }
 
-PinnedThread::PinnedThread(const std::vector<int>& cpus) {
+PinnedThread::PinnedThread(const std::vector<int>& cpus) noexcept {
   if (cpus.empty()) return;
-  std::vector<unsigned long> before = own_mask(), wanted(before.size(), 0);
+  before_ = own_mask();
+  CpuMask wanted = {};
   for (const int cpu : cpus) {
     const std::size_t word = static_cast<std::size_t>(cpu / kWordBits);
     if (word < wanted.size()) wanted[word] |= 1ul << (cpu % kWordBits);
   }
-  if (set_own_mask(wanted)) before_ = std::move(before);
+  pinned_ = set_own_mask(wanted);
 }
 
 PinnedThread::~PinnedThread() {
-  if (!before_.empty()) set_own_mask(before_);
+  if (pinned_) set_own_mask(before_);
 }
 
 std::string prefer_node(void* data, std::size_t bytes, int node) {

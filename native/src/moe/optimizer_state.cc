@@ -8,9 +8,7 @@ namespace {
 
 constexpr const char* kNames[] = {"adamw", "adam", "sgd", "adafactor"};
 
-bool is_step_slot(OptimizerKind kind, int slot) {
-  return slot + 1 == static_cast<int>(OptimizerState::slot_names(kind).size());
-}
+bool is_step_slot(OptimizerKind kind, int slot) { return slot + 1 == OptimizerState::slot_count(kind); }
 
 SlotShape shape_of(const LayerSpec& layer, const LoraSpec& lora, OptimizerKind kind, int slot, LoraTensor tensor) {
   const LoraShape shape = lora_shape(layer, lora, tensor);
@@ -80,7 +78,7 @@ std::vector<std::string> OptimizerState::slot_names(OptimizerKind kind) {
 
 OptimizerState::OptimizerState(const LayerSpec& layer, const LoraSpec& lora, OptimizerKind kind, MomentType moments)
     : layer_(layer), lora_(lora), kind_(kind), moments_(moments) {
-  for (int slot = 0; slot < slot_count(); ++slot) {
+  for (int slot = 0; slot < slot_count(kind_); ++slot) {
     for (int t = 0; t < kLoraTensors; ++t) {
       const LoraTensor tensor = static_cast<LoraTensor>(t);
       slots_[slot][t] = AlignedBuffer<std::uint8_t>(
@@ -100,7 +98,7 @@ std::int64_t OptimizerState::bytes() const { return bytes_of(layer_, lora_, kind
 std::int64_t OptimizerState::bytes_of(const LayerSpec& layer, const LoraSpec& lora, OptimizerKind kind,
                                       MomentType moments) {
   std::int64_t total = 0;
-  for (int slot = 0; slot < static_cast<int>(slot_names(kind).size()); ++slot) {
+  for (int slot = 0; slot < slot_count(kind); ++slot) {
     for (int t = 0; t < kLoraTensors; ++t) {
       total += slot_bytes(layer, lora, kind, moments, slot, static_cast<LoraTensor>(t));
     }

@@ -5,12 +5,14 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <vector>
 
 #include "gemm/dropout.h"
 #include "gemm/gemm.h"
 #include "gemm/tiles.h"
 #include "kt_expert/engine.h"
+#include "kt_expert/topology.h"
 #include "moe/arena.h"
 #include "moe/token_sums.h"
 
@@ -226,10 +228,10 @@ class Engine::Pass {
     const std::vector<LayerWeights::Slice>& slices = weights_.slices();
     const std::int64_t rows = static_cast<std::int64_t>(row_tasks_.size());
     const int width = column_width(slices.front().count, rows);
-    std::vector<std::int64_t> counts;
-    for (const LayerWeights::Slice& slice : slices) counts.push_back(rows * ceil_div(slice.count, width));
+    std::array<std::int64_t, kMaxMemoryNodes> counts = {};
+    for (std::size_t node = 0; node < slices.size(); ++node) counts[node] = rows * ceil_div(slices[node].count, width);
     pool_.run_on_nodes(
-        counts,
+        {counts.data(), slices.size()},
         [&](int node, std::int64_t task, int worker) {
           const LayerWeights::Slice& slice = slices[static_cast<std::size_t>(node)];
           const std::int64_t per_row = ceil_div(slice.count, width);
@@ -244,8 +246,10 @@ class Engine::Pass {
   void sum_over_routes(const TokenSums& sums, const TokensOut& out, const Fill& fill, const Factor& factor) const {
     const std::vector<LayerWeights::Slice>& slices = weights_.slices();
     const int width = column_width(layer_.hidden, 1);
+    std::array<std::int64_t, kMaxMemoryNodes> counts;
+    counts.fill(ceil_div(layer_.hidden, width));
     pool_.run_on_nodes(
-        std::vector<std::int64_t>(slices.size(), ceil_div(layer_.hidden, width)),
+        {counts.data(), slices.size()},
         [&](int node, std::int64_t task, int worker) {
           const LayerWeights::Slice& slice = slices[static_cast<std::size_t>(node)];
           const int first = static_cast<int>(task) * width, columns = std::min(width, layer_.hidden - first);
