@@ -1,7 +1,7 @@
 // The compute engine: forward, backward and optimizer step of MoE layers on one team of workers.
 //
-// One operation runs at a time. Nothing here allocates more than the *_bytes functions announce; memory of past tickets
-// is kept for later ones until it is dropped.
+// One operation runs at a time. Nothing here allocates more than the *_bytes functions announce; scratch and memory of
+// past tickets are kept for later ones until they are dropped.
 #pragma once
 
 #include <cstdint>
@@ -150,9 +150,10 @@ class Engine {
   // or a tensor's update is of another kind than the state. Everything is checked and all memory taken before the first
   // write: a step counts whole or not at all.
   void step(const OptimizerStep& step, const std::vector<LayerUpdate>& layers);
-  // Memory of tickets that are gone, kept for those to come.
-  std::int64_t kept_ticket_bytes() const { return ticket_memory_->kept_bytes(); }
-  void drop_kept_tickets() { ticket_memory_->drop(); }
+  // Memory kept for operations to come: scratch of past ones and of tickets that are gone.
+  std::int64_t kept_bytes() const;
+  // Gives it back to the system, but for scratch while an operation runs.
+  void drop_kept();
   // Sum of squares of scale * (sum over ranks of gradients).
   double gradient_square_sum(double scale, const std::vector<const LoraTensors*>& gradients);
 

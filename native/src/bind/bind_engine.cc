@@ -130,8 +130,8 @@ void bind_engine(py::module_& module) {
       .def("measure_peak_flops", &Engine::measure_peak_flops, py::call_guard<py::gil_scoped_release>())
       .def("measure_read_bandwidth", &Engine::measure_read_bandwidth, py::call_guard<py::gil_scoped_release>())
       .def("measure_update_bandwidth", &Engine::measure_update_bandwidth, py::call_guard<py::gil_scoped_release>())
-      .def_property_readonly("kept_ticket_bytes", &Engine::kept_ticket_bytes)
-      .def("drop_kept_tickets", &Engine::drop_kept_tickets)
+      .def_property_readonly("kept_bytes", &Engine::kept_bytes)
+      .def("drop_kept", &Engine::drop_kept)
       .def("forward", &forward, py::arg("weights"), py::arg("adapter").none(true), py::arg("x"),
            py::arg("expert_ids").noconvert(), py::arg("routing_weights").noconvert(), py::arg("y"),
            py::arg("save") = "nothing", py::arg("token").none(true) = nullptr, py::arg("dropout_seed") = 0,

@@ -1,6 +1,7 @@
 // Scratch that one operation carves up and the next reuses.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 
 #include "kt_expert/aligned_buffer.h"
@@ -45,24 +46,35 @@ class Engine::Arena {
     std::uint8_t* data_;
   };
 
+  // What it holds beyond what the running operation leased; may be asked for at any time.
+  std::int64_t kept_bytes() const { return kept_.load(); }
+  // Between operations only.
+  void drop() {
+    buffer_ = AlignedBuffer<std::uint8_t>();
+    kept_.store(0);
+  }
+
  private:
   // Keeps its memory across operations up to kKeepBytes.
   std::uint8_t* reset(std::int64_t bytes) {
     const std::size_t wanted = static_cast<std::size_t>(bytes);
     if (wanted > buffer_.size()) {
-      buffer_ = AlignedBuffer<std::uint8_t>();  // free before the larger one is mapped
+      drop();  // before the larger one is mapped
       buffer_ = AlignedBuffer<std::uint8_t>(wanted);
     }
+    kept_.store(static_cast<std::int64_t>(buffer_.size() - wanted));
     return buffer_.data();
   }
   void trim() {
-    if (static_cast<std::int64_t>(buffer_.size()) > kKeepBytes) buffer_ = AlignedBuffer<std::uint8_t>();
+    if (static_cast<std::int64_t>(buffer_.size()) > kKeepBytes) drop();
+    kept_.store(static_cast<std::int64_t>(buffer_.size()));
   }
 
   // Fresh pages cost about a microsecond each, so ordinary batches reuse them; an unusually large one gives them back.
   static constexpr std::int64_t kKeepBytes = std::int64_t{1} << 30;
 
   AlignedBuffer<std::uint8_t> buffer_;
+  std::atomic<std::int64_t> kept_{0};
 };
 
 }  // namespace kt_expert

@@ -111,6 +111,14 @@ Engine::Engine(int threads, const std::string& isa, int nodes, const std::vector
 
 Engine::~Engine() = default;
 
+std::int64_t Engine::kept_bytes() const { return ticket_memory_->kept_bytes() + arena_->kept_bytes(); }
+
+void Engine::drop_kept() {
+  ticket_memory_->drop();
+  const std::unique_lock<std::mutex> idle(mutex_, std::try_to_lock);
+  if (idle.owns_lock()) arena_->drop();
+}
+
 const char* Engine::isa() const { return isa_name(kernels_.isa); }
 const char* Engine::kernel() const { return kernels_.name; }
 const char* Engine::fp32_kernel() const { return fp32_kernels_.name; }

@@ -60,6 +60,10 @@ class EngineQueue:
             raise OutOfCapacity("the engine could not get the memory for this operation; send fewer tokens") from error
         except native.NativeError as error:
             raise InternalError(str(error)) from error
+        finally:
+            # An error's traceback holds this frame, the frame the future and the future the error: what `work` holds, such
+            # as a ticket, would stay until the collector comes.
+            del future
 
     def close(self) -> None:
         """Does not wait: what still runs has had its token cancelled and ends by itself."""

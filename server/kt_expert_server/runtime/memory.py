@@ -19,31 +19,31 @@ class Kind(StrEnum):
     GRADIENTS = "gradients"
     OPTIMIZER = "optimizer"
     TICKETS = "tickets"
-    KEPT = "kept"  # of tickets that are gone, for those to come
+    KEPT = "kept"  # scratch and memory of tickets that are gone, for operations to come
     REQUESTS = "requests"
     OUTCOMES = "outcomes"
     SCRATCH = "scratch"
 
 
-class TicketKeeper(Protocol):
-    """What keeps the memory of past tickets: the engine."""
+class Keeper(Protocol):
+    """What keeps memory of past operations: the engine."""
 
     @property
-    def kept_ticket_bytes(self) -> int: ...
-    def drop_kept_tickets(self) -> None: ...
+    def kept_bytes(self) -> int: ...
+    def drop_kept(self) -> None: ...
 
 
 class MemoryBudget:
     """Reserved bytes by kind against one limit. Used from the event loop only."""
 
-    def __init__(self, limit_bytes: int, keeper: TicketKeeper | None = None) -> None:
+    def __init__(self, limit_bytes: int, keeper: Keeper | None = None) -> None:
         self.limit_bytes = limit_bytes
         self._keeper = keeper
         self._reserved = dict.fromkeys(Kind, 0)
 
     def reserved(self, kind: Kind) -> int:
         if kind is Kind.KEPT:
-            return self._keeper.kept_ticket_bytes if self._keeper is not None else 0
+            return self._keeper.kept_bytes if self._keeper is not None else 0
         return self._reserved[kind]
 
     @property
@@ -51,9 +51,9 @@ class MemoryBudget:
         return sum(self.reserved(kind) for kind in Kind)
 
     def drop_kept(self) -> None:
-        """Gives what past tickets left back to the system."""
+        """Gives what past operations left back to the system."""
         if self._keeper is not None:
-            self._keeper.drop_kept_tickets()
+            self._keeper.drop_kept()
 
     def reserve(self, kind: Kind, size_bytes: int, what: str) -> None:
         """Takes the place of kept memory where it has to. Raises OutOfCapacity with the numbers where `size_bytes`

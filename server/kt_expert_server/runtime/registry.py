@@ -208,7 +208,7 @@ class Registry:
             token.cancel()
         for ticket_id in list(member.tickets):
             self.drop_ticket(member, ticket_id, "released when its member left")
-        self.budget.drop_kept()  # it may never be used again; for those who stay it is one fresh ticket
+        self.budget.drop_kept()  # for those who stay it is one fresh ticket
         for outcome in member.outcomes.values():
             self.budget.release(Kind.OUTCOMES, outcome.size_bytes)
         member.outcomes.clear()
@@ -239,6 +239,8 @@ class Registry:
     def expire(self) -> list[Member]:
         """Drops members whose lease ran out without a stream. Returns them."""
         now = time.monotonic()
+        if not self._members:
+            self.budget.drop_kept()  # of operations that outlasted their member
         late = [
             member
             for member in self._members.values()

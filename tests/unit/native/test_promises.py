@@ -66,15 +66,15 @@ def test_what_an_earlier_ticket_left_does_not_change_a_bit(save: str, dtype: str
     poison = dataclasses.replace(case, x=torch.full_like(case.x, float("nan")))
     fresh, used = native.Engine(2), native.Engine(2)
     on_engine.run(used, poison, dtype, save=save)
-    assert used.kept_ticket_bytes > 2**20
+    assert used.kept_bytes > 2**20
     expected, got = on_engine.run(fresh, case, dtype, save=save), on_engine.run(used, case, dtype, save=save)
-    assert used.kept_ticket_bytes == fresh.kept_ticket_bytes
+    assert used.kept_bytes == fresh.kept_bytes
     assert same_bits(expected.y, got.y)
     assert same_bits(expected.dx, got.dx)
     assert same_bits(expected.d_weights, got.d_weights)
     assert all(same_bits(expected.adapter[name], got.adapter[name]) for name in expected.adapter)
-    used.drop_kept_tickets()
-    assert used.kept_ticket_bytes == 0
+    used.drop_kept()
+    assert used.kept_bytes == 0
 
 
 def test_tickets_serve_in_any_order() -> None:

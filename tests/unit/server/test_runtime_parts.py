@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import weakref
 from collections.abc import Mapping
 
 import kt_expert_native as native
 import numpy as np
 import pytest
 from kt_expert_server.config import Address
-from kt_expert_server.errors import DeadlinePassed, InvalidRequest, OutOfCapacity, WrongPhase
+from kt_expert_server.errors import DeadlinePassed, InvalidRequest, OutOfCapacity, RequestCancelled, WrongPhase
 from kt_expert_server.runtime.barrier import Barrier
+from kt_expert_server.runtime.engine_queue import EngineQueue
 from kt_expert_server.runtime.memory import Kind, MemoryBudget
 from kt_expert_server.runtime.names import check_name
 from kt_expert_server.runtime.optimizer import TENSORS, ParamGroup, StepParams, agreed_params
@@ -143,19 +146,53 @@ def test_the_budget_refuses_with_its_numbers() -> None:
 
 def test_memory_of_past_tickets_is_counted_and_gives_way() -> None:
     engine = native.Engine(1)
-    budget = MemoryBudget(8 * MIB, engine)
+    budget = MemoryBudget(32 * MIB, engine)
     tokens, hidden = 1024, 512
     x, ids = np.zeros((tokens, hidden), np.float32), np.zeros((tokens, 1), np.int32)
     weights, routing_weights = native.LayerWeights(native.LayerSpec(1, hidden, 8)), np.ones((tokens, 1), np.float32)
-    engine.forward(weights, None, x, ids, routing_weights, np.empty_like(x), "activations")
-    assert budget.reserved(Kind.KEPT) == budget.total == 2 * MIB  # the tokens; the rest is too small to be kept
-    budget.reserve(Kind.ADAPTERS, 6 * MIB, "an adapter")
-    assert budget.total == 8 * MIB
-    with pytest.raises(OutOfCapacity, match=r"2.0 MiB of the limit of 8.0 MiB are free"):
-        budget.reserve(Kind.ADAPTERS, 2 * MIB + 1, "another")
-    budget.reserve(Kind.ADAPTERS, 2 * MIB, "another")
+    ticket = engine.forward(weights, None, x, ids, routing_weights, np.empty_like(x), "activations")
+    scratch = budget.reserved(Kind.KEPT)
+    assert 0 < scratch <= engine.scratch_bytes(weights.spec, native.LoraSpec(), tokens, 1)
+    del ticket
+    assert budget.reserved(Kind.KEPT) == budget.total == scratch + 2 * MIB  # the tokens; the rest is too small to be kept
+    budget.reserve(Kind.ADAPTERS, 30 * MIB - scratch, "an adapter")
+    assert budget.total == 32 * MIB
+    with pytest.raises(OutOfCapacity, match=r"MiB of the limit of 32.0 MiB are free"):
+        budget.reserve(Kind.ADAPTERS, scratch + 2 * MIB + 1, "another")
+    budget.reserve(Kind.ADAPTERS, scratch + 2 * MIB, "another")
     assert budget.reserved(Kind.KEPT) == 0
-    assert budget.total == 8 * MIB
+    assert budget.total == 32 * MIB
+
+
+def test_a_failed_operation_keeps_nothing() -> None:
+    """A refused backward must not hold its ticket until the garbage collector comes."""
+
+    async def scenario() -> None:
+        queue, held = EngineQueue(native.Engine(1)), np.zeros(1)
+        alive = weakref.ref(held)
+
+        def fail(held: np.ndarray = held) -> None:
+            token = native.CancelToken()
+            token.cancel()
+            native.Engine(1).forward(
+                native.LayerWeights(native.LayerSpec(1, 8, 8)), None, np.zeros((1, 8), np.float32),
+                np.zeros((1, 1), np.int32), np.zeros((1, 1), np.float32), np.zeros((1, 8), np.float32), "nothing", token,
+            )  # fmt: skip
+
+        async with queue.turn():
+            try:
+                await queue.run(fail)
+            except RequestCancelled:
+                del fail, held
+        await asyncio.sleep(0)  # the loop itself holds what it has just handed over
+        assert alive() is None
+        queue.close()
+
+    gc.disable()
+    try:
+        asyncio.run(scenario())
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("name", ["a", "run-1", "A.b_c-d", "0" * 128])
