@@ -14,11 +14,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kt_expert_server.errors import ModelError
-from kt_expert_server.model.bf16 import round_to_bf16
+from kt_expert_server.model.bf16 import bf16_to_fp32, round_to_bf16
 
 FP8_BLOCK = 128
 MXFP4_GROUP = 32
 _E8M0_NAN = 255
+_LARGEST_SURE_SCALE = 252  # 2^125: times the largest code, 6, it is still finite
 _E8M0_VALUES: NDArray[np.float32] = np.append(2.0 ** (np.arange(_E8M0_NAN) - 127.0), np.nan).astype(np.float32)
 _E2M1 = np.array([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0], np.float32)
 _MXFP4_VALUES: NDArray[np.float32] = np.concatenate([_E2M1, -_E2M1])
@@ -49,15 +50,20 @@ class CodedMatrix:
         form, for values that are not finite."""
         try:
             if weights.weight_format == self.form:
+                if self._may_overflow():
+                    _require_finite(self.decode(), source, expert)
                 scales = np.ascontiguousarray(self.scales).view(np.uint8)
                 weights.set_native(projection, expert, np.ascontiguousarray(self.codes).reshape(-1), scales.reshape(-1))
             else:
-                values = self.decode()
-                if not np.isfinite(values).all():
-                    raise ModelError(f"{source}, expert {expert}: codes and scales give values that are not finite")
-                weights.set_matrix(projection, expert, round_to_bf16(values).reshape(-1))
+                bits = round_to_bf16(self.decode())
+                _require_finite(bf16_to_fp32(bits), source, expert)
+                weights.set_matrix(projection, expert, bits.reshape(-1))
         except native.InvalidArgument as error:
             raise ModelError(f"{source}, expert {expert}: {error}") from error
+
+    def _may_overflow(self) -> bool:
+        """Whether it takes a look at every value; the engine looks at the scales itself, which is enough for fp8."""
+        return self.form == "mxfp4" and self.scales.max(initial=0) > _LARGEST_SURE_SCALE
 
     def decode(self) -> NDArray[np.float32]:
         """The values, [rows, columns]."""
@@ -76,6 +82,11 @@ def scale_shape(form: str, rows: int, columns: int) -> tuple[int, int]:
     if form == "fp8":
         return -(-rows // FP8_BLOCK), -(-columns // FP8_BLOCK)
     return rows, columns // MXFP4_GROUP
+
+
+def _require_finite(values: NDArray[np.float32], source: str, expert: int) -> None:
+    if not np.isfinite(values).all():
+        raise ModelError(f"{source}, expert {expert}: codes and scales give values that are not finite")
 
 
 def _product(values: NDArray[np.float32], factors: NDArray[np.float32]) -> NDArray[np.float32]:

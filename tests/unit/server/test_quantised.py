@@ -106,12 +106,24 @@ def test_fp8_that_is_not_finite_is_named(tmp_path: Path, what: str, weight_forma
 
 
 @pytest.mark.parametrize("weight_format", ["auto", "bf16", "int8"])
-def test_mxfp4_that_is_not_finite_is_named(tmp_path: Path, weight_format: str) -> None:
+@pytest.mark.parametrize(("scale", "code"), [(255, 0), (254, 4), (253, 6)])
+def test_mxfp4_that_is_not_finite_is_named(tmp_path: Path, scale: int, code: int, weight_format: str) -> None:
     tensors, _ = mxfp4_tensors(64, 32)
-    tensors[f"{PREFIX}mlp.experts.down_proj_scales"][2, 5, 0] = 255
+    tensors[f"{PREFIX}mlp.experts.down_proj_scales"][2, 5, 0] = scale
+    tensors[f"{PREFIX}mlp.experts.down_proj_blocks"][2, 5, 0] = code
     plan = plan_model(write(tmp_path, tensors, model_type="gpt_oss", hidden_size=64))
     with pytest.raises(ModelError, match=r"down_proj_scales, expert 2"):
         load_model(plan, weight_format, lambda _: None)
+
+
+@pytest.mark.parametrize("weight_format", ["auto", "bf16"])
+def test_the_largest_mxfp4_values_are_weights(tmp_path: Path, weight_format: str) -> None:
+    tensors, _ = mxfp4_tensors(64, 32)
+    tensors[f"{PREFIX}mlp.experts.down_proj_scales"][2, 5, 0] = 254
+    tensors[f"{PREFIX}mlp.experts.down_proj_blocks"][2, 5, 0] = 0xB3  # 1.5 and -1.5
+    plan = plan_model(write(tmp_path, tensors, model_type="gpt_oss", hidden_size=64))
+    row = load_model(plan, weight_format, lambda _: None).layers[0].weights.dequantized("down", 2)[5]
+    assert row[:2].tolist() == [1.5 * 2.0**127, -1.5 * 2.0**127]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
