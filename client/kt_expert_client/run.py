@@ -229,7 +229,10 @@ class Run:
 
     def put_adapter(self, tensors: AdapterTensors, *, step: int | None = None) -> None:
         """Replaces tensors of the run. With moments, `step` is the run's step count from then on, and how many updates
-        they stand for where no part "step" says otherwise."""
+        they stand for where no part "step" says otherwise.
+
+        Tensor by tensor: where one is refused (InvalidRequest, NotFound) or the call breaks off, those before it have been
+        replaced, that one and those after it have not; the step count then stays."""
         if not tensors:
             return
         try:

@@ -177,6 +177,7 @@ def test_another_kind_of_optimizer_needs_a_new_start(client: Client) -> None:
     train_step(run, 1)
     with pytest.raises(kt.WrongPhase, match="has taken 1 steps with adamw and is asked for sgd"):
         run.step(Sgd(1e-2))
+    assert {key.part for key in run.get_adapter(parameters=False, moments=True)} == {"exp_avg", "exp_avg_sq", "step"}
     run.step(Adam(1e-2))  # of the same kind of state
     train_step(run, 2)
     assert run.step(Sgd(1e-2), new_optimizer=True) == 3
@@ -228,6 +229,31 @@ def test_a_refused_upload_of_moments_changes_nothing(client: Client) -> None:
     assert all(torch.equal(after[each], before[each]) for each in before)
     train_step(run, 1)
     assert run.step(AdamW(1e-2)) == 2
+
+
+def test_a_refused_step_changes_no_layer(client: Client) -> None:
+    """Not the layers either that come before the one it is refused for."""
+    run = client.open_run(lora=LORA, wire_dtype="fp32")
+    x, ids, weights = batch(5, 2)
+    handle = run.submit_forward(LORA[-1].layer, x, ids, weights)
+    run.submit_backward(LORA[-1].layer, handle.ticket, handle.result()).result()
+    run.step(AdamW(1e-2))
+    train_step(run, 1)
+    with pytest.raises(kt.WrongPhase, match="is asked for sgd"):
+        run.step(Sgd(1e-2, momentum=0.9))
+    assert {key.layer for key in run.get_adapter(parameters=False, moments=True)} == {LORA[-1].layer}
+
+
+def test_a_new_optimizer_forgets_moments_without_an_update_too(client: Client) -> None:
+    runs = [client.open_run(lora=LORA, wire_dtype="fp32", seed=4) for _ in range(2)]
+    shapes = {key._replace(part="exp_avg"): value.shape for key, value in runs[0].get_adapter().items()}
+    runs[0].put_adapter({key: torch.ones(shape) for key, shape in shapes.items()})
+    for run in runs:
+        with_random_b(run)
+        train_step(run, 0)
+        run.step(AdamW(1e-2), new_optimizer=True)
+    got, expected = (run.get_adapter(moments=True) for run in runs)
+    assert all(torch.equal(got[key], expected[key]) for key in expected)
 
 
 def test_a_new_optimizer_is_new_for_layers_without_a_gradient_too(client: Client) -> None:

@@ -155,7 +155,7 @@ class ControlService(service_pb2_grpc.ExpertServicer):
         async def body() -> AsyncIterator[pb.AdapterChunk]:
             run = self._registry.run_named(request.run)
             for tensor, live in stored_tensors(run, request.parameters, request.moments):
-                with self._registry.budget.held(Kind.REQUESTS, live.nbytes, f"a copy of {tensor}"):
+                with self._registry.budget.held(Kind.REQUESTS, live.copy_bytes, f"a copy of {tensor}"):
                     async with self._queue.turn():  # nothing changes it meanwhile
                         values = live.read().tobytes()
                     for offset in range(0, len(values), MAX_PAYLOAD_BYTES):

@@ -13,7 +13,7 @@ from kt_expert_server.errors import InvalidRequest, NotFound
 from kt_expert_server.model.bf16 import bf16_to_fp32, round_to_bf16
 from kt_expert_server.model.loader import BaseModel
 from kt_expert_server.runtime.compute import ensure_state
-from kt_expert_server.runtime.run import Run
+from kt_expert_server.runtime.run import LayerAdapter, Run
 
 # What an optimizer keeps, by the kind whose state it is.
 SLOTS = {"exp_avg": "adamw", "exp_avg_sq": "adamw", "momentum_buffer": "sgd", "row_var": "adafactor", "col_var": "adafactor"}
@@ -52,6 +52,11 @@ class LiveTensor:
             return self.memory.view(np.float32)
         return bf16_to_fp32(self.memory.view(np.uint16))
 
+    @property
+    def copy_bytes(self) -> int:
+        """What a copy of the fp32 form takes at its peak."""
+        return self.nbytes * (1 if self.memory.dtype == np.float32 else 2)
+
     def write(self, values: NDArray[np.float32]) -> None:
         """Rounds to nearest where the memory is bf16."""
         if self.memory.dtype == np.float32:
@@ -72,11 +77,17 @@ def stored_tensors(run: Run, parameters: bool, moments: bool) -> Iterator[tuple[
                     yield TensorId(layer, name, slot), LiveTensor(state.tensor(slot, name))
 
 
+def adapter_of(run: Run, layer: int) -> LayerAdapter:
+    """Raises NotFound, for a run too that was closed meanwhile."""
+    adapter = run.adapters.get(layer)
+    if adapter is None:
+        raise NotFound(f"run {run.name!r} has no LoRA on layer {layer}, or was closed")
+    return adapter
+
+
 def shape_in(run: Run, tensor: TensorId) -> tuple[int, ...]:
     """[E, rows, columns] of a tensor, whether the run has moments of that kind yet or not. Raises NotFound."""
-    adapter = run.adapters.get(tensor.layer)
-    if adapter is None:
-        raise NotFound(f"run {run.name!r} has no LoRA on layer {tensor.layer}")
+    adapter = adapter_of(run, tensor.layer)
     if tensor.tensor not in adapter.parameters.names():
         raise NotFound(f"layer {tensor.layer} has LoRA tensors {adapter.parameters.names()}, not {tensor.tensor!r}")
     experts, rows, columns = adapter.parameters.tensor(tensor.tensor).shape
@@ -130,7 +141,7 @@ class AdapterWriter:
     def replace(self, tensor: TensorId, values: NDArray[np.float32], step: int) -> None:
         """A whole tensor that has been checked. The count of a moment is `step` until one comes of its own. Raises
         InvalidRequest for a count without moments."""
-        adapter = self._run.adapters[tensor.layer]
+        adapter = adapter_of(self._run, tensor.layer)
         if tensor.part == "parameter":
             LiveTensor(adapter.parameters.tensor(tensor.tensor)).write(values)
             return
@@ -140,9 +151,8 @@ class AdapterWriter:
             LiveTensor(adapter.state.tensor(STEP, tensor.tensor)).write(values)
             return
         kind = SLOTS[tensor.part]
-        if adapter.state is not None and adapter.state.kind != kind:
-            adapter.state = None  # what is put replaces what another optimizer kept
-        state = ensure_state(self._run, tensor.layer, self._model.layers[tensor.layer].spec, kind)
+        # What is put replaces what another optimizer kept.
+        state = ensure_state(self._run, adapter, self._model.layers[tensor.layer].spec, kind)
         LiveTensor(state.tensor(tensor.part, tensor.tensor)).write(values)
         LiveTensor(state.tensor(STEP, tensor.tensor)).write(np.full((1, 1, 1), step, np.float32))
 

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from kt_expert_server.errors import InvalidRequest, NotFound, WrongPhase
 from kt_expert_server.runtime.adapter_io import STEP, AdapterWriter, TensorId, require_meaning, shape_in, stored_tensors
+from kt_expert_server.runtime.compute import drop_moments
 from kt_expert_server.runtime.engine_queue import EngineQueue
 from kt_expert_server.runtime.memory import Kind
 from kt_expert_server.runtime.observer import Observer
@@ -19,7 +20,9 @@ from kt_expert_server.runtime.registry import Registry
 from kt_expert_server.runtime.run import LayerLora, Run
 from kt_expert_server.store.checkpoint import CheckpointStore, Manifest
 
-_FORMS_OF_A_LAYER = 2  # fp32 values and the bytes of its file
+# Times the fp32 size of a layer, while its file is made: the bytes of every tensor and of the file; where moments are
+# held in bf16, their fp32 values too and what one of them takes to be made.
+_FORMS_OF_A_LAYER = {"fp32": 2, "bf16": 4}
 
 
 class Report(Protocol):
@@ -45,7 +48,7 @@ class Checkpoints:
         store, digest = self._require_store(), self._registry.loaded_model().plan.digest
         begun = time.monotonic()
         async with self._queue.turn():
-            needed = _FORMS_OF_A_LAYER * largest_layer_bytes(run)
+            needed = _FORMS_OF_A_LAYER[run.config.moment_dtype] * largest_layer_bytes(run)
             with self._registry.budget.held(Kind.REQUESTS, needed, f"saving checkpoint {name!r}"):
                 result = await self._queue.run(lambda: store.save(run, name, digest, report))
         self._observer.checkpoint("save", time.monotonic() - begun)
@@ -65,7 +68,7 @@ class Checkpoints:
             tensors = sorted(store.tensors(name, manifest), key=lambda entry: entry[0].part == STEP)
             for tensor, values in tensors:
                 check(run, tensor, values)
-            drop_moments(run)
+            drop_moments(run)  # a layer the snapshot has no moments of had taken no step then
             writer, done = AdapterWriter(run, model), 0
             for tensor, values in tensors:
                 writer.replace(tensor, values, manifest.step)
@@ -116,9 +119,3 @@ def largest_layer_bytes(run: Run) -> int:
     for tensor, live in stored_tensors(run, parameters=True, moments=True):
         sizes[tensor.layer] = sizes.get(tensor.layer, 0) + live.nbytes
     return max(sizes.values(), default=0)
-
-
-def drop_moments(run: Run) -> None:
-    """A layer the snapshot has no moments of had taken no step then."""
-    for adapter in run.adapters.values():
-        adapter.state = None

@@ -240,8 +240,10 @@ class Compute:
                 # All memory first: from the first update on nothing may fail. A layer that saw no backward is not here;
                 # it keeps its parameters and moments, as torch does for a parameter without a gradient.
                 if params.new_optimizer:
-                    forget_updates(run, kind)
-                states = [ensure_state(run, layer, model.layers[layer].spec, kind) for layer, _, _ in layers]
+                    drop_moments(run)
+                for _, adapter, _ in layers:
+                    require_kind(run, adapter, kind)
+                states = [ensure_state(run, adapter, model.layers[layer].spec, kind) for layer, adapter, _ in layers]
                 updates = [
                     (gradients, adapter.parameters, state)
                     for (_, adapter, gradients), state in zip(layers, states, strict=True)
@@ -305,27 +307,29 @@ def rank_gradients(run: Run, layer: int) -> list[native.LoraTensors]:
     return [run.members[rank].gradients[layer] for rank in sorted(run.members) if layer in run.members[rank].window]
 
 
-def ensure_state(run: Run, layer: int, layer_spec: native.LayerSpec, kind: str) -> native.OptimizerState:
-    """The layer's optimizer state. Raises WrongPhase where updates of another kind have been made."""
-    adapter = run.adapters[layer]
+def require_kind(run: Run, adapter: LayerAdapter, kind: str) -> None:
+    """Raises WrongPhase where a layer has taken updates of another kind."""
+    if adapter.state is not None and adapter.state.kind != kind and has_updates(adapter.state):
+        raise WrongPhase(
+            f"run {run.name!r} has taken {run.step} steps with {adapter.state.kind} and is asked for {kind}; say that "
+            "the optimizer is new (StepRequest.new_optimizer) to forget its moments"
+        )
+
+
+def ensure_state(run: Run, adapter: LayerAdapter, layer_spec: native.LayerSpec, kind: str) -> native.OptimizerState:
+    """The layer's optimizer state; one of another kind is replaced."""
     if adapter.state is not None and adapter.state.kind != kind:
-        if has_updates(adapter.state):
-            raise WrongPhase(
-                f"run {run.name!r} has taken {run.step} steps with {adapter.state.kind} and is asked for {kind}; say that "
-                "the optimizer is new (StepRequest.new_optimizer) to forget its moments"
-            )
-        adapter.state = None
+        adapter.state = None  # before the new one is made: only one is reserved
     if adapter.state is None:
         adapter.state = native.OptimizerState(layer_spec, adapter.spec, kind, run.config.moment_dtype)
     return adapter.state
 
 
-def forget_updates(run: Run, kind: str) -> None:
-    """Every layer's moments, of the ones too that saw no gradient in this window. What is forgotten is freed first: only
+def drop_moments(run: Run) -> None:
+    """Of every layer, of the ones too that saw no gradient in this window. They are freed before new ones are made: only
     one set is reserved, and a step that then lacks memory is asked for again with the same words."""
-    for adapter in run.adapters.values():
-        if adapter.state is not None and (adapter.state.kind != kind or has_updates(adapter.state)):
-            adapter.state = None
+    for adapter in list(run.adapters.values()):
+        adapter.state = None
 
 
 def has_updates(state: native.OptimizerState) -> bool:

@@ -155,7 +155,8 @@ class Run:
     @property
     def optimizer(self) -> str:
         """The kind whose state the run holds; empty before the first step."""
-        return next((adapter.state.kind for adapter in self.adapters.values() if adapter.state is not None), "")
+        states = [adapter.state for adapter in list(self.adapters.values())]  # a step may replace them meanwhile
+        return next((state.kind for state in states if state is not None), "")
 
     @property
     def adapter_bytes(self) -> int:

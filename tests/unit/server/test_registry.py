@@ -10,6 +10,7 @@ from kt_expert_server.config import Limits
 from kt_expert_server.errors import NotFound, OutOfCapacity, ServerUnavailable
 from kt_expert_server.model.index import plan_model
 from kt_expert_server.model.loader import load_model
+from kt_expert_server.runtime.adapter_io import AdapterWriter, TensorId
 from kt_expert_server.runtime.memory import Kind, MemoryBudget
 from kt_expert_server.runtime.registry import Registry, State, initialise
 from kt_expert_server.runtime.run import LayerLora, RunConfig
@@ -74,6 +75,17 @@ def test_a_run_that_does_not_fit_reserves_nothing(qwen3_checkpoint: Path) -> Non
         made.open_run("a", config(world_size=100), ephemeral=True)
     assert made.budget.total == before
     assert not made.runs
+
+
+def test_a_run_that_was_closed_takes_no_more_tensors(qwen3_checkpoint: Path) -> None:
+    made = registry(qwen3_checkpoint)
+    run, _ = made.open_run("a", config(), ephemeral=True)
+    tensor, shape = TensorId(0, "a_gate", "parameter"), run.adapters[0].parameters.tensor("a_gate").shape
+    data, writer = np.zeros(shape, np.float32).tobytes(), AdapterWriter(run, made.loaded_model())
+    writer.write(tensor, shape, 0, data[:100], 0)
+    made.close(run)
+    with pytest.raises(NotFound, match="or was closed"):
+        writer.write(tensor, shape, 100, data[100:], 0)
 
 
 def test_draining_keeps_members_and_stopping_refuses_requests(qwen3_checkpoint: Path) -> None:
