@@ -47,7 +47,9 @@ def test_status_names_kernels_runs_and_memory(server: ServerProcess) -> None:
         status = client.status()
         assert status.state == pb.SERVER_STATE_READY
         assert [(kernel.layer, kernel.weight_format) for kernel in status.kernels] == [(0, "bf16"), (1, "bf16"), (2, "bf16")]
-        assert {kernel.isa for kernel in status.kernels} == {client.isa}
+        engine = native.Engine(1, client.isa)
+        assert {(kernel.isa, kernel.kernel) for kernel in status.kernels} == {(client.isa, engine.kernel("bf16"))}
+        assert all("the highest" in kernel.reason for kernel in status.kernels)
         ours = next(entry for entry in status.runs if entry.run == run.name)
         assert ours.adapter_bytes == 8 * 2 * (32 + 24) * 4
         assert [(member.rank, member.epoch, member.connected) for member in ours.members] == [(0, 1, True)]

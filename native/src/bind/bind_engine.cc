@@ -124,7 +124,12 @@ void bind_engine(py::module_& module) {
       .def_property_readonly("nodes", &Engine::nodes)
       .def_property_readonly("threads", &Engine::threads)
       .def_property_readonly("isa", &Engine::isa)
-      .def_property_readonly("kernel", &Engine::kernel)
+      .def(
+          "kernel",
+          [](const Engine& engine, const std::string& format) {
+            return engine.kernel(weight_format_from_name(format));
+          },
+          py::arg("weight_format"))
       .def_property_readonly("fp32_kernel", &Engine::fp32_kernel)
       .def_property_readonly("reason", &Engine::reason)
       .def("measure_peak_flops", &Engine::measure_peak_flops, py::call_guard<py::gil_scoped_release>())

@@ -99,6 +99,7 @@ constexpr int kIntegerDepthAlign = 64;  // one TDPBSSD
 // Forward products in integers, exact up to the two scales: int8 weights times rows quantised on the way in. Only rungs
 // chosen by name have them, because rounding activations to eight bits is a choice about accuracy.
 struct IntegerKernels {
+  const char* name;
   // Largest magnitude to 127; returns the scale, 0 for a row of zeros.
   float (*quantise)(const float* values, std::int64_t count, std::int8_t* target);
   // C[m, 16 j + n] += row scale * column scale * sum over k of A(m, k) W(16 (first_row + j) + n, k).
@@ -109,7 +110,7 @@ struct IntegerKernels {
 // Entry points of one rung of the ladder. Strides count elements. No pointer needs an alignment.
 struct KernelTable {
   Isa isa;
-  const char* name;
+  const char* name;  // of everything but integer products
   OperandType operand;
   int tile_rows;    // rows of one register tile
   int tile_panels;  // panels `multiply` works on at a time

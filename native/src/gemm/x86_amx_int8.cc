@@ -51,12 +51,11 @@ void multiply(const IntegerRows& a, int rows, const PackedMatrix& w, int first_r
   }
 }
 
-constexpr IntegerKernels kInteger{quantise_row, multiply};
+constexpr IntegerKernels kInteger{"amx_int8_32x32", quantise_row, multiply};
 
 KernelTable make_table() {
   KernelTable table = amx_bf16_kernels();
   table.isa = Isa::kAmxInt8;
-  table.name = "amx_int8_32x32";
   table.integer = &kInteger;
   return table;
 }

@@ -59,12 +59,11 @@ void multiply(const IntegerRows& a, int rows, const PackedMatrix& w, int first_r
   }
 }
 
-constexpr IntegerKernels kInteger{quantise_row, multiply};
+constexpr IntegerKernels kInteger{"avx512_vnni_8x16", quantise_row, multiply};
 
 KernelTable make_table() {
   KernelTable table = avx512_kernels();
   table.isa = Isa::kAvx512Vnni;
-  table.name = "avx512_vnni_8x16";
   table.integer = &kInteger;
   return table;
 }

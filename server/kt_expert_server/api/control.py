@@ -17,6 +17,7 @@ from kt_expert_proto.v1 import service_pb2_grpc
 from kt_expert_server.api import convert
 from kt_expert_server.api.status import CallGuard
 from kt_expert_server.errors import InvalidRequest, WrongPhase
+from kt_expert_server.model.kernel_choice import kernel_reason
 from kt_expert_server.runtime.adapter_io import AdapterWriter, stored_tensors
 from kt_expert_server.runtime.checkpoints import Checkpoints
 from kt_expert_server.runtime.compute import Compute
@@ -26,7 +27,6 @@ from kt_expert_server.runtime.registry import Registry, initialise
 from kt_expert_server.runtime.run import Member, Run
 
 Context = grpc.aio.ServicerContext[Any, Any]
-_ROUNDING_ISAS = ("avx512_vnni", "amx_int8")
 Response = TypeVar("Response")
 
 
@@ -285,7 +285,7 @@ class ControlService(service_pb2_grpc.ExpertServicer):
                 pb.KernelStatus(
                     layer=layer,
                     isa=engine.isa,
-                    kernel=engine.kernel,
+                    kernel=engine.kernel(loaded.weights.weight_format),
                     weight_format=loaded.weights.weight_format,
                     reason=_kernel_reason(engine, loaded.weights),
                 )
@@ -330,11 +330,7 @@ def _run_status(run: Run) -> pb.RunStatus:
 
 
 def _kernel_reason(engine: native.Engine, weights: native.LayerWeights) -> str:
-    reason = engine.reason
-    if engine.fp32_kernel != engine.kernel:
-        reason += f"; fp32 tokens run on {engine.fp32_kernel}"
-    if weights.weight_format == "int8" and engine.isa in _ROUNDING_ISAS:
-        reason += "; activations are rounded to eight bits"
+    reason = kernel_reason(engine, weights.weight_format)
     if weights.placement_obstacle:
         reason += f"; its memory is not placed on its nodes ({weights.placement_obstacle})"
     return reason
