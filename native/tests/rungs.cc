@@ -16,6 +16,8 @@ std::string kernel_name(Isa isa, WeightFormat format) {
   return std::string(isa_name(isa)) + "/" + weight_format_name(format);
 }
 
+std::string integer_kernel_name(Isa isa) { return std::string(isa_name(isa)) + "/int8-activations"; }
+
 std::set<std::string>& ran() {
   static std::set<std::string> names;
   return names;
@@ -41,6 +43,8 @@ bool emulated() { return std::getenv("KT_EXPERT_TEST_EMULATED") != nullptr; }
 
 void record_kernel(Isa isa, WeightFormat format) { ran().insert(kernel_name(isa, format)); }
 
+void record_integer_kernel(Isa isa) { ran().insert(integer_kernel_name(isa)); }
+
 void write_report() {
   const char* path = std::getenv("KT_EXPERT_TEST_REPORT");
   if (path == nullptr) return;
@@ -50,8 +54,9 @@ void write_report() {
 
 std::vector<std::string> all_kernels() {
   std::vector<std::string> names;
-#define KT_KERNEL(enumerator, table) \
-  for (WeightFormat format : all_weight_formats()) names.push_back(kernel_name(Isa::enumerator, format));
+#define KT_KERNEL(enumerator, table)                                                                      \
+  for (WeightFormat format : all_weight_formats()) names.push_back(kernel_name(Isa::enumerator, format)); \
+  if (rounds_activations(Isa::enumerator)) names.push_back(integer_kernel_name(Isa::enumerator));
 #include "gemm/registry.inc"
 #undef KT_KERNEL
   return names;

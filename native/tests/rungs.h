@@ -18,6 +18,8 @@ std::vector<Isa> tested_isas();
 // True under an emulator whose TDPBSSD takes signed bytes for unsigned (KT_EXPERT_TEST_EMULATED is set).
 bool emulated();
 void record_kernel(Isa isa, WeightFormat format);
+// The way of a rung that rounds activations with int8 weights, "isa/int8-activations".
+void record_integer_kernel(Isa isa);
 // "isa/format" of every kernel there is, whether this machine has it or not.
 std::vector<std::string> all_kernels();
 // Writes the report, where one is asked for.
