@@ -79,15 +79,16 @@ class SafetensorsFile:
             header = json.loads(os.pread(self._fd, length, _LENGTH_BYTES))
             entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
             return {name: self._tensor_info(name, entry, data_begin, file_bytes) for name, entry in entries.items()}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise ModelError(f"{self._path.name} has a damaged safetensors header: {error}") from error
 
     def _tensor_info(self, name: str, entry: dict[str, object], data_begin: int, file_bytes: int) -> TensorInfo:
         dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
         if not isinstance(dtype, str) or not isinstance(shape, list) or not isinstance(offsets, list):
             raise TypeError(f"tensor {name} lacks dtype, shape or data_offsets")
-        begin, end = (int(offset) for offset in offsets)
-        sizes = tuple(int(size) for size in shape)
+        if any(type(number) is not int for number in (*shape, *offsets)):
+            raise TypeError(f"tensor {name} has shape {shape} and data_offsets {offsets}, expected whole numbers")
+        (begin, end), sizes = offsets, tuple(shape)
         if not 0 <= begin <= end or data_begin + end > file_bytes or any(size < 0 for size in sizes):
             raise ModelError(f"{self._path.name}: tensor {name} lies outside the file; the file is truncated or damaged")
         if dtype in DTYPE_BYTES:
