@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from kt_expert_server.errors import ModelError
 
 FP8_SCALE_SUFFIX = "_scale_inv"  # behind the name of a matrix of fp8 codes
+# transformers' names of activations to the engine's.
+_ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}
 GPT_OSS_ALPHA = 1.702  # GptOssExperts.alpha in transformers
 GPT_OSS_LIMIT = 7.0  # GptOssExperts.limit in transformers
 
@@ -131,9 +133,9 @@ def activation_of(config: Mapping[str, object], family: Family) -> ActivationSpe
             raise ModelError(f"config.json gives swiglu_alpha = {alpha!r} and swiglu_limit = {limit!r}, expected numbers")
         return ActivationSpec("gpt_oss", float(alpha), float(limit))
     name = config.get(family.activation_key, "silu")
-    if name not in ("silu", "swish"):
-        raise ModelError(f"config.json gives {family.activation_key} = {name!r}; the engine has: silu")
-    return ActivationSpec("silu")
+    if name not in _ACTIVATIONS:
+        raise ModelError(f"config.json gives {family.activation_key} = {name!r}, expected one of {', '.join(_ACTIVATIONS)}")
+    return ActivationSpec(_ACTIVATIONS[str(name)])
 
 
 def layer_pattern(naming: Naming) -> re.Pattern[str]:

@@ -95,10 +95,22 @@ def test_layers_that_predict_further_tokens_are_left_out(tmp_path: Path) -> None
     assert [layer.layer for layer in plan.layers] == [0]
 
 
+@pytest.mark.parametrize(("name", "kind"), [("swish", "silu"), ("gelu_pytorch_tanh", "gelu_tanh"), ("gelu_new", "gelu_tanh")])
+def test_activations_are_known_by_transformers_names(tmp_path: Path, name: str, kind: str) -> None:
+    tensors = {
+        f"{PREFIX}mlp.experts.{e}.{projection}_proj.weight": values[e].bfloat16()
+        for projection, values in expert_weights().items()
+        for e in range(E)
+    }
+    plan = plan_model(write(tmp_path, tensors, model_type="qwen3_moe", hidden_act=name))
+    assert plan.layers[0].activation.kind == kind
+    assert load_model(plan, "bf16", lambda _: None).layers[0].weights.nbytes > 0  # the engine knows the name too
+
+
 @pytest.mark.parametrize(
     ("config", "text"),
     [
-        ({"model_type": "qwen3_moe", "hidden_act": "gelu"}, "hidden_act = 'gelu'; the engine has: silu"),
+        ({"model_type": "qwen3_moe", "hidden_act": "gelu"}, "hidden_act = 'gelu', expected one of silu, swish, gelu"),
         ({"model_type": "qwen3_moe", "hidden_size": 99}, "has hidden size 10, config.json says 99"),
         ({"model_type": "qwen3_moe", "num_experts_per_tok": 0}, "expected a positive number"),
         ({"model_type": None}, "model_type None is not a supported"),
