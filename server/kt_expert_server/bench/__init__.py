@@ -1,5 +1,5 @@
 """Measures the engine's layers on this machine against what bounds them and against peers.
 
-Owns no engine code and is imported by the command line only. torch, matplotlib and other engines are optional: a
-contender that is not installed is left out, and the table says so.
+Owns no engine code and is imported by the command line only. torch, matplotlib and other engines are optional: what is asked
+for and not there is an error.
 """

@@ -26,8 +26,9 @@ _GIGA = 1e9
 @dataclass(frozen=True, slots=True)
 class Row:
     """One of the engine's measurements. `weight_error` is the relative L2 of the output against the same weights in bf16,
-    which are normally distributed here; `versus` maps a contender to its time over ours; `lora_overhead` is the time
-    over that of rank 0, less one."""
+    which are normally distributed here; `versus` maps a contender to its time over ours, one with LoRA at equal rank only;
+    `lora_overhead` is the time over that of rank 0, less one; `extra_bytes` is what the engine announces and takes beyond
+    weights and adapter."""
 
     tokens: int
     direction: str
@@ -44,9 +45,11 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Report:
+    """`kernels` maps a weight format to what multiplied it."""
+
     shape: LayerShape
     isa: str
-    kernel: str
+    kernels: Mapping[str, str]
     threads: int
     fma_peak_gflops: float
     read_gbs: float
@@ -72,7 +75,7 @@ class Report:
         shape = self.shape
         return {
             "isa": self.isa,
-            "kernel": self.kernel,
+            "kernels": dict(self.kernels),
             "threads": self.threads,
             "shape": [shape.experts, shape.hidden, shape.intermediate, shape.top_k],
             "fma_peak_gflops": self.fma_peak_gflops,
@@ -126,7 +129,7 @@ def measure(
                 for rank in plan.ranks:
                     samples.add(_own(name, rank), layer.run(batch, rank, backward=True))
             for peer in peers:
-                samples.add(peer.name, peer.run(batch))
+                samples.add(_peer_key(peer), peer.run(batch))
         measured.append((batch, samples))
         peak, bandwidth = statistics.median(peaks), statistics.median(bandwidths)
         rows = [row for made in measured for row in _rows(plan, layers, peers, *made, peak, bandwidth, errors)]
@@ -134,7 +137,7 @@ def measure(
     return Report(
         plan.shape,
         engine.isa,
-        engine.kernel,
+        {name: engine.kernel(name) for name in plan.formats},
         engine.threads,
         statistics.median(peaks),
         statistics.median(bandwidths),
@@ -153,6 +156,10 @@ def _weight_errors(layers: Mapping[str, LayerBench], batch: Batch) -> dict[str, 
 
 def _own(weight_format: str, rank: int) -> str:
     return f"{weight_format}/{rank}"
+
+
+def _peer_key(peer: Peer) -> str:
+    return f"{peer.name}/{peer.rank}"
 
 
 def _rows(
@@ -176,7 +183,7 @@ def _rows(
                 if seconds is None:
                     raise AssertionError("every plan measures both passes")
                 plain = samples.median(_own(name, 0), direction) if rank and 0 in plan.ranks else None
-                others = {peer.name: samples.median(peer.name, direction) for peer in peers}
+                others = {peer.name: samples.median(_peer_key(peer), direction) for peer in peers if peer.rank in (None, rank)}
                 if name != "bf16" and "bf16" in layers:
                     others["bf16"] = samples.median(_own("bf16", rank), direction)
                 rows.append(

@@ -53,9 +53,10 @@ def memory_as_json(rows: Sequence[MemoryRow]) -> dict[str, object]:
 
 def print_memory(console: Console, row: MemoryRow) -> None:
     table = Table(title=f"{row.format}, {row.tokens} tokens, rank {row.rank}", title_justify="left")
-    for name in ("weights", "adapter and gradients", "after loading", "peak", "allowed"):
+    for name in ("weights", "adapter and gradients", "after loading", "peak", "allowed", "within"):
         table.add_column(name, justify="right")
-    table.add_row(*(format_bytes(size) for size in (row.weights, row.adapter, row.after_load, row.peak, row.allowed)))
+    sizes = (row.weights, row.adapter, row.after_load, row.peak, row.allowed)
+    table.add_row(*(format_bytes(size) for size in sizes), "yes" if row.peak <= row.allowed else "no")
     console.print(table)
 
 

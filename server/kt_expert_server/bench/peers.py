@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import subprocess
+import threading
 import time
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,7 +16,7 @@ from kt_expert_server.bench.layer import Batch, random_matrix
 from kt_expert_server.bench.shapes import LayerShape
 from kt_expert_server.errors import InvalidRequest
 
-PEER_START_TIMEOUT_S = 600.0
+_PEER_TIMEOUT_S = 600.0  # to start with its weights, and to answer one batch
 _KT_KERNEL_SCRIPT = Path(__file__).with_name("kt_kernel_peer.py")
 
 
@@ -25,32 +26,45 @@ class Peer(Protocol):
     @property
     def name(self) -> str: ...
 
+    @property
+    def rank(self) -> int | None:
+        """Of its LoRA, where it does the work of one rank only; None where it is compared whatever ours is."""
+
     def run(self, batch: Batch) -> tuple[float, float | None]: ...
 
     def close(self) -> None: ...
 
 
-class TorchLoop:
-    """transformers' eager loop over experts, in fp32; with a rank, LoRA on every projection and autograd through it."""
+class TorchWeights:
+    """One layer in fp32, for every loop over it. Raises InvalidRequest where there is no torch."""
 
-    def __init__(self, shape: LayerShape, rank: int, threads: int) -> None:
+    def __init__(self, shape: LayerShape, threads: int) -> None:
         # OpenMP's threads would spin on after each of torch's loops, into the time of what is measured next.
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-        import torch  # optional, and slow to import
-
+        try:
+            import torch  # optional, and slow to import
+        except ImportError as error:
+            raise InvalidRequest("--against torch needs torch: pip install 'kt-expert[bench]'") from error
         torch.set_num_threads(threads)
-        self._torch: Any = torch
-        self._shape = shape
-        self._rank = rank
+        self.torch: Any = torch
+        self.shape = shape
         pattern = (random_matrix(shape, np.random.default_rng(0)).astype(np.uint32) << 16).view(np.float32)
         base = torch.from_numpy(pattern)
-        self._gate, self._up = (
+        self.gate, self.up = (
             torch.stack([base.roll(64 * (3 * e + n)).view(shape.intermediate, shape.hidden) for e in range(shape.experts)])
             for n in range(2)
         )
-        self._down = torch.stack(
+        self.down = torch.stack(
             [base.roll(64 * (3 * e + 2)).view(shape.hidden, shape.intermediate) for e in range(shape.experts)]
         )
+
+
+class TorchLoop:
+    """transformers' eager loop over experts, in fp32; with a rank, LoRA on every projection and autograd through it."""
+
+    def __init__(self, weights: TorchWeights, rank: int) -> None:
+        self._weights, self._torch, self._rank = weights, weights.torch, rank
+        shape, torch = weights.shape, weights.torch
         sizes = {
             "gate": (shape.intermediate, shape.hidden),
             "up": (shape.intermediate, shape.hidden),
@@ -68,6 +82,10 @@ class TorchLoop:
     @property
     def name(self) -> str:
         return "torch_fp32_lora" if self._rank else "torch_fp32"
+
+    @property
+    def rank(self) -> int | None:
+        return self._rank or None
 
     def run(self, batch: Batch) -> tuple[float, float | None]:
         torch = self._torch
@@ -105,9 +123,10 @@ class TorchLoop:
         for expert in chosen.unique().tolist():
             token, slot = torch.where(chosen == expert)
             rows = x[token]
-            gate, up = self._project("gate", self._gate, expert, rows), self._project("up", self._up, expert, rows)
+            gate = self._project("gate", self._weights.gate, expert, rows)
+            up = self._project("up", self._weights.up, expert, rows)
             h = torch.nn.functional.silu(gate) * up
-            out = self._project("down", self._down, expert, h) * weights[token, slot, None]
+            out = self._project("down", self._weights.down, expert, h) * weights[token, slot, None]
             output = output.index_add(0, token, out)
         return output
 
@@ -116,6 +135,7 @@ class KtKernel:
     """kt-kernel's bf16 forward, in a process of the Python that has it: one line asks for a batch size, one answers."""
 
     name = "kt_kernel_bf16"
+    rank = None  # its forward has no LoRA
 
     def __init__(self, shape: LayerShape, threads: int, python: str, max_tokens: int) -> None:
         sizes = (shape.experts, shape.hidden, shape.intermediate, shape.top_k, threads, max_tokens)
@@ -124,8 +144,9 @@ class KtKernel:
             self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         except OSError as error:
             raise InvalidRequest(f"--kt-kernel-python {python!r} cannot be started: {error}") from error
+        self._python = python
         if self._answer() != "ready":
-            raise InvalidRequest(f"kt-kernel does not start in {python!r}; what it said is above")
+            raise AssertionError("the script says nothing else first")
 
     def run(self, batch: Batch) -> tuple[float, float | None]:
         if self._process.stdin is None:
@@ -135,12 +156,22 @@ class KtKernel:
         return float(self._answer()), None
 
     def close(self) -> None:
-        self._process.kill()
-        self._process.wait()
+        with self._process:  # closes its pipes and waits
+            self._process.kill()
 
     def _answer(self) -> str:
-        # The engine prints on its own behalf; answers are marked.
-        for line in self._process.stdout or ():
-            if line.startswith("@ "):
-                return line[2:].strip()
-        raise InvalidRequest("kt-kernel's process ended before it answered")
+        """Raises InvalidRequest where the process ends first, or is ended because it took too long."""
+        too_late = threading.Timer(_PEER_TIMEOUT_S, self._process.kill)
+        too_late.start()
+        try:
+            # The engine prints on its own behalf; answers are marked.
+            for line in self._process.stdout or ():
+                if line.startswith("@ "):
+                    return line[2:].strip()
+        finally:
+            too_late.cancel()
+        self.close()
+        raise InvalidRequest(
+            f"kt-kernel in {self._python!r} ended with status {self._process.returncode} before it answered (within "
+            f"{_PEER_TIMEOUT_S:g} s); what it said is above. It needs a Python with kt-kernel and torch"
+        )

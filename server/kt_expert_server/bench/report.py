@@ -61,7 +61,7 @@ def write_plot(report: Report, path: Path) -> None:
     shape = report.shape
     figure.suptitle(
         f"{shape.name}: E={shape.experts} H={shape.hidden} I={shape.intermediate} k={shape.top_k}, "
-        f"{report.kernel} on {report.threads} threads"
+        f"{', '.join(dict.fromkeys(report.kernels.values()))} on {report.threads} threads"
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)

@@ -17,7 +17,7 @@ from rich.console import Console
 from kt_expert_server.bench.kernels import Plan, measure
 from kt_expert_server.bench.memory import measure_memory, memory_as_json, print_memory
 from kt_expert_server.bench.optimizer import measure_optimizers, print_optimizers
-from kt_expert_server.bench.peers import KtKernel, Peer, TorchLoop
+from kt_expert_server.bench.peers import KtKernel, Peer, TorchLoop, TorchWeights
 from kt_expert_server.bench.report import print_rows, write_plot
 from kt_expert_server.bench.shapes import PUBLISHED, LayerShape, parse_shape
 from kt_expert_server.config import ISA_VARIABLE, WEIGHT_FORMATS, available_cores, available_memory
@@ -70,13 +70,12 @@ def run(options: argparse.Namespace) -> int:
     engine = placement.engine(options.threads, os.environ.get(ISA_VARIABLE, ""))
     console.print(
         f"{shape.name}: E={shape.experts} H={shape.hidden} I={shape.intermediate} k={shape.top_k}, "
-        f"{engine.kernel} on {engine.threads} threads"
+        f"{', '.join(dict.fromkeys(engine.kernel(name) for name in formats))} on {engine.threads} threads"
     )
-    if shape.experts < asked.experts:
-        console.print(f"memory holds {shape.experts} of {asked.experts} experts: routes are drawn from those, more rows each")
+    _say_what_fits(console, asked, shape, "routes are drawn from those, more rows each")
     peers = _peers(peer_names, plan, options)
     try:
-        columns = [*(peer.name for peer in peers), *(["bf16"] if "bf16" in formats and len(formats) > 1 else [])]
+        columns = [*dict.fromkeys(peer.name for peer in peers), *(["bf16"] if "bf16" in formats and len(formats) > 1 else [])]
         report = measure(plan, engine, peers, lambda rows: print_rows(console, rows, peers=columns))
     finally:
         for peer in peers:
@@ -95,6 +94,7 @@ def _run_optimizers(console: Console, shape: LayerShape, options: argparse.Names
     engine = placement.engine(options.threads, os.environ.get(ISA_VARIABLE, ""))
     of_rank = max(options.rank) * 3 * (shape.hidden + shape.intermediate) * _FP32_BYTES
     fitting = _limited(shape, of_rank * _OPTIMIZER_SETS)
+    _say_what_fits(console, shape, fitting, "the adapter is of those")
     report = measure_optimizers(engine, fitting, options.rank, options.repeats)
     print_optimizers(console, report)
     _write_json(options.json, report.as_json())
@@ -108,10 +108,16 @@ def _run_memory(console: Console, shape: LayerShape, options: argparse.Namespace
     placement = choose_placement(options.nodes, options.threads)
     engine = placement.engine(options.threads, os.environ.get(ISA_VARIABLE, ""))
     fitting = _that_fits(shape, (options.format,), [])
+    _say_what_fits(console, shape, fitting, "routes are drawn from those, more rows each")
     row = measure_memory(engine, fitting, options.format, options.tokens[0], options.rank[0], placement)
     print_memory(console, row)
     _write_json(options.json, memory_as_json([row]))
     return 0
+
+
+def _say_what_fits(console: Console, asked: LayerShape, fitting: LayerShape, then: str) -> None:
+    if fitting.experts < asked.experts:
+        console.print(f"memory holds {fitting.experts} of {asked.experts} experts: {then}")
 
 
 def _write_json(path: Path | None, content: dict[str, object]) -> None:
@@ -143,6 +149,7 @@ def _that_fits(shape: LayerShape, formats: tuple[str, ...], peers: list[str]) ->
     one = native.LayerSpec(1, shape.hidden, shape.intermediate)
     per_expert = sum(native.LayerWeights.nbytes_of(one, name) for name in formats)
     bf16 = native.LayerWeights.nbytes_of(one, "bf16")
+    # torch stacks its copy from single matrices, kt-kernel packs a second one: both pass through twice their size.
     per_expert += sum(2 * _FP32_OVER_BF16 * bf16 if name == "torch" else 2 * bf16 for name in peers)
     return _limited(shape, per_expert)
 
@@ -157,8 +164,8 @@ def _limited(shape: LayerShape, per_expert: int) -> LayerShape:
 def _peers(names: list[str], plan: Plan, options: argparse.Namespace) -> list[Peer]:
     peers: list[Peer] = []
     if "torch" in names:
-        peers.append(TorchLoop(plan.shape, 0, options.threads))
-        peers += [TorchLoop(plan.shape, rank, options.threads) for rank in sorted(set(plan.ranks) - {0})[-1:]]
+        weights = TorchWeights(plan.shape, options.threads)
+        peers += [TorchLoop(weights, rank) for rank in sorted({0, *plan.ranks})]
     if "kt-kernel" in names:
         peers.append(KtKernel(plan.shape, options.threads, options.kt_kernel_python, max(plan.tokens)))
     return peers
