@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import kt_expert_client as kt
+import kt_expert_native as native
 import pytest
 import torch
 from kt_expert_client import AdamW, LayerLora
@@ -138,6 +139,25 @@ def test_start_up_errors_have_their_own_status(server: ServerProcess, qwen3_chec
     assert forced.returncode != 0
     assert "instruction set 'pentium' is not known" in forced.stderr
     assert "Traceback" not in forced.stderr
+    for isa in [name for name, obstacle in native.list_isas() if obstacle][-1:]:
+        absent = run_server(*model, *free, environment={"KT_EXPERT_ISA": isa})
+        assert absent.returncode != 0
+        assert f"instruction set '{isa}' was asked for, but" in absent.stderr
+
+
+def test_the_resident_format_is_the_operators_choice(server: ServerProcess, qwen3_checkpoint: Path, tmp_path: Path) -> None:
+    x, ids, weights = batch(9, 0)
+    outputs = []
+    with ServerProcess(qwen3_checkpoint, tmp_path / "log", "--weight-format", "int8") as int8:
+        for address in (server.address, int8.address):
+            with kt.connect(address) as client:
+                run = client.open_run(lora=LORA, wire_dtype="fp32")
+                outputs.append(run.submit_forward(0, x, ids, weights).result())
+                formats = {kernel.weight_format for kernel in client.status().kernels}
+        assert formats == {"int8"}
+        assert int8.metric('kt_expert_memory_bytes{kind="weights"}') < server.metric('kt_expert_memory_bytes{kind="weights"}')
+    error = (outputs[1] - outputs[0]).norm() / outputs[0].norm()
+    assert 1e-4 < error < 0.05
 
 
 def test_a_full_disk_fails_the_save_and_nothing_else(qwen3_checkpoint: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import time
 import weakref
 from collections.abc import Mapping
 
@@ -184,7 +185,9 @@ def test_a_failed_operation_keeps_nothing() -> None:
                 await queue.run(fail)
             except RequestCancelled:
                 del fail, held
-        await asyncio.sleep(0)  # the loop itself holds what it has just handed over
+        deadline = time.monotonic() + 5  # the loop and the engine's thread hold what they have just handed over
+        while alive() is not None and time.monotonic() < deadline:
+            await asyncio.sleep(0.001)
         assert alive() is None
         queue.close()
 
