@@ -16,7 +16,8 @@ constexpr double kBf16Bound = 3e-3;
 constexpr double kFp32Bound = 5e-6;
 // Sums of several memory nodes against those of one.
 constexpr double kNodesBound = 1e-5;
-// Weights that bf16 does not hold, where a rung multiplies bf16: their rounding is one more, see ARCHITECTURE.md.
+// Weights that bf16 does not hold, where a rung multiplies bf16: their rounding is one more, see ARCHITECTURE.md. Of a
+// batch: one token's gradients of routing weights are two numbers, whose error says little.
 constexpr double kRoundedWeightsBound = 3.2e-3;
 // Activations in eight bits: two roundings of 1/254 of a row's largest magnitude, which is three to four deviations.
 constexpr double kIntegerBound = 3e-2;
@@ -85,7 +86,8 @@ void check_contract(Isa isa, const LayerCase& spec, FloatType type) {
   const WorstError worst = worst_error(got, expected);
   CAPTURE(worst.quantity);
   CHECK(worst.error <= bound);
-  if (spec.format != WeightFormat::kBf16 && bf16_operands(isa, type) && !rounds(isa, spec.format)) {
+  const bool rounds_weights = spec.format != WeightFormat::kBf16 && bf16_operands(isa, type);
+  if (rounds_weights && !rounds(isa, spec.format) && spec.tokens > 1) {
     const WorstError of_weights = worst_error(got, reference(inputs, load_weights(inputs, 1), false));
     CAPTURE(of_weights.quantity);
     CHECK(of_weights.error <= kRoundedWeightsBound);
