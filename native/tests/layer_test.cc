@@ -21,6 +21,8 @@ constexpr double kNodesBound = 1e-5;
 constexpr double kRoundedWeightsBound = 3.2e-3;
 // Activations in eight bits: two roundings of 1/254 of a row's largest magnitude, which is three to four deviations.
 constexpr double kIntegerBound = 3e-2;
+// Of values without signs, whose sums grow where their roundings cancel.
+constexpr double kUnsignedBound = 5e-3;
 
 LayerSpec layer(int experts, int hidden, int intermediate, ActivationSpec activation = {}, bool bias = false) {
   LayerSpec spec;
@@ -66,8 +68,11 @@ bool bf16_operands(Isa isa, FloatType type) {
   return type == FloatType::kBf16 && kernels_for(isa).operand == OperandType::kBf16;
 }
 
-// Rungs that round activations do so with int8 weights only.
-bool rounds(Isa isa, WeightFormat format) { return rounds_activations(isa) && format == WeightFormat::kInt8; }
+// Rungs that round activations do so with int8 weights only, and AMX leaves fp32 tokens to AVX-512.
+bool rounds(Isa isa, WeightFormat format, FloatType type = FloatType::kBf16) {
+  return rounds_activations(isa) && format == WeightFormat::kInt8 &&
+         (type == FloatType::kBf16 || isa == Isa::kAvx512Vnni);
+}
 
 template <typename Body>
 void for_each_isa(const Body& body) {
@@ -82,12 +87,14 @@ void check_contract(Isa isa, const LayerCase& spec, FloatType type) {
   const LayerInputs inputs = make_inputs(spec, 11);
   const LayerResult got = run_engine(engine, inputs, type, SavePolicy::kActivations);
   const LayerResult expected = reference(inputs, load_weights(inputs, 1), bf16_operands(isa, type));
-  const double bound = rounds(isa, spec.format) ? kIntegerBound : type == FloatType::kBf16 ? kBf16Bound : kFp32Bound;
+  const double bound = rounds(isa, spec.format, type) ? kIntegerBound
+                       : type == FloatType::kBf16     ? kBf16Bound
+                                                      : kFp32Bound;
   const WorstError worst = worst_error(got, expected);
   CAPTURE(worst.quantity);
   CHECK(worst.error <= bound);
   const bool rounds_weights = spec.format != WeightFormat::kBf16 && bf16_operands(isa, type);
-  if (rounds_weights && !rounds(isa, spec.format) && spec.tokens > 1) {
+  if (rounds_weights && !rounds(isa, spec.format, type) && spec.tokens > 1) {
     const WorstError of_weights = worst_error(got, reference(inputs, load_weights(inputs, 1), false));
     CAPTURE(of_weights.quantity);
     CHECK(of_weights.error <= kRoundedWeightsBound);
@@ -144,7 +151,7 @@ TEST_CASE("layers with activations in eight bits are near their golden") {
     const WorstError worst =
         worst_error(got, reference(inputs, load_weights(inputs, 1), bf16_operands(isa, FloatType::kBf16)));
     CAPTURE(worst.quantity);
-    CHECK(worst.error <= kIntegerBound);
+    CHECK(worst.error <= kUnsignedBound);
   });
 }
 

@@ -123,26 +123,31 @@ TEST_CASE("adafactor's sums and updates") {
       CHECK(std::equal(of_rows.begin(), of_rows.end(), row_sums.begin(), near));
       CHECK(std::equal(of_columns.begin(), of_columns.end(), column_sums.begin(), near));
 
-      of_rows[0] = 1e-30f;  // an estimate below the least
       const auto root = [](float value) { return 1.0f / std::sqrt(value); };
       std::transform(of_rows.begin(), of_rows.end(), row_roots.begin(), root);
       std::transform(of_columns.begin(), of_columns.end(), column_roots.begin(), root);
-      const float least = 1e-14f;
+      // One of the products: about half of the estimates lie below it.
+      const float least = of_rows[rows / 2] * of_columns[columns / 2];
       const FactoredEstimate estimate{
           of_rows.data(), of_columns.data(), row_roots.data(), column_roots.data(), least, 0.5f};
       const std::vector<float> before = values.floats(shape.rows * shape.columns);
       std::vector<float> parameter = before;
       const double squares = kernels.factored_squares(estimate, gradient.data(), shape.rows, shape.columns);
-      kernels.factored_apply(estimate, -1e-8f, gradient.data(), parameter.data(), shape.rows, shape.columns);
+      // So large that the parameter itself is little beside the update.
+      const float factor = -100.0f * std::sqrt(least);
+      kernels.factored_apply(estimate, factor, gradient.data(), parameter.data(), shape.rows, shape.columns);
       double expected_squares = 0.0;
       bool right = true;
+      int below = 0;
       for (std::size_t i = 0; i < gradient.size(); ++i) {
         const double product = static_cast<double>(of_rows[i / columns]) * of_columns[i % columns];
+        below += product < least ? 1 : 0;
         const double update = 0.5 * gradient[i] / std::sqrt(std::max(product, static_cast<double>(least)));
         expected_squares += update * update;
-        right = right && close(parameter[i], before[i] - 1e-8 * update, kRounding);
+        right = right && close(parameter[i], before[i] + factor * update, kRounding);
       }
       CHECK(right);
+      CHECK((gradient.size() < 4 || (below > 0 && below < static_cast<int>(gradient.size()))));
       CHECK(std::fabs(squares - expected_squares) <= kRounding * expected_squares);
     }
   });

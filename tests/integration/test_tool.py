@@ -93,6 +93,13 @@ def test_bench_measures_optimizers(tmp_path: Path, capsys: pytest.CaptureFixture
             ["--shape", "tiny", "--against", "kt-kernel", "--kt-kernel-python", f"{sys.executable} -S"],
             "ended with status 1 before it answered",
         ),
+        (
+            [
+                *["--shape", "tiny", "--tokens", "1", "--against", "kt-kernel", "--kt-kernel-python"],
+                "sh -c 'echo @ ready; exit 7'",
+            ],
+            "ended with status 7 before it answered",
+        ),
     ],
 )
 def test_bench_names_what_it_cannot_do(options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -137,9 +137,8 @@ class Engine {
   // The rung for bf16 tokens, and the one for fp32 tokens: rungs that multiply bf16 would round those, so fp32 tokens
   // are left to the AVX-512 rung.
   const char* isa() const;
-  // What multiplies bf16 tokens with weights of a format.
-  const char* kernel(WeightFormat format) const;
-  const char* fp32_kernel() const;
+  // What multiplies tokens with weights of a format.
+  const char* kernel(WeightFormat format, FloatType tokens) const;
   // Why this rung.
   const std::string& reason() const { return reason_; }
 

@@ -126,11 +126,10 @@ void bind_engine(py::module_& module) {
       .def_property_readonly("isa", &Engine::isa)
       .def(
           "kernel",
-          [](const Engine& engine, const std::string& format) {
-            return engine.kernel(weight_format_from_name(format));
+          [](const Engine& engine, const std::string& format, const std::string& dtype) {
+            return engine.kernel(weight_format_from_name(format), float_type_from(dtype));
           },
-          py::arg("weight_format"))
-      .def_property_readonly("fp32_kernel", &Engine::fp32_kernel)
+          py::arg("weight_format"), py::arg("dtype") = "bf16")
       .def_property_readonly("reason", &Engine::reason)
       .def("measure_peak_flops", &Engine::measure_peak_flops, py::call_guard<py::gil_scoped_release>())
       .def("measure_read_bandwidth", &Engine::measure_read_bandwidth, py::call_guard<py::gil_scoped_release>())

@@ -120,11 +120,10 @@ void Engine::drop_kept() {
 }
 
 const char* Engine::isa() const { return isa_name(kernels_.isa); }
-const char* Engine::kernel(WeightFormat format) const {
-  const bool in_integers = kernels_.integer != nullptr && format == WeightFormat::kInt8;
-  return in_integers ? kernels_.integer->name : kernels_.name;
+const char* Engine::kernel(WeightFormat format, FloatType tokens) const {
+  const KernelTable& kernels = kernels_for_tokens(tokens);
+  return kernels.integer != nullptr && format == WeightFormat::kInt8 ? kernels.integer->name : kernels.name;
 }
-const char* Engine::fp32_kernel() const { return fp32_kernels_.name; }
 
 const KernelTable& Engine::kernels_for_tokens(FloatType type) const {
   return type == FloatType::kF32 ? fp32_kernels_ : kernels_;

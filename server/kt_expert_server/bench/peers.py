@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
+import signal
 import subprocess
 import threading
 import time
@@ -141,7 +143,10 @@ class KtKernel:
         sizes = (shape.experts, shape.hidden, shape.intermediate, shape.top_k, threads, max_tokens)
         command = [*shlex.split(python), str(_KT_KERNEL_SCRIPT), *(str(size) for size in sizes)]
         try:
-            self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+            # A group of its own: the command may be a wrapper, whose children would outlive it.
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
+            )
         except OSError as error:
             raise InvalidRequest(f"--kt-kernel-python {python!r} cannot be started: {error}") from error
         self._python = python
@@ -151,17 +156,26 @@ class KtKernel:
     def run(self, batch: Batch) -> tuple[float, float | None]:
         if self._process.stdin is None:
             raise AssertionError("opened with a pipe")
-        self._process.stdin.write(f"{batch.tokens}\n")
-        self._process.stdin.flush()
+        with contextlib.suppress(BrokenPipeError):  # it has ended, which the answer will say
+            self._process.stdin.write(f"{batch.tokens}\n")
+            self._process.stdin.flush()
         return float(self._answer()), None
 
     def close(self) -> None:
-        with self._process:  # closes its pipes and waits
-            self._process.kill()
+        self._kill()
+        for pipe in (self._process.stdin, self._process.stdout):
+            if pipe is not None:
+                with contextlib.suppress(BrokenPipeError):
+                    pipe.close()
+        self._process.wait()
+
+    def _kill(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
 
     def _answer(self) -> str:
         """Raises InvalidRequest where the process ends first, or is ended because it took too long."""
-        too_late = threading.Timer(_PEER_TIMEOUT_S, self._process.kill)
+        too_late = threading.Timer(_PEER_TIMEOUT_S, self._kill)
         too_late.start()
         try:
             # The engine prints on its own behalf; answers are marked.

@@ -133,9 +133,10 @@ def activation_of(config: Mapping[str, object], family: Family) -> ActivationSpe
             raise ModelError(f"config.json gives swiglu_alpha = {alpha!r} and swiglu_limit = {limit!r}, expected numbers")
         return ActivationSpec("gpt_oss", float(alpha), float(limit))
     name = config.get(family.activation_key, "silu")
-    if name not in _ACTIVATIONS:
+    kind = _ACTIVATIONS.get(name) if isinstance(name, str) else None
+    if kind is None:
         raise ModelError(f"config.json gives {family.activation_key} = {name!r}, expected one of {', '.join(_ACTIVATIONS)}")
-    return ActivationSpec(_ACTIVATIONS[str(name)])
+    return ActivationSpec(kind)
 
 
 def layer_pattern(naming: Naming) -> re.Pattern[str]:

@@ -9,11 +9,11 @@ _ROUNDING_ISAS = ("avx512_vnni", "amx_int8")
 
 def kernel_reason(engine: native.Engine, weight_format: str) -> str:
     """Why this kernel, and where it is not the whole story."""
-    kernel, reason = engine.kernel(weight_format), engine.reason
+    reason, fp32_kernel = engine.reason, engine.kernel(weight_format, "fp32")
     if engine.isa in _ROUNDING_ISAS and weight_format == "int8":
         reason += "; forwards round activations to eight bits"
     elif engine.isa in _ROUNDING_ISAS:
         reason += f"; {engine.isa} itself is for int8 weights"
-    if engine.fp32_kernel != kernel:
-        reason += f"; fp32 tokens run on {engine.fp32_kernel}"
+    if fp32_kernel != engine.kernel(weight_format):
+        reason += f"; fp32 tokens run on {fp32_kernel}"
     return reason

@@ -111,6 +111,7 @@ def test_activations_are_known_by_transformers_names(tmp_path: Path, name: str, 
     ("config", "text"),
     [
         ({"model_type": "qwen3_moe", "hidden_act": "gelu"}, "hidden_act = 'gelu', expected one of silu, swish, gelu"),
+        ({"model_type": "qwen3_moe", "hidden_act": ["silu"]}, "expected one of silu"),
         ({"model_type": "qwen3_moe", "hidden_size": 99}, "has hidden size 10, config.json says 99"),
         ({"model_type": "qwen3_moe", "num_experts_per_tok": 0}, "expected a positive number"),
         ({"model_type": None}, "model_type None is not a supported"),

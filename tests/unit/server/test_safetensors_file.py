@@ -53,6 +53,15 @@ def test_any_header(tmp_path: Path, header: Any, data: bytes, longer: int) -> No
     check(tmp_path / "model.safetensors", max(0, len(text) + longer).to_bytes(8, "little") + text + data)
 
 
+@pytest.mark.parametrize("shape", [[1.5], ["1"], [True], [None], [[1]]])
+def test_sizes_that_are_no_whole_numbers(tmp_path: Path, shape: list[object]) -> None:
+    text = json.dumps({"a": {"dtype": "F32", "shape": shape, "data_offsets": [0, 4]}}).encode()
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(4))
+    with pytest.raises(ModelError, match="expected whole numbers"):
+        SafetensorsFile(path)
+
+
 @pytest.mark.parametrize("text", [b"[" * 100_000, b'{"a":' * 50_000, b'{"a":' + b"9" * 5000 + b"}", b'{"a":1e999}', b"\xff{}"])
 def test_json_that_is_hard_to_read(tmp_path: Path, text: bytes) -> None:
     path = tmp_path / "model.safetensors"
