@@ -21,6 +21,13 @@ def expert_weights() -> dict[str, torch.Tensor]:
     return {"gate": normal(E, I, H), "up": normal(E, I, H), "down": normal(E, H, I)}
 
 
+def per_expert(weights: dict[str, torch.Tensor], dtype: torch.dtype = torch.bfloat16) -> dict[str, torch.Tensor]:
+    """A tensor an expert and projection, as most checkpoints hold them."""
+    return {
+        f"{PREFIX}mlp.experts.{e}.{name}_proj.weight": values[e].to(dtype) for name, values in weights.items() for e in range(E)
+    }
+
+
 def write(directory: Path, tensors: dict[str, torch.Tensor], **config: object) -> Path:
     directory.mkdir(exist_ok=True)
     contiguous = {name: value.contiguous() for name, value in tensors.items()}

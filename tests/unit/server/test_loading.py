@@ -16,7 +16,7 @@ from kt_expert_server.model.index import plan_model
 from kt_expert_server.model.loader import BaseModel, load_model, resident_bytes
 from kt_expert_server.model.memory_plan import format_bytes, plan_memory
 from kt_expert_server.model.safetensors_file import SafetensorsFile
-from support.checkpoints import PREFIX, E, H, I, expert_weights, write
+from support.checkpoints import PREFIX, E, H, I, expert_weights, per_expert, write
 
 
 def load(directory: Path) -> BaseModel:
@@ -97,11 +97,7 @@ def test_layers_that_predict_further_tokens_are_left_out(tmp_path: Path) -> None
 
 @pytest.mark.parametrize(("name", "kind"), [("swish", "silu"), ("gelu_pytorch_tanh", "gelu_tanh"), ("gelu_new", "gelu_tanh")])
 def test_activations_are_known_by_transformers_names(tmp_path: Path, name: str, kind: str) -> None:
-    tensors = {
-        f"{PREFIX}mlp.experts.{e}.{projection}_proj.weight": values[e].bfloat16()
-        for projection, values in expert_weights().items()
-        for e in range(E)
-    }
+    tensors = per_expert(expert_weights())
     plan = plan_model(write(tmp_path, tensors, model_type="qwen3_moe", hidden_act=name))
     assert plan.layers[0].activation.kind == kind
     assert load_model(plan, "bf16", lambda _: None).layers[0].weights.nbytes > 0  # the engine knows the name too
@@ -118,11 +114,7 @@ def test_activations_are_known_by_transformers_names(tmp_path: Path, name: str, 
     ],
 )
 def test_configs_the_engine_cannot_serve(tmp_path: Path, config: dict[str, object], text: str) -> None:
-    tensors = {
-        f"{PREFIX}mlp.experts.{e}.{name}_proj.weight": values[e].bfloat16()
-        for name, values in expert_weights().items()
-        for e in range(E)
-    }
+    tensors = per_expert(expert_weights())
     with pytest.raises(ModelError, match=text):
         plan_model(write(tmp_path, tensors, **config))
 
@@ -136,11 +128,7 @@ def test_configs_the_engine_cannot_serve(tmp_path: Path, config: dict[str, objec
     ],
 )  # fmt: skip
 def test_tensors_that_make_no_layer_are_named(tmp_path: Path, changes: dict[str, torch.Tensor], text: str) -> None:
-    tensors = {
-        f"{PREFIX}mlp.experts.{e}.{name}_proj.weight": values[e].bfloat16()
-        for name, values in expert_weights().items()
-        for e in range(E)
-    }
+    tensors = per_expert(expert_weights())
     with pytest.raises(ModelError, match=text):
         plan_model(write(tmp_path, tensors | changes, model_type="qwen3_moe"))
 
@@ -155,22 +143,14 @@ def test_a_value_no_quantised_format_can_hold_names_its_tensor(tmp_path: Path, f
             f"{PREFIX}mlp.experts.down_proj": weights["down"].bfloat16(),
         }
     else:
-        tensors = {
-            f"{PREFIX}mlp.experts.{e}.{name}_proj.weight": values[e].bfloat16()
-            for name, values in weights.items()
-            for e in range(E)
-        }
+        tensors = per_expert(weights)
     plan = plan_model(write(tmp_path, tensors, model_type="qwen3_moe"))
     with pytest.raises(ModelError, match=rf"{re.escape(PREFIX)}mlp\.experts\.(2\.)?down_proj"):
         load_model(plan, "int8", lambda _: None)
 
 
 def test_an_unsupported_dtype_is_named(tmp_path: Path) -> None:
-    tensors = {
-        f"{PREFIX}mlp.experts.{e}.{name}_proj.weight": values[e].to(torch.float8_e4m3fn)
-        for name, values in expert_weights().items()
-        for e in range(E)
-    }
+    tensors = per_expert(expert_weights(), torch.float8_e4m3fn)
     with pytest.raises(ModelError, match=r"has dtype F8_E4M3; supported here: BF16, F16, F32"):
         plan_model(write(tmp_path, tensors, model_type="qwen3_moe"))
 
@@ -223,11 +203,7 @@ def test_rounding_equals_torchs() -> None:
 
 
 def test_the_plan_is_checked_before_loading(tmp_path: Path) -> None:
-    tensors = {
-        f"{PREFIX}mlp.experts.{e}.{name}_proj.weight": values[e].bfloat16()
-        for name, values in expert_weights().items()
-        for e in range(E)
-    }
+    tensors = per_expert(expert_weights())
     model = plan_model(write(tmp_path, tensors, model_type="qwen3_moe"))
     assert model.bf16_bytes == 3 * E * H * I * 2
     with pytest.raises(ModelError, match=r"and the limit is 1\.0 MiB"):
