@@ -295,7 +295,7 @@ LayerResult run_engine(Engine& engine, const LayerInputs& inputs, FloatType type
                     spec.tokens, spec.top_k, spec.layer.experts);
   forward.y = {y.data(), type};
   forward.save = policy;
-  forward.dropout = {5, 2};
+  forward.dropout = {5, 2};  // seed and layer; nothing is drawn but for a LoRA with dropout
   const std::unique_ptr<Ticket> ticket = engine.forward(forward);
   BackwardArgs backward;
   backward.weights = &weights;

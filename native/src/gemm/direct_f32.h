@@ -64,7 +64,7 @@ void direct_kn_panel(const float* const* a, const float* b, std::int64_t stride,
   tile.store(c, c_stride);
 }
 
-template <typename I, int kMostRows, typename Body>
+template <int kMostRows, typename Body>
 KT_INLINE void with_direct_rows(const LeftRows& a, int rows, const Body& body) {
   const float* row[kMostRows];
   for (int m = 0; m < rows; ++m) row[m] = f32_row(a, m);
@@ -74,7 +74,7 @@ KT_INLINE void with_direct_rows(const LeftRows& a, int rows, const Body& body) {
 template <typename I, typename Turn, int kMostRows>
 void direct_f32_nk(const LeftRows& a, int rows, const float* b, std::int64_t stride, int panels, int depth, float* c,
                    std::int64_t c_stride) {
-  with_direct_rows<I, kMostRows>(a, rows, [&](const float* const* row, auto count) {
+  with_direct_rows<kMostRows>(a, rows, [&](const float* const* row, auto count) {
     for (int n = 0; n < panels * kPanelColumns; n += kPanelColumns) {
       direct_nk_panel<I, Turn, count.value>(row, b + n * stride, stride, depth, c + n, c_stride);
     }
@@ -84,7 +84,7 @@ void direct_f32_nk(const LeftRows& a, int rows, const float* b, std::int64_t str
 template <typename I, int kMostRows>
 void direct_f32_kn(const LeftRows& a, int rows, const float* b, std::int64_t stride, int panels, int depth, float* c,
                    std::int64_t c_stride) {
-  with_direct_rows<I, kMostRows>(a, rows, [&](const float* const* row, auto count) {
+  with_direct_rows<kMostRows>(a, rows, [&](const float* const* row, auto count) {
     for (int n = 0; n < panels * kPanelColumns; n += kPanelColumns) {
       direct_kn_panel<I, count.value>(row, b + n, stride, depth, c + n, c_stride);
     }
