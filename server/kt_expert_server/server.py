@@ -44,7 +44,7 @@ _GRPC_OPTIONS = (
     ("grpc.max_receive_message_length", 8 * MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", 8 * MAX_MESSAGE_BYTES),
     ("grpc.so_reuseport", 0),  # on by default, and then two servers silently share a port
-    ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
+    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.keepalive_time_ms", 30_000),  # a trainer's host that lost its power must lose its stream, and then its lease
     ("grpc.keepalive_timeout_ms", 20_000),
