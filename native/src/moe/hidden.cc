@@ -75,7 +75,7 @@ void Engine::HiddenPass::project_x() {
       if (target.rank == 0) return;
       const F32Matrix matrix{adapter_->expert(a, task.expert), layer_.hidden, RightLayout::kNK};
       const LoraInput input{kernels_, x.of(task, routing_), matrix, layer_.hidden};
-      project_lora(task, &input, 1, scale, target, worker);
+      project_lora(task, &input, 1, scale * kept_scale(), target, worker);
     };
     project(LoraTensor::kAGate, lora_.scale_gate, buffers_.x_a_gate);
     if (!lora_.tied) project(LoraTensor::kAUp, lora_.scale_up, buffers_.x_a_up);
@@ -135,7 +135,7 @@ void Engine::HiddenPass::gate_up_block(const BlockTask& at) {
     std::uint8_t* target = buffers_.h.row(row) + first * operand_bytes(kernels_.operand);
     store_operands(kernels_, up + in_block, at.columns, padded, target);
     if (!drops() || lora_.rank_down == 0) continue;
-    drop_row(h_dropout(at.rows.expert, row), first, up + in_block, at.columns);
+    drop_row(mask_of(h_dropout(at.rows.expert, row)), first, up + in_block, at.columns);
     target = buffers_.dropped_h.row(row) + first * operand_bytes(kernels_.operand);
     store_operands(kernels_, up + in_block, at.columns, padded, target);
   }
@@ -147,7 +147,7 @@ void Engine::HiddenPass::project_h() {
     const F32Matrix matrix{adapter_->expert(LoraTensor::kADown, task.expert), layer_.intermediate, RightLayout::kNK};
     const OperandRows& h = drops() ? buffers_.dropped_h : buffers_.h;
     const LoraInput input{kernels_, h.from(task.first), matrix, layer_.intermediate};
-    project_lora(task, &input, 1, lora_.scale_down, buffers_.h_a_down, worker);
+    project_lora(task, &input, 1, lora_.scale_down * kept_scale(), buffers_.h_a_down, worker);
   });
 }
 

@@ -123,7 +123,7 @@ void Engine::Pass::load_dropped_x(TokensIn in, const TokenOperands& target) cons
         } else {
           kernels_.bf16_to_f32(static_cast<const bf16_t*>(in.data) + t * width + c, row, count);
         }
-        drop_row(x_dropout(t), c, row, count);
+        drop_row(mask_of(x_dropout(t)), c, row, count);
         store_operands(kernels_, row, count, end, target.tokens.row(t) + c * operand_bytes(kernels_.operand));
       }
     }

@@ -179,6 +179,13 @@ class Engine::Pass {
        const CancelToken* token, DropoutSeed dropout);
 
   bool drops() const { return dropout_.seed != 0 && lora_.dropout > 0.0f; }
+  // What LoRA's scale is multiplied by where its input is a mask of the values alone: 1 / (1 - p), applied in fp32. A
+  // bf16 value and its mask are exact in bf16, their quotient by 1 - p is not.
+  float kept_scale() const { return drops() ? 1.0f / (1.0f - lora_.dropout) : 1.0f; }
+  static DropoutRow mask_of(DropoutRow row) {
+    row.scale = 1.0f;
+    return row;
+  }
   // The masks of a token's x, and of a row's h.
   DropoutRow x_dropout(std::int64_t token) const { return dropout_row(token, 0); }
   DropoutRow h_dropout(int expert, std::int64_t row) const {
@@ -274,7 +281,8 @@ class Engine::Pass {
   void load_operands(TokensIn in, const TokenOperands& target) const;
   // Token rows in fp32, [tokens, H]: `in` itself or a converted copy.
   const float* load_f32(TokensIn in, float* copy) const;
-  // x as LoRA sees it where values are dropped: in fp32, and as operands of the rung.
+  // x as LoRA sees it where values are dropped: in fp32 with the scale of what stays, and as operands of the rung
+  // without it (see kept_scale).
   void load_dropped_x(TokensIn in, float* copy) const;
   void load_dropped_x(TokensIn in, const TokenOperands& target) const;
   void gather(const TokenOperands& target) const;
