@@ -110,6 +110,7 @@ struct BackwardArgs {
   const LayerWeights* weights = nullptr;
   const LoraTensors* lora = nullptr;  // as in the forward
   LoraTensors* gradients = nullptr;   // added to; null where `lora` is null
+  bool replace_gradients = false;     // forgets what they held, with the same promise as adding to them
   const Ticket* ticket = nullptr;
   TokensIn dy;
   TokensOut dx;

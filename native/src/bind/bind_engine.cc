@@ -80,7 +80,8 @@ std::unique_ptr<Ticket> forward(Engine& engine, const LayerWeights& weights, con
 }
 
 void backward(Engine& engine, const LayerWeights& weights, const LoraTensors* adapter, LoraTensors* gradients,
-              const Ticket& ticket, const py::array& dy, py::array dx, FloatArray d_weights, const CancelToken* token) {
+              const Ticket& ticket, const py::array& dy, py::array dx, FloatArray d_weights, const CancelToken* token,
+              bool replace_gradients) {
   const py::ssize_t tokens = ticket.routing().tokens;
   const py::ssize_t top_k = ticket.routing().top_k;
   BackwardArgs args;
@@ -96,6 +97,7 @@ void backward(Engine& engine, const LayerWeights& weights, const LoraTensors* ad
   }
   args.d_weights = d_weights.mutable_data();
   args.token = token;
+  args.replace_gradients = replace_gradients;
   py::gil_scoped_release release;
   engine.backward(args);
 }
@@ -142,7 +144,7 @@ void bind_engine(py::module_& module) {
            py::arg("dropout_layer") = 0)
       .def("backward", &backward, py::arg("weights"), py::arg("adapter").none(true), py::arg("gradients").none(true),
            py::arg("ticket"), py::arg("dy"), py::arg("dx"), py::arg("d_weights").noconvert(),
-           py::arg("token").none(true) = nullptr)
+           py::arg("token").none(true) = nullptr, py::arg("replace_gradients") = false)
       .def("step", &take_step, py::arg("step"), py::arg("layers"))
       .def("gradient_square_sum", &Engine::gradient_square_sum, py::arg("scale"), py::arg("gradients"),
            py::call_guard<py::gil_scoped_release>())

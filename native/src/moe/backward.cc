@@ -96,6 +96,7 @@ void Engine::BackwardPass::run_phases() {
   if (token_ != nullptr) token_->check();
   // Nothing below can fail or be cancelled.
   write_d_weights();
+  if (args_.replace_gradients && args_.gradients != nullptr) clear_gradients();
   lora_gradients();
 }
 

@@ -44,6 +44,7 @@ class Engine::BackwardPass : private Engine::Pass {
   void project_hidden();
   void input_gradients();
   void input_block(const BlockTask& at, float* block) const;
+  void clear_gradients();
   void lora_gradients();
   void lora_gradient(int expert, LoraTensor tensor);
   void write_d_weights() const;

@@ -1,11 +1,23 @@
 // LoRA gradients: dB = d_out^T (scale * in A^T) and dA = (scale * d_out B)^T in, summed over one expert's rows.
 #include "moe/backward.h"
 
+#include <algorithm>
+
 namespace kt_expert {
 
 OuterRows Engine::BackwardPass::d_hidden_rows(const OperandRows& operands, const float* f32, std::int64_t first) const {
   if (f32 != nullptr) return {f32 + first * layer_.intermediate, layer_.intermediate, nullptr};
   return {operands.f32() + first * operands.stride, operands.stride, nullptr};
+}
+
+// Of every expert: those without a row in this batch held something too.
+void Engine::BackwardPass::clear_gradients() {
+  pool_.run(kLoraTensors * std::int64_t{layer_.experts}, [&](std::int64_t task, int) {
+    const LoraTensor tensor = static_cast<LoraTensor>(task % kLoraTensors);
+    const LoraShape shape = lora_shape(layer_, lora_, tensor);
+    if (shape.rows == 0) return;
+    std::fill_n(args_.gradients->expert(tensor, static_cast<int>(task / kLoraTensors)), shape.rows * shape.columns, 0.0f);
+  });
 }
 
 // One owner per (expert, tensor), rows in token order: no atomics, and the same bits for any number of workers. Where

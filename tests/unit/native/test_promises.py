@@ -196,3 +196,31 @@ def test_an_unknown_or_missing_instruction_set_is_an_error() -> None:
         native.Engine(1, "avx9000")
     with pytest.raises(native.InvalidArgument, match="thread count 0"):
         native.Engine(0)
+
+
+def test_replaced_gradients_are_those_of_one_backward() -> None:
+    """Experts without a row in the batch are cleared too, and a cancelled backward clears nothing."""
+    case = make_case(Shape(6, 40, 24, 9, 2), LORA, seed=9, used_experts=3)
+    engine, weights, adapter = native.Engine(2), on_engine.load_weights(case), on_engine.load_adapter(case)
+    fresh, used = (native.LoraTensors(on_engine.layer_spec(case), on_engine.lora_spec(case)) for _ in range(2))
+    for name in used.names():
+        used.tensor(name)[...] = 7.0
+    x, dy = on_engine.tokens(case.x, "fp32"), on_engine.tokens(case.dy, "fp32")
+    ids, route_weights = case.ids.to(torch.int32).numpy(), case.routing_weights.float().numpy()
+    y, dx, d_weights = np.empty_like(x), np.empty_like(x), np.empty(ids.shape, np.float32)
+    ticket = engine.forward(weights, adapter, x, ids, route_weights, y, "activations")
+    assert ticket is not None
+    token = native.CancelToken()
+    token.cancel()
+    with pytest.raises(native.Cancelled):
+        engine.backward(weights, adapter, used, ticket, dy, dx, d_weights, token, replace_gradients=True)
+    assert all((used.tensor(name) == 7.0).all() for name in used.names())
+    engine.backward(weights, adapter, fresh, ticket, dy, dx, d_weights)
+    engine.backward(weights, adapter, used, ticket, dy, dx, d_weights, replace_gradients=True)
+    assert all(np.array_equal(used.tensor(name), fresh.tensor(name)) for name in fresh.names())
+
+
+@pytest.mark.parametrize("timeout_s", [-1.0, float("nan"), float("inf"), 1e30])
+def test_a_timeout_without_a_meaning_is_refused(timeout_s: float) -> None:
+    with pytest.raises(native.InvalidArgument, match="timeout is"):
+        native.CancelToken(timeout_s)
