@@ -79,6 +79,10 @@ class CancelToken:
 class Ticket:
     @property
     def nbytes(self) -> int: ...
+    @property
+    def tokens(self) -> int: ...
+    @property
+    def top_k(self) -> int: ...
 
 class OptimizerUpdate:
     def __init__(

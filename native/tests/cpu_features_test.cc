@@ -4,18 +4,18 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include "isas.h"
 #include "kt_expert/error.h"
-#include "rungs.h"
 
 namespace kt_expert {
 namespace {
 
-TEST_CASE("no rung that rounds activations is chosen without being named") {
+TEST_CASE("no ISA that rounds activations is chosen without being named") {
   CHECK(!rounds_activations(choose_isa("")));
   CHECK(isa_supported(choose_isa("")));
 }
 
-TEST_CASE("asking for a rung by name gives it or says what is missing") {
+TEST_CASE("asking for an ISA by name gives it or says what is missing") {
   for (Isa isa : all_isas()) {
     if (isa_supported(isa)) {
       CHECK(choose_isa(isa_name(isa)) == isa);

@@ -1,12 +1,12 @@
-// Activations, their derivatives and conversions of every rung against double precision.
+// Activations, their derivatives and conversions of every ISA against double precision.
 #include <doctest/doctest.h>
 
 #include <cmath>
 #include <limits>
 #include <string>
 
+#include "isas.h"
 #include "kt_expert/error.h"
-#include "rungs.h"
 
 namespace kt_expert {
 namespace {
@@ -130,7 +130,7 @@ TEST_CASE("conversions round to nearest even and keep NaN") {
   });
 }
 
-TEST_CASE("the scalar rung is always there and a missing rung is an error") {
+TEST_CASE("the scalar ISA is always there and a missing ISA is an error") {
   CHECK(kernels_for(Isa::kScalar).tile_rows > 0);
   CHECK_THROWS_WITH_AS(choose_isa("sse9"), doctest::Contains("choose one of: scalar, avx2"), InvalidArgument);
 }

@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "rungs.h"
+#include "isas.h"
 
 extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size);
 

@@ -5,7 +5,7 @@
 #include <limits>
 #include <string>
 
-#include "rungs.h"
+#include "isas.h"
 
 namespace kt_expert {
 namespace {

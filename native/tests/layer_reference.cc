@@ -4,7 +4,7 @@
 #include <cmath>
 #include <cstring>
 
-#include "rungs.h"
+#include "isas.h"
 
 namespace kt_expert {
 namespace {

@@ -39,7 +39,7 @@ struct LayerResult {
   Matrix gradients[kLoraTensors];
 };
 
-// `weights` decides what the dense weights are: what the engine's formats decode to, rounded to bf16 where the rung
+// `weights` decides what the dense weights are: what the engine's formats decode to, rounded to bf16 where the ISA
 // multiplies bf16.
 LayerResult reference(const LayerInputs& inputs, const LayerWeights& weights, bool bf16_operands);
 

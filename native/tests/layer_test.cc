@@ -1,11 +1,11 @@
-// The numerics contract and the promises of reproducibility, on every rung.
+// The numerics contract and the promises of reproducibility, on every ISA.
 #include <doctest/doctest.h>
 
 #include <cmath>
 #include <string>
 
+#include "isas.h"
 #include "layer_reference.h"
-#include "rungs.h"
 
 namespace kt_expert {
 namespace {
@@ -16,7 +16,7 @@ constexpr double kBf16Bound = 3e-3;
 constexpr double kFp32Bound = 5e-6;
 // Sums of several memory nodes against those of one.
 constexpr double kNodesBound = 1e-5;
-// Weights that bf16 does not hold, where a rung multiplies bf16: their rounding is one more, see ARCHITECTURE.md. Of a
+// Weights that bf16 does not hold, where an ISA multiplies bf16: their rounding is one more, see ARCHITECTURE.md. Of a
 // batch: one token's gradients of routing weights are two numbers, whose error says little.
 constexpr double kRoundedWeightsBound = 3.2e-3;
 // Activations in eight bits: two roundings of 1/254 of a row's largest magnitude, which is three to four deviations.
@@ -68,14 +68,14 @@ bool bf16_operands(Isa isa, FloatType type) {
   return type == FloatType::kBf16 && kernels_for(isa).operand == OperandType::kBf16;
 }
 
-// Rungs that round activations do so with int8 weights only, and AMX leaves fp32 tokens to AVX-512.
+// ISAs that round activations do so with int8 weights only, and AMX leaves fp32 tokens to AVX-512.
 bool rounds(Isa isa, WeightFormat format, FloatType type = FloatType::kBf16) {
   return rounds_activations(isa) && format == WeightFormat::kInt8 &&
          (type == FloatType::kBf16 || isa == Isa::kAvx512Vnni);
 }
 
-// What a layer's pass shares with another emulated rung, down to the kernels, takes minutes there and shows nothing
-// new; product_test.cc runs every rung with every format all the same.
+// What a layer's pass shares with another emulated ISA, down to the kernels, takes minutes there and shows nothing
+// new; product_test.cc runs every ISA with every format all the same.
 bool runs_elsewhere(Isa isa, WeightFormat format, FloatType type) {
   if (!emulated()) return false;
   if (type == FloatType::kF32 && bf16_operands(isa, FloatType::kBf16)) return true;  // on AVX-512
@@ -163,7 +163,7 @@ TEST_CASE("layers with activations in eight bits are near their golden") {
   });
 }
 
-TEST_CASE("every rung drops the same values of LoRA's inputs") {
+TEST_CASE("every ISA drops the same values of LoRA's inputs") {
   LoraSpec dropping = kSplit;
   dropping.dropout = 0.4f;
   const LayerInputs inputs = make_inputs({"dropout", layer(4, 70, 44), dropping, 40, 2}, 17);
@@ -213,7 +213,7 @@ TEST_CASE("nor do they where there are several tasks of everything") {
   constexpr int kHidden = 520, kFirst = 195, kCount = 3;
   for_each_isa([](Isa isa) {
     for (const WeightFormat format : {WeightFormat::kBf16, WeightFormat::kInt4G32}) {
-      if (emulated() && format != WeightFormat::kBf16) continue;  // half a minute a rung there
+      if (emulated() && format != WeightFormat::kBf16) continue;  // half a minute an ISA there
       if (runs_elsewhere(isa, format, FloatType::kBf16)) continue;
       CAPTURE(std::string(weight_format_name(format)));
       const LayerInputs inputs = make_inputs({"tasks", layer(2, kHidden, 140), kSplit, 200, 1, format, 1}, 18);

@@ -4,7 +4,7 @@
 #include <cstring>
 #include <iostream>
 
-#include "rungs.h"
+#include "isas.h"
 
 int main(int argc, char** argv) {
   if (argc == 2 && std::strcmp(argv[1], "--list-kernels") == 0) {

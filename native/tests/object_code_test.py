@@ -1,6 +1,6 @@
 """The baseline's object code runs on any x86-64: wide instructions stay in their own kernel files.
 
-Run by ctest with the core's static library. Two ways out are closed: an instruction of a higher rung in a file that
+Run by ctest with the core's static library. Two ways out are closed: an instruction of a higher ISA in a file that
 does not belong to it, and a weak symbol in a kernel file, which the linker might choose as everyone's copy of an inline
 function.
 """

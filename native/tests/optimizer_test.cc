@@ -1,11 +1,11 @@
-// One update of every optimizer on every rung against double precision.
+// One update of every optimizer on every ISA against double precision.
 #include <doctest/doctest.h>
 
 #include <algorithm>
 #include <cmath>
 #include <string>
 
-#include "rungs.h"
+#include "isas.h"
 
 namespace kt_expert {
 namespace {

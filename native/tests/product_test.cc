@@ -1,4 +1,4 @@
-// Every rung's products against the same double-precision reference, over every weight format and over shapes that fill
+// Every ISA's products against the same double-precision reference, over every weight format and over shapes that fill
 // tiles and shapes that do not.
 #include <doctest/doctest.h>
 
@@ -8,7 +8,7 @@
 #include <string>
 
 #include "gemm/gemm.h"
-#include "rungs.h"
+#include "isas.h"
 
 namespace kt_expert {
 namespace {
@@ -23,7 +23,7 @@ const Shape kShapes[] = {{1, 1, 1},    {2, 16, 32},   {3, 17, 33},   {4, 33, 31}
 
 struct Operands {
   std::vector<std::uint8_t> bytes;
-  std::vector<float> values;  // [rows, stride], what the rung sees
+  std::vector<float> values;  // [rows, stride], what the ISA sees
   std::int64_t stride = 0;
   LeftRows left;
 };
@@ -48,7 +48,7 @@ Operands make_operands(const KernelTable& kernels, Values& values, int rows, int
 
 struct Weights {
   PackedTensor tensor;
-  std::vector<float> dense;  // [outputs, depth] as the rung sees them
+  std::vector<float> dense;  // [outputs, depth] as the ISA sees them
 };
 
 Weights make_weights(const KernelTable& kernels, Values& values, WeightFormat format, int outputs, int depth) {
@@ -241,7 +241,7 @@ TEST_CASE("a row's product with an fp32 matrix has the same bits whatever rows a
   });
 }
 
-TEST_CASE("rows are gathered by index where the rung says so") {
+TEST_CASE("rows are gathered by index where the ISA says so") {
   for_each_rung([](const KernelTable& kernels) {
     if (!kernels.gathers) return;
     Values values;

@@ -9,8 +9,8 @@
 #include <vector>
 
 #include "gemm/x86_amx_tiles.h"
+#include "isas.h"
 #include "kt_expert/bf16.h"
-#include "rungs.h"
 
 namespace kt_expert {
 namespace {

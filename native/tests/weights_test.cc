@@ -5,8 +5,8 @@
 #include <limits>
 #include <string>
 
+#include "isas.h"
 #include "kt_expert/error.h"
-#include "rungs.h"
 #include "weights/codes.h"
 
 namespace kt_expert {

@@ -135,12 +135,12 @@ class Engine {
 
   int threads() const { return pool_.size(); }
   int nodes() const { return pool_.nodes(); }
-  // The rung for bf16 tokens, and the one for fp32 tokens: rungs that multiply bf16 would round those, so fp32 tokens
-  // are left to the AVX-512 rung.
+  // The ISA for bf16 tokens, and the one for fp32 tokens: ISAs that multiply bf16 would round those, so fp32 tokens
+  // are left to the AVX-512 ISA.
   const char* isa() const;
   // What multiplies tokens with weights of a format.
   const char* kernel(WeightFormat format, FloatType tokens) const;
-  // Why this rung.
+  // Why this ISA.
   const std::string& reason() const { return reason_; }
 
   // Returns a ticket unless nothing is saved, else null.
@@ -158,7 +158,7 @@ class Engine {
   // Sum of squares of scale * (sum over ranks of gradients).
   double gradient_square_sum(double scale, const std::vector<const LoraTensors*>& gradients);
 
-  // What this machine gives the engine's threads together, measured now: the peak of the rung's multiply-adds
+  // What this machine gives the engine's threads together, measured now: the peak of the ISA's multiply-adds
   // (flop per second), of reading memory, and of changing it in place (bytes per second read and written, of 256 MiB).
   double measure_peak_flops();
   double measure_read_bandwidth();

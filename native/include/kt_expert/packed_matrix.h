@@ -100,7 +100,7 @@ class PackedTensor {
   AlignedBuffer<std::uint8_t> scales_;
 };
 
-// The value a kernel works with, in fp32: the definition every rung and every test follows.
+// The value a kernel works with, in fp32: the definition every ISA and every test follows.
 float decode_element(const PackedMatrix& matrix, int row, int depth);
 
 }  // namespace kt_expert

@@ -119,7 +119,10 @@ void bind_engine(py::module_& module) {
       .def(py::init<double>(), py::arg("timeout_s"))
       .def("cancel", &CancelToken::cancel)
       .def("fired", &CancelToken::fired);
-  py::class_<Ticket>(module, "Ticket").def_property_readonly("nbytes", &Ticket::bytes);
+  py::class_<Ticket>(module, "Ticket")
+      .def_property_readonly("nbytes", &Ticket::bytes)
+      .def_property_readonly("tokens", [](const Ticket& ticket) { return ticket.routing().tokens; })
+      .def_property_readonly("top_k", [](const Ticket& ticket) { return ticket.routing().top_k; });
   py::class_<Engine>(module, "Engine")
       .def(py::init<int, const std::string&, int, const std::vector<int>&>(), py::arg("threads"), py::arg("isa") = "",
            py::arg("nodes") = 1, py::arg("memory_nodes") = std::vector<int>{})

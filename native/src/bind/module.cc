@@ -10,9 +10,9 @@ namespace kt_expert {
 namespace {
 
 std::vector<std::pair<std::string, std::string>> list_isas() {
-  std::vector<std::pair<std::string, std::string>> rungs;
-  for (Isa isa : all_isas()) rungs.emplace_back(isa_name(isa), isa_obstacle(isa));
-  return rungs;
+  std::vector<std::pair<std::string, std::string>> isas;
+  for (Isa isa : all_isas()) isas.emplace_back(isa_name(isa), isa_obstacle(isa));
+  return isas;
 }
 
 std::vector<std::pair<int, std::vector<int>>> list_memory_nodes() {
@@ -52,5 +52,5 @@ PYBIND11_MODULE(_core, module) {
   module.def("list_memory_nodes", &kt_expert::list_memory_nodes,
              "Ids of the machine's memory nodes and the cores of each that this process may run on.");
   module.def("list_isas", &kt_expert::list_isas,
-             "Every rung of the instruction-set ladder and what keeps it from running here, empty where nothing does.");
+             "Every instruction set (ISA) and what keeps it from running here, empty where nothing does.");
 }

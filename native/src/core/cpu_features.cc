@@ -111,7 +111,7 @@ std::string isa_obstacle(Isa isa) {
     case Isa::kAmxInt8:
       return join(join(isa_obstacle(Isa::kAvx512Bf16), isa_obstacle(Isa::kAvx512Vnni)), amx_obstacle(true));
   }
-  return "no such rung";
+  return "no such instruction set";
 }
 
 Isa choose_isa(const std::string& forced) {

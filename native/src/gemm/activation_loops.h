@@ -1,4 +1,4 @@
-// h = act(gate, up) and its derivatives, once for every vector width: V is a rung's vector type.
+// h = act(gate, up) and its derivatives, once for every vector width: V is an ISA's vector type.
 #pragma once
 
 #include <cstdint>

@@ -1,7 +1,7 @@
 // Products of a few rows with a small fp32 matrix such as LoRA's, read where it lies: a panel would be written to be
 // read once or twice. The sums are the panels' sums, in the same order.
 //
-// I is a rung's vector set as in tile_loops.h; Turn<I>::load(source, stride, t) fills t[k] with place k of kLanes rows.
+// I is an ISA's vector set as in tile_loops.h; Turn<I>::load(source, stride, t) fills t[k] with place k of kLanes rows.
 #pragma once
 
 #include "gemm/tile_loops.h"

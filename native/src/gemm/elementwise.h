@@ -1,5 +1,5 @@
 // Loops over contiguous floats, compiled once per instruction set: each kernel file includes this and is built with its
-// own flags, so the compiler vectorises for that rung. Everything here has internal linkage on purpose.
+// own flags, so the compiler vectorises for that ISA. Everything here has internal linkage on purpose.
 #pragma once
 
 #include <cstdint>

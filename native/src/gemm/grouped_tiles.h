@@ -5,7 +5,7 @@
 // factors are powers of two: the direct path and the panels, which hold plain codes, add up the same products to the
 // same bits. (Only activations below 2^-102 could tell them apart: divided, they are no longer normal numbers.)
 //
-// I is a rung's vector set as in tile_loops.h. Its Codes<format> has kOffset, kShift[values per word], unpack(words),
+// I is an ISA's vector set as in tile_loops.h. Its Codes<format> has kOffset, kShift[values per word], unpack(words),
 // read<i>(unpacked) and scales(stored scales, part).
 #pragma once
 

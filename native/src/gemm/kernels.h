@@ -1,6 +1,6 @@
 // The kernel registry: one table of functions per instruction set.
 //
-// A product C += A B takes A as rows of operands (fp32, or bf16 on the rungs that multiply bf16) and B either from the
+// A product C += A B takes A as rows of operands (fp32, or bf16 on the ISAs that multiply bf16) and B either from the
 // resident blocks of a weight matrix or from panels: [depth][16 columns] of operands, in the order the multiply wants.
 // Every element of C is one chain of fused multiply-adds in ascending order of the reduction index (of formats
 // multiplied by groups: one chain a group, and one over the groups), whatever the number of rows, the path or the
@@ -28,7 +28,7 @@ constexpr int kAllRows = 1 << 30;
 enum class OperandType { kF32, kBf16 };
 constexpr int operand_bytes(OperandType type) { return type == OperandType::kF32 ? 4 : 2; }
 
-// Rows of A: element (m, k) is base[row(m) * stride + k], in operands of the rung; `rows`, where given, gathers.
+// Rows of A: element (m, k) is base[row(m) * stride + k], in operands of the ISA; `rows`, where given, gathers.
 struct LeftRows {
   const void* base = nullptr;
   std::int64_t stride = 0;
@@ -52,12 +52,12 @@ struct BlockRange {
   int depth_blocks = 0;
 };
 
-// Whether fp32 rungs multiply a format's codes and apply the scale to the sum of a group of depths. fp8 is not: a code
+// Whether fp32 ISAs multiply a format's codes and apply the scale to the sum of a group of depths. fp8 is not: a code
 // needs a multiplication to become a number, and the scale rides on it.
 constexpr int kMostGroupDepth = 128;
 constexpr bool is_grouped(WeightFormat format) { return format != WeightFormat::kBf16 && format != WeightFormat::kFp8; }
 
-// How one rung reads one weight format. `direct_*` take weights from their blocks and are used up to that many rows;
+// How one ISA reads one weight format. `direct_*` take weights from their blocks and are used up to that many rows;
 // above, the blocks are expanded once into panels and every row tile reads those.
 //
 // The backward may work on columns of C in the order in which a format's words give them: `to_word_order` brings C into
@@ -96,7 +96,7 @@ struct IntegerRows {
 };
 constexpr int kIntegerDepthAlign = 64;  // one TDPBSSD
 
-// Forward products in integers, exact up to the two scales: int8 weights times rows quantised on the way in. Only rungs
+// Forward products in integers, exact up to the two scales: int8 weights times rows quantised on the way in. Only ISAs
 // chosen by name have them, because rounding activations to eight bits is a choice about accuracy.
 struct IntegerKernels {
   const char* name;
@@ -107,7 +107,7 @@ struct IntegerKernels {
                    std::int64_t c_stride);
 };
 
-// Entry points of one rung of the ladder. Strides count elements. No pointer needs an alignment.
+// Entry points of one ISA. Strides count elements. No pointer needs an alignment.
 struct KernelTable {
   Isa isa;
   const char* name;  // of everything but integer products
@@ -118,13 +118,13 @@ struct KernelTable {
   bool gathers;     // `multiply` and `direct_*` follow LeftRows::rows; otherwise rows must be contiguous
 
   FormatKernels formats[kWeightFormats];
-  const IntegerKernels* integer;  // null on rungs without
+  const IntegerKernels* integer;  // null on ISAs without
 
   // Panels of `columns` <= 16 rows (nk: a row holds the reduction) or columns (kn) of an fp32 matrix, zero elsewhere;
   // depth is padded to depth_step.
   void (*expand_f32_nk)(const float* source, std::int64_t stride, int columns, int depth, void* panel);
   void (*expand_f32_kn)(const float* source, std::int64_t stride, int columns, int depth, void* panel);
-  // The product with whole panels of such a matrix from where it lies, for up to direct_f32_rows rows; 0 on rungs
+  // The product with whole panels of such a matrix from where it lies, for up to direct_f32_rows rows; 0 on ISAs
   // without.
   int direct_f32_rows;
   void (*direct_f32_nk)(const LeftRows& a, int rows, const float* source, std::int64_t stride, int panels, int depth,
@@ -164,7 +164,7 @@ struct KernelTable {
   void (*factored_apply)(const struct FactoredEstimate& estimate, float factor, const float* gradient, float* parameter,
                          std::int64_t rows, std::int64_t columns);
 
-  // What the rung's products are bound by: multiply-adds without memory (returns the flop done in `rounds`), and memory
+  // What the ISA's products are bound by: multiply-adds without memory (returns the flop done in `rounds`), and memory
   // without arithmetic (`count` floats, a multiple of 128).
   double (*burn)(std::int64_t rounds);
   void (*read)(const float* source, std::int64_t count);

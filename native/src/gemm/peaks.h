@@ -8,7 +8,7 @@ namespace {
 
 constexpr int kBurnChains = 12;  // independent sums: more than latency times multipliers on every CPU so far
 
-// `rounds` rounds of one multiply-add on each of kBurnChains sums; returns the flop done. V is a rung's vector type.
+// `rounds` rounds of one multiply-add on each of kBurnChains sums; returns the flop done. V is an ISA's vector type.
 template <typename V>
 double burn_fma(std::int64_t rounds) {
   V sums[kBurnChains];

@@ -1,4 +1,4 @@
-// The reference rung: plain loops, sums in double, libm's exp. Slow and exact; every other rung is tested against it.
+// The reference ISA: plain loops, sums in double, libm's exp. Slow and exact; every other ISA is tested against it.
 #include <algorithm>
 #include <cmath>
 

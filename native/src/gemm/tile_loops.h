@@ -1,4 +1,4 @@
-// Register tiles, once for every vector width. I is a rung's vector set: Vec (fp32 lanes), Words (32-bit words),
+// Register tiles, once for every vector width. I is an ISA's vector set: Vec (fp32 lanes), Words (32-bit words),
 // kLanes, kMaxRows, load, store, broadcast, fma, load_words, and Reader<format>(scales, part) with read<depth>(words).
 //
 // Accumulators are arrays indexed by constants only, and every loop over them is unrolled by pragma: gcc 12 otherwise

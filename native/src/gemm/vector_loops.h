@@ -1,4 +1,4 @@
-// Everything of a rung's table but products with weights, from the templates over its vectors: I for tile_loops.h, V
+// Everything of an ISA's table but products with weights, from the templates over its vectors: I for tile_loops.h, V
 // for loops over contiguous floats.
 #pragma once
 

@@ -1,5 +1,5 @@
 // AMX INT8: int8 weights times activations quantised to int8 in tiles, 16 x 16 outputs and 64 depths an instruction.
-// Everything else is the AMX BF16 rung.
+// Everything else is the AMX BF16 ISA.
 #include <immintrin.h>
 
 #include <algorithm>

@@ -16,7 +16,7 @@ void expand_pairs_nk(const float* source, std::int64_t stride, int columns, int 
 void expand_pairs_kn(const float* source, std::int64_t stride, int columns, int depth, void* panel);
 void expand_tiles_nk(const float* source, std::int64_t stride, int columns, int depth, void* panel);
 void expand_tiles_kn(const float* source, std::int64_t stride, int columns, int depth, void* panel);
-// All formats of a rung that multiplies such panels. The blocks of bf16 weights are panels already, so their forward
+// All formats of an ISA that multiplies such panels. The blocks of bf16 weights are panels already, so their forward
 // is given: it multiplies them where they lie.
 void set_pair_formats(KernelTable& table, decltype(FormatKernels::direct_forward) multiply_bf16_blocks);
 

@@ -1,6 +1,6 @@
 // AVX-512 VNNI: int8 weights times activations quantised to int8, four products a lane with VPDPBUSD. The instruction
 // takes its left operand unsigned, so 128 is added to it and 128 times each column's sum taken off again; both are
-// exact. Everything else is the AVX-512 rung.
+// exact. Everything else is the AVX-512 ISA.
 #include <cmath>
 #include <cstring>
 

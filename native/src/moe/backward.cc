@@ -214,7 +214,7 @@ float Engine::BackwardPass::dot_with_dy(const float* bias, std::int64_t token) c
   return sum;
 }
 
-// In fp32 on every rung: these few products make the gradients of A, where a rounded d_gate would show.
+// In fp32 on every ISA: these few products make the gradients of A, where a rounded d_gate would show.
 void Engine::BackwardPass::project_hidden() {
   if (lora_.rank_gate == 0 && lora_.rank_up == 0) return;
   for_each_row_task([&](const RowTask& task, int worker) {

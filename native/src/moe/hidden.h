@@ -35,14 +35,14 @@ class Engine::HiddenPass : protected Engine::Pass {
     TokenOperands dropped_x;  // as LoRA sees them, only where its input is dropped
     OperandRows dropped_h;
     LoraRows x_a_gate, x_a_up, h_a_down;
-    IntegerBuffer x_codes, h_codes;  // only where the rung multiplies in integers
+    IntegerBuffer x_codes, h_codes;  // only where the ISA multiplies in integers
     float* plain_rows = nullptr;     // [workers, max(H, I)] a row on its way to codes
   };
   static Buffers take(Carver& carver, const KernelTable& kernels, const LayerSpec& layer, const LoraSpec& lora,
                       std::int64_t tokens, std::int64_t routes, int workers, const HiddenStore& store);
 
   bool in_integers() const { return kernels_.integer != nullptr && weights_.format() == WeightFormat::kInt8; }
-  // block += rows times a matrix of the base model, in the rung's floats or its integers.
+  // block += rows times a matrix of the base model, in the ISA's floats or its integers.
   void multiply_base(const BlockTask& at, Projection projection, const LeftRows& rows, const IntegerRows& codes,
                      float* block) const;
   // Codes of all routes' rows; row r comes from source row `row_of[r]`, or from row r.

@@ -1,7 +1,7 @@
 // LoRA gradients: dB = d_out^T (scale * in A^T) and dA = (scale * d_out B)^T in, summed over one expert's rows.
-#include "moe/backward.h"
-
 #include <algorithm>
+
+#include "moe/backward.h"
 
 namespace kt_expert {
 
@@ -16,7 +16,8 @@ void Engine::BackwardPass::clear_gradients() {
     const LoraTensor tensor = static_cast<LoraTensor>(task % kLoraTensors);
     const LoraShape shape = lora_shape(layer_, lora_, tensor);
     if (shape.rows == 0) return;
-    std::fill_n(args_.gradients->expert(tensor, static_cast<int>(task / kLoraTensors)), shape.rows * shape.columns, 0.0f);
+    std::fill_n(args_.gradients->expert(tensor, static_cast<int>(task / kLoraTensors)), shape.rows * shape.columns,
+                0.0f);
   });
 }
 

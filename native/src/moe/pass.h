@@ -40,7 +40,7 @@ inline std::int64_t rank_stride(int rank) { return align_up(rank, kRankAlign); }
 // Whether an adapter multiplies x, for gate or up.
 inline bool reads_x(const LoraSpec& lora) { return lora.rank_gate > 0 || lora.rank_up > 0; }
 
-// Rows of operands of the rung, zero up to a multiple of kDepthAlign. The stride is no power of two: rows a power of
+// Rows of operands of the ISA, zero up to a multiple of kDepthAlign. The stride is no power of two: rows a power of
 // two apart would share a few sets of the cache.
 struct OperandRows {
   std::uint8_t* data = nullptr;
@@ -78,7 +78,7 @@ inline void store_operands(const KernelTable& kernels, const float* values, std:
   }
 }
 
-// Rows quantised for a rung that multiplies in integers, in the order of the routes.
+// Rows quantised for an ISA that multiplies in integers, in the order of the routes.
 struct IntegerBuffer {
   std::int8_t* codes = nullptr;
   float* scales = nullptr;
@@ -104,7 +104,7 @@ struct RowTask {
 };
 std::vector<RowTask> row_tasks(const Routing& routing);
 
-// Token rows as operands: once a token, and, where the rung does not follow row indices, once a route too.
+// Token rows as operands: once a token, and, where the ISA does not follow row indices, once a route too.
 struct TokenOperands {
   OperandRows tokens, gathered;
 
@@ -135,7 +135,7 @@ struct BlockTask {
   int depth_blocks() const { return static_cast<int>(ceil_div(columns, kBlockDepth)); }
 };
 
-// LoRA intermediates of all routes, in fp32. Where the rung multiplies bf16 they are its operands in two terms, what
+// LoRA intermediates of all routes, in fp32. Where the ISA multiplies bf16 they are its operands in two terms, what
 // bf16 holds of a value and what it leaves: rounding them once would cost gradients half of the numerics contract, and
 // flip the derivative of a clamped activation near its limit.
 struct LoraRows {
@@ -174,7 +174,7 @@ struct WorkerScratch {
 // One operation in progress on an engine.
 class Engine::Pass {
  protected:
-  // `type` is the tokens': it decides the rung.
+  // `type` is the tokens': it decides the ISA.
   Pass(Engine& engine, FloatType type, const LayerWeights& weights, const LoraTensors* adapter, const Routing& routing,
        const CancelToken* token, DropoutSeed dropout);
 
@@ -277,11 +277,11 @@ class Engine::Pass {
   }
   bool is_first(const LayerWeights::Slice& slice) const { return &slice == &weights_.slices().front(); }
 
-  // Token rows as operands of the rung.
+  // Token rows as operands of the ISA.
   void load_operands(TokensIn in, const TokenOperands& target) const;
   // Token rows in fp32, [tokens, H]: `in` itself or a converted copy.
   const float* load_f32(TokensIn in, float* copy) const;
-  // x as LoRA sees it where values are dropped: in fp32 with the scale of what stays, and as operands of the rung
+  // x as LoRA sees it where values are dropped: in fp32 with the scale of what stays, and as operands of the ISA
   // without it (see kept_scale).
   void load_dropped_x(TokensIn in, float* copy) const;
   void load_dropped_x(TokensIn in, const TokenOperands& target) const;

@@ -1,6 +1,6 @@
-// Which rungs and formats a test visits, and the record of those that ran.
+// Which ISAs and formats a test visits, and the record of those that ran.
 //
-// A "kernel" is one rung's way with one weight format. The binary visits every rung this machine has, or the ones
+// A "kernel" is one ISA's way with one weight format. The binary visits every ISA this machine has, or the ones
 // named in KT_EXPERT_TEST_ISAS; what ran is written to the file KT_EXPERT_TEST_REPORT names, one "kernel isa/format" a
 // line, so that a run here and a run in the emulator can be added up.
 #pragma once
@@ -18,14 +18,14 @@ std::vector<Isa> tested_isas();
 // True under an emulator whose TDPBSSD takes signed bytes for unsigned (KT_EXPERT_TEST_EMULATED is set).
 bool emulated();
 void record_kernel(Isa isa, WeightFormat format);
-// The way of a rung that rounds activations with int8 weights, "isa/int8-activations".
+// The way of an ISA that rounds activations with int8 weights, "isa/int8-activations".
 void record_integer_kernel(Isa isa);
 // "isa/format" of every kernel there is, whether this machine has it or not.
 std::vector<std::string> all_kernels();
 // Writes the report, where one is asked for.
 void write_report();
 
-// Calls body(table) for every tested rung, with the rung's name captured in failures.
+// Calls body(table) for every tested ISA, with the ISA's name captured in failures.
 void for_each_rung(const std::function<void(const KernelTable&)>& body);
 
 // Reproducible random values.
@@ -43,10 +43,10 @@ class Values {
 
 std::vector<bf16_t> bf16_bits(const std::vector<float>& values);
 
-// The weight a rung multiplies with: rungs with bf16 operands round what they decode.
+// The weight an ISA multiplies with: ISAs with bf16 operands round what they decode.
 float operand_value(const KernelTable& kernels, float value);
 
-// Rows as operands of a rung, followed by the slack the kernels may read.
+// Rows as operands of an ISA, followed by the slack the kernels may read.
 std::vector<std::uint8_t> operand_rows(const KernelTable& kernels, const std::vector<float>& values);
 
 // Error of a chain of fp32 fused multiply-adds: (depth + 2) * eps * sum |a b|.

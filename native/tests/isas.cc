@@ -1,4 +1,4 @@
-#include "rungs.h"
+#include "isas.h"
 
 #include <doctest/doctest.h>
 
