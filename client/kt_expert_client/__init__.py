@@ -13,14 +13,19 @@ High level: set ``KT_EXPERT_SERVER=host:port`` and import this package, or wrap 
 
 from kt_expert_client.adapter import LayerLora, TensorKey
 from kt_expert_client.connection import Client, connect
+from kt_expert_client.credentials import Credentials
 from kt_expert_client.errors import (
     AlreadyExists,
+    BarrierBroken,
     Cancelled,
     DeadlineExceeded,
     InvalidRequest,
     KtExpertError,
+    NotAuthenticated,
     NotFound,
+    NotPermitted,
     OutOfCapacity,
+    RunStateLost,
     ServerFault,
     ServerUnavailable,
     UnsupportedModel,
@@ -36,6 +41,7 @@ __all__ = [
     "attach",
     "connect",
     "Client",
+    "Credentials",
     "Run",
     "ForwardHandle",
     "BackwardHandle",
@@ -55,6 +61,10 @@ __all__ = [
     "OutOfCapacity",
     "DeadlineExceeded",
     "Cancelled",
+    "BarrierBroken",
+    "NotPermitted",
+    "NotAuthenticated",
+    "RunStateLost",
     "ServerUnavailable",
     "ServerFault",
     "UnsupportedModel",

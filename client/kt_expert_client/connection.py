@@ -3,46 +3,49 @@
 from __future__ import annotations
 
 import os
+import secrets
 import time
 import uuid
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from importlib.metadata import version
 from typing import Any
 
 import grpc
-from kt_expert_proto.frame import MAX_MESSAGE_BYTES, PROTOCOL_VERSION
+from kt_expert_proto.dtypes import TOKEN_DTYPES
+from kt_expert_proto.environment import unknown_variable
+from kt_expert_proto.header import PROTOCOL_VERSION
+from kt_expert_proto.lora import LayerLora
 from kt_expert_proto.v1 import service_pb2 as pb
 from kt_expert_proto.v1 import service_pb2_grpc
 
-from kt_expert_client.adapter import LayerLora
-from kt_expert_client.errors import DeadlineExceeded, InvalidRequest, ServerUnavailable, from_rpc
+from kt_expert_client.address import ServerAddress, is_refused
+from kt_expert_client.credentials import Credentials, open_channel
+from kt_expert_client.errors import DeadlineExceeded, InvalidRequest, KtExpertError, ServerUnavailable, from_rpc
 from kt_expert_client.options import RunOptions
-from kt_expert_client.run import Run
-from kt_expert_client.session import Credits, Session
-from kt_expert_client.staging import WIRE_TORCH_DTYPES
-from kt_expert_client.transport.grpc_stream import GrpcStreamTransport
+from kt_expert_client.run import Run, memory_of
+from kt_expert_client.session.core import JoinTerms, SessionCore
+from kt_expert_client.session.driver import Session
+from kt_expert_client.session.journal import Journal
+from kt_expert_client.staging import Staging
+from kt_expert_client.wire.base import Receiver, Transport
+from kt_expert_client.wire.grpc_stream import GrpcStreamTransport, Metadata
 
 DEFAULT_CONNECT_TIMEOUT_S = 60.0
+DEFAULT_OPEN_TIMEOUT_S = 120.0  # a rank whose trainer crashed is free when its lease is over
 _CALL_TIMEOUT_S = 60.0
 _LOADING_POLL_S = 0.5
-_PROTO_DTYPES = {"bf16": pb.WIRE_DTYPE_BF16, "fp32": pb.WIRE_DTYPE_FP32}
-_OPTIONS = (
-    ("grpc.max_receive_message_length", 8 * MAX_MESSAGE_BYTES),
-    ("grpc.max_send_message_length", 8 * MAX_MESSAGE_BYTES),
-    ("grpc.keepalive_time_ms", 30_000),
-    ("grpc.keepalive_timeout_ms", 20_000),
-    ("grpc.keepalive_permit_without_calls", 1),
-    ("grpc.http2.max_pings_without_data", 0),
-    ("grpc.enable_retries", 0),  # a repeated backward must be recognised by its id, not sent by the library
-    ("grpc.use_local_subchannel_pool", 1),
-)
+_REFUSED_PATIENCE_S = 5.0  # a server that was started together with its trainers is there by then
+_INSTANCE_BYTES = 16
+_WIRE_DTYPES = {"bf16": pb.WIRE_DTYPE_BF16, "fp32": pb.WIRE_DTYPE_FP32}
 
 
 class Client:
     """A connection to one server. Close it, or use it as a context manager."""
 
-    def __init__(self, address: str, channel: grpc.Channel, hello: pb.HelloResponse) -> None:
+    def __init__(self, address: str, channel: grpc.Channel, metadata: Metadata, hello: pb.HelloResponse) -> None:
         self.address = address
+        self._metadata = metadata
         self.model_type: str = hello.model_type
         self.model_digest: str = hello.model_digest
         self.isa: str = hello.isa
@@ -70,36 +73,42 @@ class Client:
         seed: int = 0,
         ephemeral: bool | None = None,
         options: RunOptions | None = None,
+        takeover: bool = False,
+        timeout_s: float = DEFAULT_OPEN_TIMEOUT_S,
     ) -> Run:
         """Creates or attaches to a run and joins it as `rank`.
 
-        Without a name the run is anonymous and ends with its members; a named run stays on the server. Raises
-        InvalidRequest, AlreadyExists for another configuration under that name, OutOfCapacity where it does not fit.
+        Without a name the run is anonymous and ends with its members; a named run stays on the server. options.dropout goes
+        for layers whose entry names none. Waits, up to `timeout_s`, for a rank whose last trainer lost its connection, and
+        for memory that will be free. Raises InvalidRequest; AlreadyExists for another configuration under that name, or for
+        a rank that a trainer holds, unless `takeover`; OutOfCapacity where it does not fit.
         """
-        if wire_dtype not in WIRE_TORCH_DTYPES:
-            raise InvalidRequest(f"wire_dtype is {wire_dtype!r}, expected one of {sorted(WIRE_TORCH_DTYPES)}")
+        if wire_dtype not in TOKEN_DTYPES:
+            raise InvalidRequest(f"wire_dtype is {wire_dtype!r}, expected one of {sorted(TOKEN_DTYPES)}")
         if name is None and world_size > 1:
             raise InvalidRequest("a run of several members needs a name that all of them give")
-        config = _run_config(world_size, wire_dtype, lora, seed, options or RunOptions())
-        run_name = name or f"anonymous-{uuid.uuid4().hex}"
+        options = options or RunOptions()
         keep = name is not None if ephemeral is None else not ephemeral
-        self._call("open_run", self._stub.OpenRun, pb.OpenRunRequest(run=run_name, config=config, ephemeral=not keep))
-        joined = self._call("join_run", self._stub.JoinRun, pb.JoinRunRequest(run=run_name, rank=rank))
-        transport = GrpcStreamTransport(self._channel, joined.member, joined.epoch)
-        session = Session(
-            transport, joined.epoch, Credits(joined.credit_requests, joined.credit_bytes), int(joined.last_request_id)
+        terms = JoinTerms(
+            name or f"anonymous-{uuid.uuid4().hex}",
+            _run_config(world_size, wire_dtype, lora, seed, options),
+            not keep,
+            rank,
+            secrets.token_hex(_INSTANCE_BYTES),
+            takeover,
         )
-        run = Run(
-            self._stub,
-            session,
-            run_name,
-            joined,
-            wire_dtype,
-            {layer: spec.top_k for layer, spec in self.layers.items()},
-            self._runs.discard,
-        )
+        staging, journal = Staging(), Journal(options.replay_bytes)
+        core = SessionCore(terms, journal, memory_of(staging), time.monotonic(), timeout_s)
+        session = Session(core, self._open_stream, f"{terms.run}-{rank}")
+        session.start(timeout_s)
+        top_k = {layer: spec.top_k for layer, spec in self.layers.items()}
+        run = Run(session, staging, terms, wire_dtype, top_k, self._runs.discard)
         self._runs.add(run)
         return run
+
+    def close_run(self, name: str) -> None:
+        """Ends a run, whoever is in it, and gives its memory back; its checkpoints stay. Raises NotFound."""
+        self._call("close_run", self._stub.CloseRun, pb.CloseRunRequest(run=name))
 
     def unique_run_name(self, name: str) -> str:
         """`name` for the first run of this process that asks for it, name-2, name-3, ... for further ones."""
@@ -119,55 +128,82 @@ class Client:
         self._runs.clear()
         self._channel.close()
 
+    def _open_stream(self, receiver: Receiver) -> Transport:
+        return GrpcStreamTransport(self._channel, self._metadata, receiver)
+
     def _call(self, what: str, method: Callable[..., Any], request: object) -> Any:
         try:
-            return method(request, timeout=_CALL_TIMEOUT_S)
+            return method(request, timeout=_CALL_TIMEOUT_S, metadata=self._metadata)
         except grpc.RpcError as error:
             raise from_rpc(error, what) from error
 
 
 def _run_config(world_size: int, wire_dtype: str, lora: Iterable[LayerLora], seed: int, options: RunOptions) -> pb.RunConfig:
+    entries = [entry if entry.dropout or not options.dropout else replace(entry, dropout=options.dropout) for entry in lora]
     return pb.RunConfig(
         world_size=world_size,
-        wire_dtype=_PROTO_DTYPES[wire_dtype],
-        lora=[entry.to_proto() for entry in lora],
+        wire_dtype=_WIRE_DTYPES[wire_dtype],
+        lora=[entry.to_proto() for entry in entries],
         seed=seed,
         moment_dtype=options.moment_dtype,
         tickets=options.ticket_policy,
     )
 
 
-def connect(address: str, *, timeout_s: float = DEFAULT_CONNECT_TIMEOUT_S) -> Client:
-    """Connects to host:port and waits until the server has loaded its model.
+def connect(address: str, *, timeout_s: float = DEFAULT_CONNECT_TIMEOUT_S, credentials: Credentials | None = None) -> Client:
+    """Connects to host:port, [IPv6]:port, grpcs://host:port or unix:/path, and waits until the server has loaded its model.
 
-    Raises ServerUnavailable where nothing answers or the model is not loaded within `timeout_s`, WrongPhase for another
-    protocol version.
+    `credentials` default to those the environment names (Credentials.from_environment). Raises InvalidRequest for an address
+    or a variable that makes no sense, ServerUnavailable where nothing answers or the model is not loaded within `timeout_s`,
+    NotAuthenticated, and WrongPhase for another protocol version.
     """
-    channel = grpc.insecure_channel(address, options=_OPTIONS)
+    unknown = unknown_variable(os.environ)
+    if unknown is not None:
+        raise InvalidRequest(unknown)
+    parsed = ServerAddress.parse(address)
+    credentials = credentials or Credentials.from_environment()
+    channel, metadata = open_channel(parsed, credentials)
     deadline = time.monotonic() + timeout_s
     try:
-        return Client(address, channel, _wait_until_loaded(address, channel, deadline, timeout_s))
+        return Client(address, channel, metadata, _wait_until_loaded(parsed, channel, metadata, deadline, timeout_s))
     except BaseException:
         channel.close()
         raise
 
 
-def _wait_until_loaded(address: str, channel: grpc.Channel, deadline: float, timeout_s: float) -> pb.HelloResponse:
+def _wait_until_loaded(
+    address: ServerAddress, channel: grpc.Channel, metadata: Metadata, deadline: float, timeout_s: float
+) -> pb.HelloResponse:
     stub = service_pb2_grpc.ExpertStub(channel)
     request = pb.HelloRequest(protocol_version=PROTOCOL_VERSION, client_version=version("kt-expert"))
+    refused_until = time.monotonic() + min(timeout_s, _REFUSED_PATIENCE_S)
     while True:
-        left = deadline - time.monotonic()
         try:
-            hello: pb.HelloResponse = stub.Hello(request, timeout=max(0.01, left), wait_for_ready=True)
-        except grpc.RpcError as error:
-            failure = from_rpc(error, f"no kt-expert-server answered at {address} within {timeout_s:g} s")
-            if isinstance(failure, DeadlineExceeded):
-                raise ServerUnavailable(str(failure)) from error
-            raise failure from error
-        if hello.state != pb.SERVER_STATE_LOADING:
-            return hello
-        if deadline - time.monotonic() < _LOADING_POLL_S:
-            raise ServerUnavailable(
-                f"the server at {address} is still loading its model ({100 * hello.load_progress:.0f} %) after {timeout_s:g} s"
+            hello: pb.HelloResponse = stub.Hello(
+                request, timeout=max(0.01, min(_CALL_TIMEOUT_S, deadline - time.monotonic())), metadata=metadata
             )
+        except grpc.RpcError as error:
+            failure = _why_no_answer(address, error, refused_until, final=time.monotonic() + _LOADING_POLL_S >= deadline)
+            if failure is not None:
+                raise failure from error
+        else:
+            if hello.state != pb.SERVER_STATE_LOADING:
+                return hello
+            if deadline - time.monotonic() < _LOADING_POLL_S:
+                raise ServerUnavailable(
+                    f"the server at {address.text} is still loading its model ({100 * hello.load_progress:.0f} %) after "
+                    f"{timeout_s:g} s"
+                )
         time.sleep(_LOADING_POLL_S)
+
+
+def _why_no_answer(address: ServerAddress, error: grpc.RpcError, refused_until: float, *, final: bool) -> KtExpertError | None:
+    """What to raise; None where the server may still come."""
+    failure = from_rpc(error, f"no kt-expert-server answered at {address.text}")
+    if failure.is_answer or not isinstance(failure, ServerUnavailable | DeadlineExceeded):
+        return failure
+    address.find()
+    if is_refused(address) and (final or time.monotonic() >= refused_until):
+        return ServerUnavailable(f"nothing listens at {address.text}: the connection is refused; is the server started there?")
+    details = address.describe_failure(str(failure))
+    return ServerUnavailable(details) if final or details != str(failure) else None

@@ -82,6 +82,7 @@ class OffloadedLayer:
             save_for_backward=keep,
             use_adapter=use_adapter,
             dropout_seed=dropout_seed,
+            borrow=True,  # autograd waits for the result
         )
         output = handle.result()
         if not keep:
@@ -91,7 +92,7 @@ class OffloadedLayer:
 
     def backward(self, ticket: int, grad_output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         begin = self._offload.begins_window()
-        result = self._offload.run.submit_backward(self.layer, ticket, grad_output, begin_window=begin).result()
+        result = self._offload.run.submit_backward(self.layer, ticket, grad_output, begin_window=begin, borrow=True).result()
         self._live.discard(ticket)
         return result
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass
 
@@ -12,6 +13,8 @@ from kt_expert_client.errors import InvalidRequest
 TICKETS_VARIABLE = "KT_EXPERT_TICKETS"
 MOMENTS_VARIABLE = "KT_EXPERT_MOMENTS"
 DROPOUT_VARIABLE = "KT_EXPERT_DROPOUT"
+REPLAY_VARIABLE = "KT_EXPERT_REPLAY_WINDOW"
+_GIB = 1024**3
 _TICKETS = {"activations": pb.TICKET_POLICY_ACTIVATIONS, "inputs": pb.TICKET_POLICY_INPUTS}
 _MOMENTS = {"fp32": pb.MOMENT_DTYPE_FP32, "bf16": pb.MOMENT_DTYPE_BF16}
 
@@ -23,38 +26,56 @@ class RunOptions:
     tickets: "activations" keeps what a backward needs; "inputs" keeps the inputs alone and computes the rest again, to the
     same bits, for about a third of the backward's time and a fraction of the memory. moments: "fp32", or "bf16" for half
     the optimizer's memory. dropout: the probability with which the experts' LoRA drops its inputs while the model trains.
+    replay_window: GiB of this host's memory for the requests since the server's last checkpoint, from which a server that was
+    killed and started again is brought back to where it was; 0 keeps none, and such a server is a RunStateLost.
     """
 
     tickets: str = "activations"
     moments: str = "fp32"
     dropout: float = 0.0
+    replay_window: float = 0.0
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.dropout < 1.0:
             raise InvalidRequest(f"dropout is {self.dropout}, expected a probability in [0, 1)")
+        if not 0.0 <= self.replay_window < math.inf:
+            raise InvalidRequest(f"replay_window is {self.replay_window}, expected GiB of memory, or 0 for none")
         for name, value, known in (("tickets", self.tickets, _TICKETS), ("moments", self.moments, _MOMENTS)):
             if value not in known:
                 raise InvalidRequest(f"{name} is {value!r}, expected one of {', '.join(known)}")
 
     @classmethod
     def from_environment(cls) -> RunOptions:
-        """KT_EXPERT_TICKETS, KT_EXPERT_MOMENTS and KT_EXPERT_DROPOUT, where they are set. Raises InvalidRequest."""
-        names = (TICKETS_VARIABLE, MOMENTS_VARIABLE, DROPOUT_VARIABLE)
-        tickets, moments, dropout = (
-            os.environ.get(name, default) for name, default in zip(names, ("activations", "fp32", "0"), strict=True)
-        )
+        """The variables above, where they are set. Raises InvalidRequest."""
+        names = (TICKETS_VARIABLE, MOMENTS_VARIABLE, DROPOUT_VARIABLE, REPLAY_VARIABLE)
         try:
-            return cls(tickets, moments, float(dropout))
-        except ValueError:
-            raise InvalidRequest(f"{DROPOUT_VARIABLE} is {dropout!r}, expected a number") from None
+            return cls(
+                os.environ.get(TICKETS_VARIABLE, "activations"),
+                os.environ.get(MOMENTS_VARIABLE, "fp32"),
+                _number(DROPOUT_VARIABLE),
+                _number(REPLAY_VARIABLE),
+            )
         except InvalidRequest as error:
-            said = ", ".join(f"{name}={os.environ[name]}" for name in names if name in os.environ)
-            raise InvalidRequest(f"{error} (from the environment: {said})") from None
+            given = ", ".join(f"{name}={os.environ[name]}" for name in names if name in os.environ)
+            raise InvalidRequest(f"{error} (from the environment: {given})") from None
 
     @property
     def ticket_policy(self) -> pb.TicketPolicy:
         return _TICKETS[self.tickets]
 
     @property
+    def replay_bytes(self) -> int:
+        return int(self.replay_window * _GIB)
+
+    @property
     def moment_dtype(self) -> pb.MomentDtype:
         return _MOMENTS[self.moments]
+
+
+def _number(name: str) -> float:
+    """Raises InvalidRequest for text that is none."""
+    text = os.environ.get(name, "0")
+    try:
+        return float(text)
+    except ValueError:
+        raise InvalidRequest(f"{name} is {text!r}, expected a number") from None

@@ -2,30 +2,29 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+import math
+from collections.abc import Callable, Sequence
+from typing import cast
 
-import grpc
 import torch
-from kt_expert_proto.frame import MAX_PAYLOAD_BYTES, Dtype, FrameType, Header, Op, Tensor
-from kt_expert_proto.v1 import service_pb2 as pb
-from kt_expert_proto.v1 import service_pb2_grpc
-from kt_expert_proto.v1.session_pb2 import RequestOpen
+from kt_expert_proto.codec import Buffer
+from kt_expert_proto.dtypes import ITEM_BYTES, TOKEN_DTYPES, Dtype
+from kt_expert_proto.header import Op, Tensor
+from kt_expert_proto.lora import PARAMETER, PART_NAMES, PART_NUMBERS, STEP
+from kt_expert_proto.v1 import session_pb2 as pb
 
-from kt_expert_client.adapter import PART_NAMES, PARTS, AdapterTensors, TensorKey
-from kt_expert_client.errors import InvalidRequest, from_rpc
+from kt_expert_client.adapter import AdapterTensors, TensorKey
+from kt_expert_client.errors import InvalidRequest
 from kt_expert_client.optimizers import ParamGroup, Update
-from kt_expert_client.session import Pending, Session
-from kt_expert_client.staging import WIRE_TORCH_DTYPES, Delivery, HostTensor, Staging, byte_view
+from kt_expert_client.session.calls import Call, OutTensor
+from kt_expert_client.session.core import JoinTerms
+from kt_expert_client.session.driver import Pending, Session
+from kt_expert_client.staging import Delivery, HostBuffer, HostTensor, Staging
 
 DEFAULT_REQUEST_TIMEOUT_S = 600.0
 DEFAULT_BARRIER_TIMEOUT_S = 1800.0  # ranks may differ by a whole gradient accumulation
+_TRANSFER_TIMEOUT_S = 3600.0
 _SEEDS = 1 << 64
-_CALL_TIMEOUT_S = 3600.0
-_LEAVE_TIMEOUT_S = 10.0
-_ANSWER_SLACK_S = 10.0  # the server's own deadline has the better message, so its answer gets time to travel
-_WIRE_FRAME_DTYPES = {"bf16": Dtype.BF16, "fp32": Dtype.FP32}
 
 
 class ForwardHandle:
@@ -39,7 +38,7 @@ class ForwardHandle:
     def result(self, timeout_s: float | None = None) -> torch.Tensor:
         """The output [T, H] on the device and in the dtype of the hidden states. Raises the request's error."""
         self.pending.wait(timeout_s)
-        return self._output.tensor()
+        return self._output.tensor(_received(self.pending, Tensor.OUTPUT))
 
 
 class BackwardHandle:
@@ -53,7 +52,12 @@ class BackwardHandle:
     def result(self, timeout_s: float | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """Gradients of hidden states [T, H] and of routing weights fp32 [T, k]. Raises the request's error."""
         self.pending.wait(timeout_s)
-        return self._grad_hidden.tensor(), self._grad_weights.tensor()
+        hidden = self._grad_hidden.tensor(_received(self.pending, Tensor.GRAD_HIDDEN_STATES))
+        return hidden, self._grad_weights.tensor(_received(self.pending, Tensor.GRAD_ROUTING_WEIGHTS))
+
+
+def _received(pending: Pending, tensor: Tensor) -> HostBuffer:
+    return cast("HostBuffer", pending.call.results[tensor])
 
 
 class Run:
@@ -61,24 +65,25 @@ class Run:
 
     def __init__(
         self,
-        stub: service_pb2_grpc.ExpertStub,
         session: Session,
-        name: str,
-        joined: pb.JoinRunResponse,
+        staging: Staging,
+        terms: JoinTerms,
         wire_dtype: str,
         top_k: dict[int, int],
         on_leave: Callable[[Run], None],
     ) -> None:
-        self.name = name
+        joined = session.core.joined
+        assert joined is not None  # noqa: S101  # the session has started
+        self.name = terms.run
         self.wire_dtype = wire_dtype
-        self._stub = stub
+        self.created = joined.created  # by this call: no other trainer has had this run before
         self._session = session
-        self._member = joined.member
+        self._wire = TOKEN_DTYPES[wire_dtype]
         self._step = int(joined.step)
-        self._norm_sequence = int(joined.norm_sequence)
         self._top_k = top_k
+        self._dropout = {entry.layer: entry.dropout for entry in terms.config.lora}
         self._on_leave = on_leave
-        self._staging = Staging()
+        self._staging = staging
         self._closed = False
 
     @property
@@ -95,36 +100,36 @@ class Run:
         *,
         save_for_backward: bool = True,
         use_adapter: bool = True,
-        dropout_seed: int = 0,
+        dropout_seed: int | None = None,
         timeout_s: float = DEFAULT_REQUEST_TIMEOUT_S,
+        borrow: bool = False,
     ) -> ForwardHandle:
         """Sends one layer's batch and returns at once.
 
         hidden_states [T, H], any float dtype (sent in the run's wire dtype); expert_ids [T, k] integer, E itself skips a
-        route; routing_weights [T, k], sent as fp32. Tensors on CPU or CUDA. dropout_seed, a number below 2**64, drops
-        LoRA inputs with the adapter's probability, the same ones for the same seed; 0 drops none. Raises InvalidRequest
-        for shapes that do not fit together, OutOfCapacity or DeadlineExceeded where no credits are free; everything else
-        comes with result().
+        route; routing_weights [T, k], sent as fp32. Tensors on CPU or CUDA; they are copied, and may be changed as soon as
+        this returns, unless `borrow` says that they stay as they are until result() returns. dropout_seed, a number below
+        2**64, drops LoRA inputs with the adapter's probability, the same ones for the same seed; 0 drops none; without one,
+        a forward that saves for a backward draws one from torch's generator where the adapter has a dropout. Raises
+        InvalidRequest for shapes that do not fit together, OutOfCapacity or DeadlineExceeded where no credits are free;
+        everything else comes with result().
         """
         tokens, hidden = _check_forward(hidden_states, expert_ids, routing_weights)
-        if not 0 <= dropout_seed < _SEEDS:
-            raise InvalidRequest(f"dropout_seed is {dropout_seed}, expected a number from 0 to 2**64 - 1")
-        wire = WIRE_TORCH_DTYPES[self.wire_dtype]
-        header = self._header(Op.FORWARD, layer, tokens, hidden)
-        sent = {
-            Tensor.EXPERT_IDS: (Dtype.INT32, self._staging.to_host(expert_ids, torch.int32)),
-            Tensor.ROUTING_WEIGHTS: (Dtype.FP32, self._staging.to_host(routing_weights, torch.float32)),
-            Tensor.HIDDEN_STATES: (header.dtype, self._staging.to_host(hidden_states, wire)),
-        }
-        output = self._staging.host_buffer((tokens, hidden), wire, pinned=hidden_states.is_cuda)
-        opened = RequestOpen(
-            top_k=expert_ids.shape[1],
-            save_for_backward=save_for_backward,
-            use_adapter=use_adapter,
-            dropout_seed=dropout_seed,
+        seed = self._dropout_seed(layer, dropout_seed, save_for_backward)
+        borrow = borrow and not self._session.keeps_requests
+        sent = (
+            self._out(Tensor.EXPERT_IDS, Dtype.INT32, expert_ids, borrow=borrow),
+            self._out(Tensor.ROUTING_WEIGHTS, Dtype.FP32, routing_weights, borrow=borrow),
+            self._out(Tensor.HIDDEN_STATES, self._wire, hidden_states, borrow=borrow),
         )
-        pending = self._session.submit(header, opened, sent, {Tensor.OUTPUT: output}, timeout_s, lambda: self._recycle(sent))
-        return ForwardHandle(pending, Delivery(self._staging, output, hidden_states.device, hidden_states.dtype))
+        forward = pb.Forward(
+            top_k=expert_ids.shape[1], save_for_backward=save_for_backward, use_adapter=use_adapter, dropout_seed=seed
+        )
+        call = self._pass(Op.FORWARD, layer, tokens, hidden, pb.RequestOpen(forward=forward), sent, timeout_s)
+        call.expects = {Tensor.OUTPUT: tokens * hidden * ITEM_BYTES[self._wire]}
+        call.pinned = hidden_states.is_cuda
+        output = Delivery(self._staging, self._wire, (tokens, hidden), hidden_states.device, hidden_states.dtype)
+        return ForwardHandle(self._session.submit(call), output)
 
     def submit_backward(
         self,
@@ -134,34 +139,31 @@ class Run:
         *,
         begin_window: bool = False,
         timeout_s: float = DEFAULT_REQUEST_TIMEOUT_S,
+        borrow: bool = False,
     ) -> BackwardHandle:
         """Sends the gradient [T, H] of a forward's output and returns at once.
 
         The ticket is consumed; LoRA gradients stay on the server, added to this member's window. begin_window forgets
-        what the window held before. Raises as submit_forward does.
+        what the window held before. `borrow` and errors as for submit_forward.
         """
         if grad_output.dim() != 2 or layer not in self._top_k:
             raise InvalidRequest(f"grad_output has shape {tuple(grad_output.shape)} for layer {layer}, expected [T, H]")
-        tokens, hidden = grad_output.shape
-        wire = WIRE_TORCH_DTYPES[self.wire_dtype]
-        header = self._header(Op.BACKWARD, layer, tokens, hidden)
-        sent = {Tensor.GRAD_OUTPUT: (header.dtype, self._staging.to_host(grad_output, wire))}
-        pinned = grad_output.is_cuda
-        grad_hidden = self._staging.host_buffer((tokens, hidden), wire, pinned=pinned)
-        grad_weights = self._staging.host_buffer((tokens, self._top_k[layer]), torch.float32, pinned=pinned)
-        pending = self._session.submit(
-            header,
-            RequestOpen(ticket=ticket, begin_window=begin_window),
-            sent,
-            {Tensor.GRAD_HIDDEN_STATES: grad_hidden, Tensor.GRAD_ROUTING_WEIGHTS: grad_weights},
-            timeout_s,
-            lambda: self._recycle(sent),
-        )
+        tokens, hidden = (int(extent) for extent in grad_output.shape)
+        borrow = borrow and not self._session.keeps_requests
+        sent = (self._out(Tensor.GRAD_OUTPUT, self._wire, grad_output, borrow=borrow),)
+        opened = pb.RequestOpen(backward=pb.Backward(ticket=ticket, begin_window=begin_window))
+        call = self._pass(Op.BACKWARD, layer, tokens, hidden, opened, sent, timeout_s)
+        routes = (tokens, self._top_k[layer])
+        call.expects = {
+            Tensor.GRAD_HIDDEN_STATES: tokens * hidden * ITEM_BYTES[self._wire],
+            Tensor.GRAD_ROUTING_WEIGHTS: math.prod(routes) * ITEM_BYTES[Dtype.FP32],
+        }
+        call.pinned = grad_output.is_cuda
         device = grad_output.device
         return BackwardHandle(
-            pending,
-            Delivery(self._staging, grad_hidden, device, grad_output.dtype),
-            Delivery(self._staging, grad_weights, device, torch.float32),
+            self._session.submit(call),
+            Delivery(self._staging, self._wire, (tokens, hidden), device, grad_output.dtype),
+            Delivery(self._staging, Dtype.FP32, routes, device, torch.float32),
         )
 
     def release(self, ticket: int) -> None:
@@ -171,15 +173,7 @@ class Run:
 
     def grad_norm(self, timeout_s: float = DEFAULT_BARRIER_TIMEOUT_S) -> float:
         """Barrier: L2 norm of all LoRA gradients on the server, averaged over the world size."""
-        request = pb.GradNormRequest(
-            member=self._member,
-            after_request_id=self._session.last_request_id,
-            sequence=self._norm_sequence + 1,
-            timeout_s=timeout_s,
-        )
-        response = self._call("grad_norm", self._stub.GradNorm, request, timeout_s)
-        self._norm_sequence += 1
-        return float(response.norm)
+        return float(self._ask(Op.GRAD_NORM, pb.RequestOpen(grad_norm=pb.GradNorm()), timeout_s).norm)
 
     def step(
         self,
@@ -195,67 +189,68 @@ class Run:
         earlier one are forgotten first. Returns the steps taken.
         """
         groups = [ParamGroup(update)] if isinstance(update, Update) else update
-        request = pb.StepRequest(
-            member=self._member,
-            after_request_id=self._session.last_request_id,
+        step = pb.Step(
             step=self._step + 1,
             grad_scale=grad_scale,
             groups=[group.update.group(group.tensors) for group in groups],
-            timeout_s=timeout_s,
             new_optimizer=new_optimizer,
         )
-        self._step = int(self._call("step", self._stub.Step, request, timeout_s).step)
+        self._step = int(self._ask(Op.STEP, pb.RequestOpen(step=step), timeout_s).step)
         return self._step
 
     def zero_grad(self) -> None:
         """Forgets what this member accumulated since the last step."""
-        request = pb.MemberRequest(member=self._member, after_request_id=self._session.last_request_id)
-        self._call("zero_grad", self._stub.ZeroGrad, request, _CALL_TIMEOUT_S)
+        self._ask(Op.ZERO_GRAD, pb.RequestOpen(zero_grad=pb.ZeroGrad()), _TRANSFER_TIMEOUT_S)
 
     def get_adapter(self, *, parameters: bool = True, moments: bool = False) -> AdapterTensors:
         """fp32 tensors [E, rows, columns] of the run, by layer, name and part."""
-        request = pb.GetAdapterRequest(run=self.name, parameters=parameters, moments=moments)
+        asked = pb.RequestOpen(list_tensors=pb.ListTensors(parameters=parameters, moments=moments))
+        infos = self._ask(Op.LIST_TENSORS, asked, _TRANSFER_TIMEOUT_S).tensors
         tensors: AdapterTensors = {}
-        try:
-            for chunk in self._stub.GetAdapter(request, timeout=_CALL_TIMEOUT_S):
-                key = TensorKey(chunk.layer, chunk.tensor, PART_NAMES[chunk.part])
-                if key not in tensors:
-                    tensors[key] = torch.empty(tuple(chunk.shape), dtype=torch.float32)
-                view = byte_view(tensors[key])
-                view[chunk.offset : chunk.offset + len(chunk.data)] = chunk.data
-        except grpc.RpcError as error:
-            raise from_rpc(error, "get_adapter") from error
+        waiting: list[tuple[TensorKey, tuple[int, ...], Pending]] = []
+        for info in infos:  # the next is asked for while one is on its way
+            key, shape = TensorKey(info.layer, info.tensor, PART_NAMES[info.part]), tuple(info.shape)
+            waiting.append((key, shape, self._read(key, shape)))
+            if len(waiting) > 1:
+                self._take(tensors, *waiting.pop(0))
+        for each in waiting:
+            self._take(tensors, *each)
         return tensors
 
     def put_adapter(self, tensors: AdapterTensors, *, step: int | None = None) -> None:
         """Replaces tensors of the run. With moments, `step` is the run's step count from then on, and how many updates
         they stand for where no part "step" says otherwise.
 
-        Tensor by tensor: where one is refused (InvalidRequest, NotFound) or the call breaks off, those before it have been
-        replaced, that one and those after it have not; the step count then stays."""
-        if not tensors:
-            return
-        try:
-            self._stub.PutAdapter(self._chunks(tensors, step or 0), timeout=_CALL_TIMEOUT_S)
-        except grpc.RpcError as error:
-            raise from_rpc(error, "put_adapter") from error
-        if any(key.part != "parameter" for key in tensors):
-            self._step = step or 0
+        Tensor by tensor: where one is refused (InvalidRequest, NotFound), those before it have been replaced, that one and
+        those after it have not; the step count then stays."""
+        ordered = sorted(tensors.items(), key=lambda entry: entry[0].part == STEP)  # counts after what they count
+        waiting: list[Pending] = []
+        for key, tensor in ordered:
+            waiting.append(self._write(key, tensor, step or 0))
+            if len(waiting) > 1:
+                waiting.pop(0).wait()
+        for pending in waiting:
+            pending.wait()
+        if any(key.part != PARAMETER for key in tensors):
+            opened = pb.RequestOpen(set_step=pb.SetStep(step=step or 0))
+            self._step = int(self._ask(Op.SET_STEP, opened, _TRANSFER_TIMEOUT_S).step)
 
     def refresh_steps(self) -> None:
         """Learns the run's step count from the server: another member may have set it."""
-        status = self._call("get_status", self._stub.GetStatus, pb.GetStatusRequest(), _CALL_TIMEOUT_S)
-        self._step = next((int(run.step) for run in status.runs if run.run == self.name), self._step)
+        opened = pb.RequestOpen(list_tensors=pb.ListTensors())
+        self._step = int(self._ask(Op.LIST_TENSORS, opened, _TRANSFER_TIMEOUT_S).step)
 
     def save_checkpoint(self, name: str) -> str:
         """Snapshot of adapter, moments and step on the server's disk. Returns its digest."""
-        return self._checkpoint("save_checkpoint", self._stub.SaveCheckpoint, name)
+        opened = pb.RequestOpen(save_checkpoint=pb.CheckpointName(name=name))
+        return self._ask(Op.SAVE_CHECKPOINT, opened, _TRANSFER_TIMEOUT_S).digest
 
     def load_checkpoint(self, name: str) -> str:
         """Replaces adapter, moments and step of the run by a snapshot's. Returns the base model's digest."""
-        digest = self._checkpoint("load_checkpoint", self._stub.LoadCheckpoint, name)
-        self.refresh_steps()
-        return digest
+        opened = pb.RequestOpen(load_checkpoint=pb.CheckpointName(name=name))
+        head = self._ask(Op.LOAD_CHECKPOINT, opened, _TRANSFER_TIMEOUT_S)
+        self._step = int(head.step)
+        return head.digest
 
     def leave(self) -> None:
         """Gives the rank back; the server frees its tickets. Safe to call twice."""
@@ -263,50 +258,70 @@ class Run:
             return
         self._closed = True
         self._on_leave(self)
-        with contextlib.suppress(grpc.RpcError):  # the server is gone, or the lease ran out: the rank is free either way
-            self._stub.LeaveRun(pb.MemberRequest(member=self._member), timeout=_LEAVE_TIMEOUT_S)
-        self._session.close()
+        self._session.leave()
 
-    def _checkpoint(self, what: str, method: Callable[..., Any], name: str) -> str:
-        digest = ""
-        try:
-            for progress in method(pb.CheckpointRequest(run=self.name, name=name), timeout=_CALL_TIMEOUT_S):
-                digest = progress.digest
-        except grpc.RpcError as error:
-            raise from_rpc(error, what) from error
-        return digest
+    def _ask(self, op: Op, opened: pb.RequestOpen, timeout_s: float) -> pb.ResultHead:
+        """A request without tensors; waits for its outcome."""
+        call = Call(op, opened, timeout_s)
+        self._session.submit(call).wait()
+        assert call.head is not None  # noqa: S101  # it has succeeded
+        return call.head
 
-    def _call(self, what: str, method: Callable[..., Any], request: object, timeout_s: float) -> Any:
-        try:
-            return method(request, timeout=timeout_s + _ANSWER_SLACK_S)
-        except grpc.RpcError as error:
-            raise from_rpc(error, what) from error
+    def _pass(
+        self, op: Op, layer: int, tokens: int, hidden: int, opened: pb.RequestOpen, sent: tuple[OutTensor, ...],
+        timeout_s: float,
+    ) -> Call:  # fmt: skip
+        return Call(op, opened, timeout_s, layer, self._wire, tokens, hidden, sent, on_unneeded=_release_sources)
 
-    def _chunks(self, tensors: AdapterTensors, step: int) -> Iterator[pb.AdapterChunk]:
-        for key, tensor in sorted(tensors.items(), key=lambda entry: entry[0].part == "step"):  # after what they count
-            values = tensor.detach().to(device="cpu", dtype=torch.float32).contiguous()
-            view = byte_view(values)
-            for offset in range(0, view.nbytes, MAX_PAYLOAD_BYTES):
-                yield pb.AdapterChunk(
-                    run=self.name,
-                    layer=key.layer,
-                    tensor=key.tensor,
-                    part=PARTS[key.part],
-                    shape=tuple(values.shape),
-                    offset=offset,
-                    data=bytes(view[offset : offset + MAX_PAYLOAD_BYTES]),
-                    step=step,
-                )
+    def _out(self, tensor: Tensor, dtype: Dtype, values: torch.Tensor, *, borrow: bool) -> OutTensor:
+        rows, columns = (int(extent) for extent in values.shape)
+        return OutTensor(tensor, dtype, rows, columns, self._staging.to_host(values, dtype, borrow=borrow))
 
-    def _header(self, op: Op, layer: int, tokens: int, hidden: int) -> Header:
-        return Header(
-            FrameType.OPEN, layer=layer, op=op, dtype=_WIRE_FRAME_DTYPES[self.wire_dtype], tokens=tokens, hidden=hidden
-        )
+    def _dropout_seed(self, layer: int, seed: int | None, save_for_backward: bool) -> int:
+        if seed is not None:
+            if not 0 <= seed < _SEEDS:
+                raise InvalidRequest(f"dropout_seed is {seed}, expected a number from 0 to 2**64 - 1")
+            return seed
+        if not save_for_backward or not self._dropout.get(layer):
+            return 0
+        return int(torch.randint(1, 2**63 - 1, ()).item())
 
-    def _recycle(self, sent: dict[Tensor, tuple[Dtype, HostTensor]]) -> None:
-        for _, host in sent.values():
-            if host.ready is not None:
-                self._staging.give_back(host.tensor)
+    def _read(self, key: TensorKey, shape: tuple[int, ...]) -> Pending:
+        name = pb.TensorName(tensor=key.tensor, part=PART_NUMBERS[key.part])
+        call = Call(Op.READ_TENSOR, pb.RequestOpen(read_tensor=name), _TRANSFER_TIMEOUT_S, key.layer)
+        call.expects = {Tensor.ADAPTER: math.prod(shape) * ITEM_BYTES[Dtype.FP32]}
+        return self._session.submit(call)
+
+    @staticmethod
+    def _take(tensors: AdapterTensors, key: TensorKey, shape: tuple[int, ...], pending: Pending) -> None:
+        pending.wait()
+        tensors[key] = _received(pending, Tensor.ADAPTER).tensor(torch.float32, shape)
+
+    def _write(self, key: TensorKey, tensor: torch.Tensor, step: int) -> Pending:
+        if tensor.dim() != 3 or key.part not in PART_NUMBERS:
+            raise InvalidRequest(f"{key} has shape {tuple(tensor.shape)}, expected [E, rows, columns] of a known part")
+        values = tensor.detach().to(device="cpu", dtype=torch.float32).contiguous()
+        values = values.clone() if self._session.keeps_requests and values.data_ptr() == tensor.data_ptr() else values
+        rows, columns = int(tensor.shape[0] * tensor.shape[1]), int(tensor.shape[2])
+        name = pb.TensorName(tensor=key.tensor, part=PART_NUMBERS[key.part], step=step)
+        sent = (OutTensor(Tensor.ADAPTER, Dtype.FP32, rows, columns, HostTensor(values)),)
+        opened = pb.RequestOpen(write_tensor=name)
+        call = Call(Op.WRITE_TENSOR, opened, _TRANSFER_TIMEOUT_S, key.layer, Dtype.FP32, rows, columns, sent)
+        return self._session.submit(call)
+
+
+def memory_of(staging: Staging) -> Callable[[int, Call], Buffer]:
+    """Where a session's results are received."""
+
+    def take(size_bytes: int, call: Call) -> Buffer:
+        return staging.buffer(size_bytes, pinned=call.pinned)
+
+    return take
+
+
+def _release_sources(call: Call) -> None:
+    for each in call.tensors:
+        cast("HostTensor", each.source).release()
 
 
 def _check_forward(hidden_states: torch.Tensor, expert_ids: torch.Tensor, routing_weights: torch.Tensor) -> tuple[int, int]:

@@ -8,12 +8,12 @@ plain copy.
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass
 
 import torch
+from kt_expert_proto.dtypes import TORCH_NAMES, Dtype
 
-WIRE_TORCH_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-_KEPT_BUFFERS = 16  # pinned buffers kept per dtype; in flight are at most the member's credits times three
+TORCH_DTYPES: dict[Dtype, torch.dtype] = {dtype: getattr(torch, name) for dtype, name in TORCH_NAMES.items()}
+_KEPT_BUFFERS = 16  # pinned buffers kept; in flight are at most the member's credits times three
 
 
 def byte_view(tensor: torch.Tensor) -> memoryview:
@@ -24,18 +24,47 @@ def byte_view(tensor: torch.Tensor) -> memoryview:
     return view
 
 
-@dataclass(frozen=True, slots=True)
 class HostTensor:
-    """A contiguous CPU tensor and, where a device copy is still under way, the event that ends it."""
+    """A contiguous CPU tensor and, where a device copy is still under way, the event that ends it. Implements Source."""
 
-    tensor: torch.Tensor
-    ready: torch.cuda.Event | None = None
+    def __init__(self, tensor: torch.Tensor, ready: torch.cuda.Event | None = None, pinned: HostBuffer | None = None) -> None:
+        self.tensor = tensor
+        self._ready = ready
+        self._pinned = pinned
 
     def view(self) -> memoryview:
         """Waits for the copy and returns the tensor's bytes."""
-        if self.ready is not None:
-            self.ready.synchronize()
+        if self._ready is not None:
+            self._ready.synchronize()
         return byte_view(self.tensor)
+
+    def release(self) -> None:
+        """The bytes are not read any more."""
+        pinned, self._pinned = self._pinned, None
+        if pinned is not None:
+            pinned.release()
+
+
+class HostBuffer:
+    """Memory for one tensor. Implements Buffer. A pinned one goes back to its pool, any other to its last user."""
+
+    def __init__(self, memory: torch.Tensor, size_bytes: int, pool: Staging | None) -> None:
+        self._memory = memory
+        self._size_bytes = size_bytes
+        self._pool = pool
+
+    @property
+    def view(self) -> memoryview:
+        return byte_view(self._memory)[: self._size_bytes]
+
+    def tensor(self, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
+        """The tensor, not copied."""
+        return self._memory[: self._size_bytes].view(dtype).view(shape)
+
+    def release(self) -> None:
+        pool, self._pool = self._pool, None
+        if pool is not None:
+            pool._give_back(self._memory)
 
 
 class Staging:
@@ -43,24 +72,28 @@ class Staging:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._free: dict[torch.dtype, list[torch.Tensor]] = {}
+        self._free: list[torch.Tensor] = []
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
 
-    def to_host(self, tensor: torch.Tensor, dtype: torch.dtype) -> HostTensor:
-        """A detached host copy in `dtype`; a CPU tensor that is contiguous and of that dtype is not copied."""
-        source = tensor.detach()
+    def to_host(self, tensor: torch.Tensor, dtype: Dtype, *, borrow: bool) -> HostTensor:
+        """A detached host copy. `borrow`: a CPU tensor that is contiguous and of that dtype is used as it lies; it must not
+        change until the outcome of its request is there."""
+        source, wanted = tensor.detach(), TORCH_DTYPES[dtype]
         if not source.is_cuda:
-            return HostTensor(source.to(dtype=dtype, device="cpu").contiguous())
+            host = source.to(dtype=wanted, device="cpu").contiguous()
+            is_callers = host.untyped_storage().data_ptr() == source.untyped_storage().data_ptr()
+            return HostTensor(host.clone() if is_callers and not borrow else host)
         stream = self._stream(source.device)
-        converted = source.to(dtype).contiguous()
-        target = self.host_buffer(converted.shape, dtype, pinned=True)
+        converted = source.to(wanted).contiguous()
+        buffer = self.buffer(converted.nbytes, pinned=True)
+        target = buffer.tensor(wanted, tuple(converted.shape))
         stream.wait_stream(torch.cuda.current_stream(source.device))
         with torch.cuda.stream(stream):
             target.copy_(converted, non_blocking=True)
             event = torch.cuda.Event()
             event.record(stream)
         converted.record_stream(stream)
-        return HostTensor(target, event)
+        return HostTensor(target, event, buffer)
 
     def to_device(self, tensor: torch.Tensor, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
         """A received host tensor on `device` in `dtype`, ordered before what the current stream does next."""
@@ -77,29 +110,22 @@ class Staging:
         event.synchronize()  # the pinned buffer is reused after this
         return moved
 
-    def host_buffer(self, shape: torch.Size | tuple[int, ...], dtype: torch.dtype, *, pinned: bool) -> torch.Tensor:
-        """A contiguous host tensor, pinned from the pool where asked."""
-        if not pinned:
-            return torch.empty(shape, dtype=dtype)
-        size = 1
-        for extent in shape:
-            size *= extent
+    def buffer(self, size_bytes: int, *, pinned: bool) -> HostBuffer:
+        """Memory of at least so many bytes, from the pool where it is to be pinned."""
         # A buffer outlives the call that made it, so it must not be an inference tensor.
-        with self._lock, torch.inference_mode(mode=False):
-            free = self._free.setdefault(dtype, [])
-            for index, buffer in enumerate(free):
-                if buffer.numel() >= size:
-                    return free.pop(index)[:size].view(shape)
-            return torch.empty(size, dtype=dtype, pin_memory=True).view(shape)
-
-    def give_back(self, tensor: torch.Tensor) -> None:
-        """Returns a pinned buffer to the pool."""
-        if tensor.numel() and tensor.is_pinned():
-            base = tensor if tensor._base is None else tensor._base
+        with torch.inference_mode(mode=False):
+            if not pinned:
+                return HostBuffer(torch.empty(size_bytes, dtype=torch.uint8), size_bytes, None)
             with self._lock:
-                free = self._free.setdefault(tensor.dtype, [])
-                if len(free) < _KEPT_BUFFERS:
-                    free.append(base.reshape(-1))
+                for index, memory in enumerate(self._free):
+                    if memory.nbytes >= size_bytes:
+                        return HostBuffer(self._free.pop(index), size_bytes, self)
+            return HostBuffer(torch.empty(size_bytes, dtype=torch.uint8, pin_memory=True), size_bytes, self)
+
+    def _give_back(self, memory: torch.Tensor) -> None:
+        with self._lock:
+            if len(self._free) < _KEPT_BUFFERS:
+                self._free.append(memory)
 
     def _stream(self, device: torch.device) -> torch.cuda.Stream:
         with self._lock:
@@ -111,19 +137,18 @@ class Staging:
 class Delivery:
     """One received tensor on its way to its device: moved once, however often it is asked for."""
 
-    def __init__(self, staging: Staging, host: torch.Tensor, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, staging: Staging, wire: Dtype, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> None:
         self._staging = staging
-        self._host: torch.Tensor | None = host
+        self._wire = TORCH_DTYPES[wire]
+        self._shape = shape
         self._device = device
         self._dtype = dtype
         self._delivered: torch.Tensor | None = None
 
-    def tensor(self) -> torch.Tensor:
+    def tensor(self, received: HostBuffer) -> torch.Tensor:
         """The tensor on its device. The first call gives its pinned buffer back."""
         if self._delivered is None:
-            assert self._host is not None  # noqa: S101  # present until delivered
-            self._delivered = self._staging.to_device(self._host, self._device, self._dtype)
-            if self._device.type == "cuda":
-                self._staging.give_back(self._host)
-            self._host = None
+            host = received.tensor(self._wire, self._shape)
+            self._delivered = self._staging.to_device(host, self._device, self._dtype)
+            received.release()
         return self._delivered

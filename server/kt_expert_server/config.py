@@ -9,7 +9,9 @@ from pathlib import Path
 
 import kt_expert_native as native
 
+from kt_expert_server.cgroups import cpu_limit, memory_limit
 from kt_expert_server.errors import InvalidRequest
+from kt_expert_server.members.limits import Limits
 from kt_expert_server.model.loader import AUTO_FORMAT
 from kt_expert_server.model.placement import Placement
 
@@ -17,6 +19,7 @@ DEFAULT_LISTEN = "127.0.0.1:7443"
 DEFAULT_METRICS_LISTEN = "127.0.0.1:9464"
 WEIGHT_FORMATS = tuple(native.list_weight_formats())
 SERVED_FORMATS = (AUTO_FORMAT, *WEIGHT_FORMATS)
+DEFAULT_LIMITS = Limits()
 ISA_VARIABLE = "KT_EXPERT_ISA"  # forces an instruction set
 _ADDRESS = re.compile(r"^(?P<host>[^:\s]+|\[[0-9a-fA-F:]+\]):(?P<port>\d{1,5})$")
 _MAX_PORT = 65535
@@ -24,35 +27,50 @@ _MAX_PORT = 65535
 
 @dataclass(frozen=True, slots=True)
 class Address:
-    """host:port; port 0 takes a free one."""
+    """host:port, where port 0 takes a free one, or the path of a unix socket."""
 
     host: str
     port: int
+    path: str = ""
 
     @classmethod
     def parse(cls, text: str) -> Address:
-        """Raises InvalidRequest for anything but host:port."""
+        """Raises InvalidRequest for anything but host:port, [IPv6]:port and unix:/path."""
+        if text.startswith("unix:/"):
+            return cls("", 0, text.removeprefix("unix:"))
         match = _ADDRESS.match(text)
         if match is None or int(match["port"]) > _MAX_PORT:
-            raise InvalidRequest(f"address {text!r} is not host:port with a port up to {_MAX_PORT}")
+            raise InvalidRequest(f"address {text!r} is not host:port with a port up to {_MAX_PORT}, [IPv6]:port or unix:/path")
         return cls(match["host"], int(match["port"]))
 
+    @property
+    def bare_host(self) -> str:
+        """Without the brackets of an IPv6 address."""
+        return self.host.strip("[]")
+
     def __str__(self) -> str:
-        return f"{self.host}:{self.port}"
+        return f"unix:{self.path}" if self.path else f"{self.host}:{self.port}"
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
-    """Bounds that keep one trainer from starving the others."""
+class Security:
+    """What protects the gRPC port. Nothing of it is needed on loopback."""
 
-    max_tokens: int = 65536  # per request; a micro-batch of 64 sequences of 1024
-    max_request_bytes: int = 2 * 1024**3  # tensors of one request
-    credit_requests: int = 4  # in flight per member: two micro-batches, each with one call ahead
-    credit_bytes: int = 2 * 1024**3  # in flight per member
-    max_members: int = 64  # joined at once, over all runs
-    lease_s: float = 30.0  # a member without a stream for this long is dropped
-    default_deadline_s: float = 600.0  # of a request that names none
-    max_barrier_s: float = 3600.0
+    certificate: Path | None = None
+    key: Path | None = None
+    client_ca: Path | None = None  # clients must then show a certificate it has signed
+    token_file: Path | None = None
+    allow_remote: bool = False
+    reflection: bool = False  # outside loopback too
+
+    def __post_init__(self) -> None:
+        if (self.certificate is None) != (self.key is None):
+            raise InvalidRequest("--tls-cert and --tls-key belong together; give both")
+        if self.client_ca is not None and self.certificate is None:
+            raise InvalidRequest("--tls-client-ca needs --tls-cert and --tls-key")
+
+
+NO_SECURITY = Security()
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +87,8 @@ class ServerConfig:
     memory_limit_bytes: int
     shutdown_timeout_s: float
     placement: Placement
-    limits: Limits = Limits()
+    limits: Limits = DEFAULT_LIMITS
+    security: Security = NO_SECURITY
 
     def __post_init__(self) -> None:
         if self.weight_format not in SERVED_FORMATS:
@@ -81,27 +100,12 @@ class ServerConfig:
 
 
 def available_cores() -> int:
-    """Cores this process may run on: its affinity, cut by the cgroup's CPU quota."""
-    cores = len(os.sched_getaffinity(0))
-    quota = _read_text(Path("/sys/fs/cgroup/cpu.max"))
-    if quota is not None and not quota.startswith("max"):
-        allowed, period = (int(part) for part in quota.split()[:2])
-        cores = max(1, min(cores, allowed // period))
-    return cores
+    """Cores this process may run on: its affinity, cut by the CPU quota of its control group."""
+    cores, quota = len(os.sched_getaffinity(0)), cpu_limit()
+    return cores if quota is None else max(1, min(cores, int(quota)))
 
 
 def available_memory() -> int:
-    """Bytes this process may use: the machine's memory, cut by the cgroup's limit."""
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    for name in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        limit = _read_text(Path(name))
-        if limit is not None and limit.isdigit():
-            return min(total, int(limit))
-    return total
-
-
-def _read_text(path: Path) -> str | None:
-    try:
-        return path.read_text(encoding="ascii").strip()
-    except OSError:
-        return None
+    """Bytes this process may use: the machine's memory, cut by the limit of its control group."""
+    total, limit = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), memory_limit()
+    return total if limit is None else min(total, limit)

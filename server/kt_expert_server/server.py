@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Coroutine
 from importlib.metadata import version
@@ -15,41 +16,33 @@ from typing import Any
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
-from kt_expert_proto.frame import MAX_MESSAGE_BYTES
+from kt_expert_proto.channel import SERVER_OPTIONS
 from kt_expert_proto.v1 import service_pb2, service_pb2_grpc
 
-from kt_expert_server.api.control import ControlService
-from kt_expert_server.api.status import CallGuard
-from kt_expert_server.api.stream import SessionStreams
+from kt_expert_server.checkpoints.filesystem import LocalFilesystem
+from kt_expert_server.checkpoints.store import CheckpointStore
 from kt_expert_server.config import Address, ServerConfig
-from kt_expert_server.errors import ListenError, ServerUnavailable
+from kt_expert_server.edge.auth import Authenticator
+from kt_expert_server.edge.control import ControlService
+from kt_expert_server.edge.driver import Driver
+from kt_expert_server.edge.grpc_stream import SessionStreams
+from kt_expert_server.edge.http import ObserveServer
+from kt_expert_server.edge.listening import bind, check_security, is_loopback
+from kt_expert_server.edge.status import CallGuard
+from kt_expert_server.engine.budget import Kind, MemoryBudget
+from kt_expert_server.engine.buffers import BufferPool
+from kt_expert_server.engine.passes import Tools
+from kt_expert_server.errors import ServerUnavailable
+from kt_expert_server.members.core import ServerCore, State
 from kt_expert_server.model.index import ModelPlan
 from kt_expert_server.model.loader import BaseModel, load_model, resident_bytes, shown_format
 from kt_expert_server.model.memory_plan import RUNTIME_BYTES
-from kt_expert_server.observe.http import ObserveServer
 from kt_expert_server.observe.metrics import Metrics
-from kt_expert_server.runtime.checkpoints import Checkpoints
-from kt_expert_server.runtime.compute import Compute
-from kt_expert_server.runtime.engine_queue import EngineQueue
-from kt_expert_server.runtime.memory import Kind, MemoryBudget
-from kt_expert_server.runtime.registry import Registry, State
-from kt_expert_server.store.checkpoint import CheckpointStore
 
 _log = logging.getLogger(__name__)
 SERVICE_NAME = service_pb2.DESCRIPTOR.services_by_name["Expert"].full_name
-_LEASE_CHECKS = 3  # a lease ends at most a third of its length late
 _STREAM_GRACE_S = 2.0  # for the last words to reach trainers after a drain
-_ACKNOWLEDGE_POLL_S = 0.02
-_GRPC_OPTIONS = (
-    ("grpc.max_receive_message_length", 8 * MAX_MESSAGE_BYTES),
-    ("grpc.max_send_message_length", 8 * MAX_MESSAGE_BYTES),
-    ("grpc.so_reuseport", 0),  # on by default, and then two servers silently share a port
-    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
-    ("grpc.keepalive_permit_without_calls", 1),
-    ("grpc.keepalive_time_ms", 30_000),  # a trainer's host that lost its power must lose its stream, and then its lease
-    ("grpc.keepalive_timeout_ms", 20_000),
-    ("grpc.max_concurrent_streams", 256),
-)
+_SERVER = "the server"  # owner of what belongs to no run
 
 
 class _StoppedWhileLoadingError(Exception):
@@ -63,49 +56,52 @@ def _warn_of_misplaced(model: BaseModel) -> None:
 
 
 class Server:
-    """One process: a gRPC port, a metrics port, one engine, one base model."""
+    """One process: a gRPC port, a metrics port, one engine, one base model. Made inside the event loop."""
 
     def __init__(self, config: ServerConfig, plan: ModelPlan) -> None:
         self._config = config
         self._plan = plan
-        self._queue = EngineQueue(config.placement.engine(config.threads, config.isa))
-        self._budget = MemoryBudget(config.memory_limit_bytes, self._queue.engine)
-        self._budget.record(Kind.RUNTIME, RUNTIME_BYTES)
-        self._registry = Registry(self._budget, config.limits, config.threads)
+        engine, pool = config.placement.engine(config.threads, config.isa), BufferPool()
+        self._budget = MemoryBudget(config.memory_limit_bytes, (engine, pool))
+        self._budget.record(Kind.RUNTIME, RUNTIME_BYTES, _SERVER)
         self._version = version("kt-expert")
-        self._metrics = Metrics(self._version, self._queue.engine.isa, shown_format(plan, config.weight_format))
-        self._compute = Compute(self._registry, self._queue, self._metrics)
-        store = CheckpointStore(config.state_dir) if config.state_dir is not None else None
-        if store is not None:
-            store.prepare()
-        self._checkpoints = Checkpoints(self._registry, self._queue, store, self._metrics)
-        self._observe = ObserveServer(self._registry, lambda: self._metrics.render(self._registry, self._queue))
+        self._metrics = Metrics(self._version, engine.isa, shown_format(plan, config.weight_format))
+        self._tools = Tools(engine, self._budget, pool, self._metrics)
+        self._store = None if config.state_dir is None else CheckpointStore(LocalFilesystem.create(config.state_dir))
+        if self._store is not None:
+            self._store.prepare()
+        self._core = ServerCore(self._tools, config.limits, self._store)
+        self._driver = Driver(self._core, self._metrics)
+        check_security(config.listen, config.security)
+        tokens = config.security.token_file
+        self._authenticator = Authenticator() if tokens is None else Authenticator.from_file(tokens)
+        self._observe = ObserveServer(
+            lambda: self._core.state, lambda: self._metrics.render(self._core, self._budget, engine.threads)
+        )
         self._health: Any = health.aio.HealthServicer()  # type: ignore[attr-defined]  # present; the stubs lack it
         self._loaded_bytes = 0
         self._stop = asyncio.Event()
+        self._stop_loading = threading.Event()
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def run(self, on_loaded_bytes: Callable[[int], None], on_ready: Callable[[Address, Address], None]) -> None:
         """Serves until SIGTERM or SIGINT, then drains. Raises ListenError or ModelError before it is ready."""
         self._install_signals()
-        self._registry.on_drain(lambda: self._background(self._set_health(serving=False)))
         metrics_address = await self._observe.start(self._config.metrics_listen)
         grpc_server, grpc_address = await self._start_grpc()
-        leases = asyncio.ensure_future(self._expire_leases())
         try:
             model = await self._load(on_loaded_bytes)
             if model is not None:
                 _warn_of_misplaced(model)
-                self._registry.become_ready(model)
-                await self._set_health(serving=self._registry.state is State.READY)
+                self._driver.do(lambda _: self._core.become_ready(model))
+                await self._set_health(serving=self._core.state is State.READY)
                 on_ready(grpc_address, metrics_address)
                 await self._stop.wait()
             await self._drain(grpc_server)
         finally:
-            leases.cancel()
             await grpc_server.stop(0)
             await self._observe.stop()
-            self._queue.close()
+            self._driver.close()
 
     def _install_signals(self) -> None:
         loop = asyncio.get_running_loop()
@@ -118,32 +114,34 @@ class Server:
             sys.stderr.flush()
             os._exit(1)
         self._stop.set()
+        self._stop_loading.set()
 
     async def _start_grpc(self) -> tuple[grpc.aio.Server, Address]:
-        server = grpc.aio.server(options=_GRPC_OPTIONS)
-        service_pb2_grpc.add_ExpertServicer_to_server(self._control_service(), server)
+        server = grpc.aio.server(options=SERVER_OPTIONS)
+        guard = CallGuard(self._metrics)
+        service_pb2_grpc.add_ExpertServicer_to_server(self._control_service(guard), server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
-        names = (SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME)
-        reflection.enable_server_reflection(names, server)
-        server.add_generic_rpc_handlers((SessionStreams(self._registry, self._compute, self._metrics),))
-        address = self._config.listen
-        try:
-            port = server.add_insecure_port(str(address))
-        except RuntimeError as error:
-            raise ListenError(f"cannot listen for gRPC on {address}: is the port in use?") from error
+        if self._config.security.reflection or is_loopback(self._config.listen):
+            names = (SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME)
+            reflection.enable_server_reflection(names, server)
+        streams = SessionStreams(self._driver, self._authenticator, self._metrics)
+        server.add_generic_rpc_handlers((streams,))
+        bound = bind(server, self._config.listen, self._config.security)
         await self._set_health(serving=False)
         await server.start()
-        return server, Address(address.host, port)
+        return server, bound
 
-    def _control_service(self) -> ControlService:
+    def _control_service(self, guard: CallGuard) -> ControlService:
         return ControlService(
-            self._registry,
-            self._compute,
-            self._queue,
-            self._checkpoints,
-            CallGuard(self._metrics),
+            self._driver,
+            self._tools.engine,
+            self._budget,
+            self._store,
+            self._authenticator,
+            guard,
             self._version,
             lambda: self._loaded_bytes / max(1, self._plan.bf16_bytes),
+            lambda: self._background(self._set_health(serving=False)),
         )
 
     def _background(self, work: Coroutine[Any, Any, None]) -> None:
@@ -160,10 +158,10 @@ class Server:
         """None where the server was told to stop meanwhile."""
         weight_format = self._config.weight_format
         nodes = self._config.placement.nodes
-        self._budget.reserve(Kind.WEIGHTS, resident_bytes(self._plan, weight_format, nodes), "the model")
+        self._budget.reserve(Kind.WEIGHTS, resident_bytes(self._plan, weight_format, nodes), _SERVER, "the model")
 
         def progress(size_bytes: int) -> None:
-            if self._stop.is_set():
+            if self._stop_loading.is_set():
                 raise _StoppedWhileLoadingError
             self._loaded_bytes += size_bytes
             on_loaded_bytes(size_bytes)
@@ -175,23 +173,19 @@ class Server:
         except _StoppedWhileLoadingError:
             return None
 
-    async def _expire_leases(self) -> None:
-        while True:
-            await asyncio.sleep(self._config.limits.lease_s / _LEASE_CHECKS)
-            for member in self._registry.expire():
-                _log.info("rank %d of run %s lost its lease", member.rank, member.run.name)
-
     async def _drain(self, grpc_server: grpc.aio.Server) -> None:
-        """Stops accepting, finishes what was accepted, lets the outcomes leave."""
-        self._registry.stop()
+        """Stops accepting, finishes what was accepted, saves what has no checkpoint, lets the outcomes leave."""
+        core, driver = self._core, self._driver
+        driver.do(lambda _: core.stop())
         await self._health.enter_graceful_shutdown()
-        _log.info("draining: %d members are joined", len(self._registry.members))
+        _log.info("draining: %d members are joined", len(core.runs.members))
         deadline = time.monotonic() + self._config.shutdown_timeout_s
-        if not await self._registry.wait_idle(self._config.shutdown_timeout_s):
+        if not await driver.until(lambda: core.is_idle, self._config.shutdown_timeout_s):
             _log.warning("requests were still running after %g s and are abandoned", self._config.shutdown_timeout_s)
-        while any(member.outcomes for member in self._registry.members if member.sink) and time.monotonic() < deadline:
-            await asyncio.sleep(_ACKNOWLEDGE_POLL_S)
-        for member in self._registry.members:
-            if member.sink is not None:
-                member.sink.close(ServerUnavailable("the server has finished its work and is stopping"))
+            driver.do(lambda _: core.cancel_all())
+        if self._store is not None:
+            driver.do(core.checkpoint_all)
+            await driver.until(lambda: core.is_idle, max(0.0, deadline - time.monotonic()))
+        await driver.until(lambda: not core.has_unacknowledged, max(0.0, deadline - time.monotonic()))
+        driver.do(lambda now: core.end_all(ServerUnavailable("the server has finished its work and is stopping"), now))
         await grpc_server.stop(_STREAM_GRACE_S)

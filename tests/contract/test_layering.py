@@ -20,19 +20,26 @@ ALLOWED = {
     "kt_expert_server": {"kt_expert_proto", "kt_expert_native"},
     "kt_expert_native": set(),
 }
-# Inside the server: what a part must not import.
-FORBIDDEN_IN_SERVER = {
-    "runtime": {"grpc", "kt_expert_server.api", "kt_expert_server.server", "kt_expert_server.cli", "prometheus_client"},
-    "model": {
-        "grpc",
-        "kt_expert_server.api",
-        "kt_expert_server.cli",
-        "kt_expert_server.config",
-        "kt_expert_server.runtime",
-        "kt_expert_server.server",
-    },
-    "store": {"grpc", "kt_expert_server.api", "kt_expert_server.server"},
+# Inside the server: parts from the bottom to the top. A part may import itself and those below it.
+SERVER_LAYERS = ("model", "adapters", "engine", "checkpoints", "members", "edge")
+SERVER_LEAVES = {"errors", "names", "observe.observer"}  # which everybody may import
+ON_TOP = {
+    "kt_expert_server.config",
+    "kt_expert_server.server",
+    "kt_expert_server.cli",
+    "kt_expert_server.bench",
+    "kt_expert_server.observe.metrics",
 }
+# The cores of both sides do no I/O, know no clock and draw no random numbers.
+CORES = (
+    *(ROOT / "server" / "kt_expert_server" / part for part in ("members", "adapters", "engine", "checkpoints")),
+    ROOT / "client" / "kt_expert_client" / "session" / "core.py",
+    ROOT / "client" / "kt_expert_client" / "session" / "journal.py",
+    ROOT / "client" / "kt_expert_client" / "session" / "calls.py",
+)
+NOT_IN_CORES = {"asyncio", "grpc", "prometheus_client", "random", "secrets", "select", "socket", "time", "uuid"}
+HAS_DISK = {"filesystem.py"}  # what a simulator replaces
+HAS_LOCK = {"buffers.py"}  # used from several threads
 FORBIDDEN_EVERYWHERE = {"pickle", "cloudpickle", "marshal", "shelve", "dill"}
 
 
@@ -63,10 +70,24 @@ def test_packages_import_only_what_is_below_them(package: str) -> None:
         assert not wrong, f"{path.relative_to(ROOT)} imports {sorted(wrong)}"
 
 
-@pytest.mark.parametrize("part", FORBIDDEN_IN_SERVER)
+@pytest.mark.parametrize("part", SERVER_LAYERS)
 def test_the_servers_parts_keep_their_order(part: str) -> None:
+    above = SERVER_LAYERS[SERVER_LAYERS.index(part) + 1 :]
+    forbidden = {f"kt_expert_server.{other}" for other in above} | (ON_TOP if part != "edge" else set())
     for path in sources(PACKAGES["kt_expert_server"] / part):
-        wrong = {name for name in imports(path) if starts(name, FORBIDDEN_IN_SERVER[part])}
+        wrong = {name for name in imports(path) if starts(name, forbidden)}
+        assert not wrong, f"{path.relative_to(ROOT)} imports {sorted(wrong)}"
+
+
+def test_the_cores_do_no_io() -> None:
+    paths = [path for core in CORES for path in (sources(core) if core.is_dir() else [core])]
+    assert len(paths) > 30
+    for path in paths:
+        allowed = {"threading"} if path.name in HAS_LOCK else set()
+        forbidden = NOT_IN_CORES | {"threading", "concurrent"} - allowed
+        if path.name not in HAS_DISK:
+            forbidden |= {"os", "shutil", "tempfile", "pathlib"}
+        wrong = {name for name in imports(path) if starts(name, forbidden)}
         assert not wrong, f"{path.relative_to(ROOT)} imports {sorted(wrong)}"
 
 

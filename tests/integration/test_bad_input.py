@@ -8,30 +8,36 @@ from collections.abc import Iterator
 import grpc
 import numpy as np
 import pytest
-from kt_expert_proto.frame import MAX_MESSAGE_BYTES, Dtype, FrameType, Op, Tensor, encode
+from kt_expert_proto.dtypes import Dtype
+from kt_expert_proto.header import MAX_MESSAGE_BYTES, FrameType, Header, Op, Tensor
 from kt_expert_proto.v1 import service_pb2 as pb
-from support.raw import EXPERTS, HIDDEN, TIMEOUT_S, TOP_K, RawMember
+from kt_expert_proto.v1 import session_pb2 as spb
+from support.raw import EXPERTS, HIDDEN, TIMEOUT_S, TOKENS, TOP_K, RawMember
 from support.server import ServerProcess
 
 INVALID, MISSING = grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.NOT_FOUND
 PHASE, DEADLINE = grpc.StatusCode.FAILED_PRECONDITION, grpc.StatusCode.DEADLINE_EXCEEDED
 EXHAUSTED, OK = grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.OK
+DAMAGED, ABORTED = grpc.StatusCode.DATA_LOSS, grpc.StatusCode.ABORTED
+EXISTS = grpc.StatusCode.ALREADY_EXISTS
 
 
 @pytest.fixture
 def member(server: ServerProcess) -> Iterator[RawMember]:
     with RawMember(server.address, f"raw-{uuid.uuid4().hex}") as raw:
         yield raw
-        raw.stub.LeaveRun(pb.MemberRequest(member=raw.joined.member), timeout=TIMEOUT_S)
+        raw.rejoin(resume=False)  # whatever a test left unacknowledged
+        raw.leave()
 
 
 BAD_REQUESTS = {
-    "hidden size": ({"hidden": HIDDEN + 1}, INVALID, f"takes hidden size {HIDDEN}, the request has {HIDDEN + 1}"),
+    "hidden size": ({"columns": HIDDEN + 1}, INVALID, f"takes hidden size {HIDDEN}, the request has {HIDDEN + 1}"),
     "top k": ({"top_k": 3}, INVALID, f"routes each token to {TOP_K} experts, the request has 3"),
     "dtype": ({"dtype": Dtype.BF16}, INVALID, "travel as FP32, the request has BF16"),
     "layer": ({"layer": 77}, MISSING, "layer 77 has no experts; layers with experts: 0 to 2"),
-    "op": ({"op": Op.NONE}, INVALID, "expected FORWARD or BACKWARD"),
-    "too many tokens": ({"tokens": 1 << 20}, INVALID, "at most 65536 are taken"),
+    "op": ({"op": Op.NONE}, INVALID, "op NONE came with forward"),
+    "other op": ({"op": Op.STEP}, INVALID, "op STEP came with forward"),
+    "too many tokens": ({"rows": 1 << 20}, INVALID, "at most 65536 are taken"),
     "id too large": ({"ids": np.full((3, TOP_K), EXPERTS + 1, np.int32)}, INVALID, r"expert id 9 at token 0, slot 0"),
     "id negative": ({"ids": np.full((3, TOP_K), -5, np.int32)}, INVALID, "expert id -5"),
     "NaN weight": ({"weights": np.full((3, TOP_K), np.nan, np.float32)}, INVALID, "expected a finite number"),
@@ -57,7 +63,7 @@ def test_a_ticket_serves_exactly_one_backward(member: RawMember) -> None:
     )
     code, message = member.ask(member.backward_frames(member.take_id(), ticket, layer=1))
     assert (code, "belongs to layer 0, not to layer 1" in message) == (INVALID, True)
-    code, message = member.ask(member.backward_frames(member.take_id(), ticket, tokens=2))
+    code, message = member.ask(member.backward_frames(member.take_id(), ticket, rows=2))
     assert (code, "dy has shape (2, 32), expected (3, 32)" in message) == (INVALID, True)
     first = member.take_id()
     assert member.ask(member.backward_frames(first, ticket))[0] is OK
@@ -69,80 +75,104 @@ def test_a_ticket_serves_exactly_one_backward(member: RawMember) -> None:
 
 
 def test_credits_are_enforced(member: RawMember) -> None:
-    def opening(request_id: int) -> bytes:
-        return member.forward_frames(request_id)[0]
-
     for _ in range(member.joined.credit_requests):
-        member.send(opening(member.take_id()))
-    code, message = member.ask([opening(member.take_id())])
-    assert code is EXHAUSTED
-    assert "acknowledge outcomes first" in message
+        member.send(*member.forward_frames(member.take_id()))
+    member.send(*member.forward_frames(member.take_id()))
+    outcomes = [member.outcome()[0] for _ in range(member.joined.credit_requests + 1)]
+    assert [header.type for header, _ in outcomes] == [FrameType.RESULT] * member.joined.credit_requests + [FrameType.ERROR]
+    assert "acknowledge outcomes first" in spb.ErrorDetail.FromString(outcomes[-1][1]).message
+    member.acknowledge(outcomes[-1][0].request_id)
+    assert member.ask(member.forward_frames(member.take_id()))[0] is OK
 
 
 def test_a_request_in_flight_passes_its_deadline(member: RawMember) -> None:
     frames = member.forward_frames(member.take_id(), deadline_ms=1)
     code, message = member.ask(frames[:1])  # and then silence
     assert code is DEADLINE
-    assert "deadline passed before all of its frames came" in message
-    for frame in frames[1:]:
-        member.send(frame)  # late frames of a request that has ended are ignored
+    assert "deadline passed before all of its tensors came" in message
+    member.send(*frames[1:])  # late tensors of a request that has ended are passed over
     assert member.ask(member.forward_frames(member.take_id()))[0] is OK
 
 
-BAD_MESSAGES = {
-    "truncated frame": lambda m: m.forward_frames(1)[0][:-3],
-    "truncated header": lambda m: m.forward_frames(1)[0][:40],
+def changed(message: bytes, at: int) -> bytes:
+    return message[:at] + bytes([message[at] ^ 0x10]) + message[at + 1 :]
+
+
+DAMAGED_MESSAGES = {
+    "truncated frame": lambda m: m.encoded(*m.forward_frames(1)[:1])[:-3],
+    "truncated header": lambda m: m.encoded(*m.forward_frames(1)[:1])[:40],
     "not a frame": lambda m: b"GET / HTTP/1.1\r\n\r\n" + bytes(100),
     "above one message": lambda m: bytes(MAX_MESSAGE_BYTES + 1),
-    "data without a request": lambda m: m.forward_frames(m.take_id())[1],
-    "end without a request": lambda m: m.forward_frames(m.take_id())[-1],
-    "stale epoch": lambda m: encode(m.header(FrameType.ACK, 1).__class__(FrameType.ACK, 1, epoch=99)),
-    "server's own frame type": lambda m: encode(m.header(FrameType.RESULT, 1)),
-    "acknowledging nothing": lambda m: encode(m.header(FrameType.ACK, 12345)),
-    "not a RequestOpen": lambda m: encode(m.header(FrameType.OPEN, m.take_id()), b"\xff\xff\xff"),
+    "a changed byte of a header": lambda m: changed(m.encoded(*m.forward_frames(1)[:1]), 34),
+    "a changed byte of a payload": lambda m: changed(m.encoded(*m.forward_frames(1)[:2]), 74),
+    "a message twice": lambda m: b"".join([m.encoded((m.header(FrameType.RELEASE, 1), b""))] * 2),
+    "a message lost": lambda m: [m.encoded((m.header(FrameType.RELEASE, 1), b"")) for _ in range(2)][1],
+}
+WRONG_FRAMES = {
+    "tensor without a request": lambda m: m.forward_frames(m.take_id())[1],
+    "stale epoch": lambda m: (Header(FrameType.ACK, 1, epoch=99), b""),
+    "server's own frame type": lambda m: (m.header(FrameType.RESULT, 1), b""),
+    "acknowledging nothing": lambda m: (m.header(FrameType.ACK, 12345), b""),
+    "not a RequestOpen": lambda m: (m.header(FrameType.REQUEST, m.take_id()), b"\xff\xff\xff"),
+    "a second join": lambda m: (Header(FrameType.JOIN, epoch=1), b""),
 }
 
 
-@pytest.mark.parametrize("what", BAD_MESSAGES)
-def test_a_malformed_message_ends_its_stream_only(server: ServerProcess, member: RawMember, what: str) -> None:
-    member.send(BAD_MESSAGES[what](member))
-    error = member.stream_error()
-    assert error.code() is INVALID, error.details()
-    assert "malformed frame" in error.details()
-    # The member keeps its place: it joins again and goes on where it was.
+def goes_on(server: ServerProcess, member: RawMember) -> None:
+    """The member keeps its place: it joins again and goes on where it was; others never noticed."""
     member.rejoin(resume=True)
+    assert member.joined.resumed
     assert member.ask(member.forward_frames(member.take_id()))[0] is OK
     with RawMember(server.address, f"other-{uuid.uuid4().hex}") as other:
         assert other.ask(other.forward_frames(other.take_id()))[0] is OK
+        other.leave()
+
+
+@pytest.mark.parametrize("what", DAMAGED_MESSAGES)
+def test_a_damaged_message_ends_its_stream_only(server: ServerProcess, member: RawMember, what: str) -> None:
+    member.send_bytes(DAMAGED_MESSAGES[what](member))
+    error = member.stream_error()
+    assert error.code() is DAMAGED, error.details()
+    assert "malformed frame" in error.details()
+    goes_on(server, member)
+
+
+@pytest.mark.parametrize("what", WRONG_FRAMES)
+def test_a_frame_that_may_not_come_ends_its_stream_only(server: ServerProcess, member: RawMember, what: str) -> None:
+    member.send(WRONG_FRAMES[what](member))
+    error = member.stream_error()
+    assert error.code() is INVALID, error.details()
+    assert "malformed frame" in error.details()
+    goes_on(server, member)
 
 
 def test_a_message_above_the_transport_limit_is_resource_exhausted(member: RawMember) -> None:
-    member.send(bytes(9 * MAX_MESSAGE_BYTES))
+    member.send_bytes(bytes(9 * MAX_MESSAGE_BYTES))
     assert member.stream_error().code() is EXHAUSTED
 
 
-def test_incomplete_or_misplaced_data_ends_the_stream(member: RawMember) -> None:
+def test_a_request_before_the_last_one_is_complete_ends_the_stream(member: RawMember) -> None:
     frames = member.forward_frames(member.take_id())
-    for frame in (frames[0], frames[2], frames[-1]):
-        member.send(frame)
+    member.send(frames[0], frames[2], *member.forward_frames(member.take_id()))
     error = member.stream_error()
     assert error.code() is INVALID
-    assert "ended with 0 of 24 bytes of EXPERT_IDS" in error.details()
+    assert f"had its EXPERT_IDS INT32 [{TOKENS}, {TOP_K}], HIDDEN_STATES FP32" in error.details()
 
 
-def test_pieces_must_come_in_order(member: RawMember) -> None:
+def test_a_tensor_of_another_shape_ends_the_stream(member: RawMember) -> None:
     request_id = member.take_id()
     member.send(member.forward_frames(request_id)[0])
-    late = member.header(FrameType.DATA, request_id, tensor=Tensor.HIDDEN_STATES, offset=64)
-    member.send(encode(late, bytes(64)))
-    assert "bytes 64 to 128 came, expected to go on at 0 of 384" in member.stream_error().details()
+    member.send(member.tensor(request_id, Tensor.HIDDEN_STATES, Dtype.FP32, np.ones((TOKENS + 1, HIDDEN), np.float32)))
+    assert f"got HIDDEN_STATES FP32 [{TOKENS + 1}, {HIDDEN}]" in member.stream_error().details()
 
 
-def test_request_ids_increase(member: RawMember) -> None:
-    request_id = member.take_id()
-    assert member.ask(member.forward_frames(request_id))[0] is OK
-    member.send(member.forward_frames(request_id)[0])
-    assert f"request id {request_id} came after {request_id}" in member.stream_error().details()
+def test_an_acknowledged_request_is_not_run_again(server: ServerProcess, member: RawMember) -> None:
+    ticket = member.take_id()
+    assert member.ask(member.forward_frames(ticket))[0] is OK
+    before = server.metric('kt_expert_tokens_total{pass="forward"}')
+    member.send(*member.forward_frames(ticket))
+    assert member.ask(member.backward_frames(member.take_id(), ticket))[0] is OK
+    assert server.metric('kt_expert_tokens_total{pass="forward"}') == before
 
 
 def test_a_repeated_request_gets_its_stored_outcome(server: ServerProcess, member: RawMember) -> None:
@@ -151,29 +181,34 @@ def test_a_repeated_request_gets_its_stored_outcome(server: ServerProcess, membe
     assert member.ask(member.forward_frames(ticket))[0] is OK
     backward = member.backward_frames(member.take_id(), ticket)
     before = server.metric("kt_expert_duplicate_requests_total")
-    for frame in backward:
-        member.send(frame)
-    first = [bytes(payload) for header, payload in _outcome(member)]
-    norm = _norm(member, 1)
-    for frame in backward:
-        member.send(frame)
-    assert [bytes(payload) for header, payload in _outcome(member)] == first
-    assert _norm(member, 2) == norm > 0
+    member.send(*backward)
+    first = member.outcome()
+    norm = _norm(member)
+    member.send(*backward)
+    assert member.outcome() == first
+    member.acknowledge(first[0][0].request_id)
+    assert _norm(member) == norm > 0
     assert server.metric("kt_expert_duplicate_requests_total") == before + 1
 
 
-def _outcome(member: RawMember) -> Iterator[tuple[object, memoryview]]:
-    for header, payload in member._incoming:
-        yield header, payload
-        if header.type in (FrameType.END, FrameType.ERROR):
-            return
+def test_outcomes_are_sent_again_to_a_member_that_lost_its_stream(member: RawMember) -> None:
+    ticket = member.take_id()
+    assert member.ask(member.forward_frames(ticket))[0] is OK
+    request_id = member.take_id()
+    member.send(*member.backward_frames(request_id, ticket))
+    first = member.outcome()
+    member.rejoin(resume=True, tickets=[])
+    assert (member.joined.resumed, member.joined.received) == (True, request_id)
+    again = member.outcome()
+    assert [payload for _, payload in again] == [payload for _, payload in first]
+    member.acknowledge(request_id)
 
 
-def _norm(member: RawMember, sequence: int) -> float:
-    request = pb.GradNormRequest(
-        member=member.joined.member, after_request_id=member.next_id - 1, sequence=sequence, timeout_s=10
-    )
-    return float(member.stub.GradNorm(request, timeout=TIMEOUT_S).norm)
+def _norm(member: RawMember) -> float:
+    member.send(*member.call_frames(Op.GRAD_NORM, spb.RequestOpen(grad_norm=spb.GradNorm())))
+    (header, payload), *_ = member.outcome()
+    member.acknowledge(header.request_id) if header.request_id - 1 == member.acknowledged else None
+    return float(spb.ResultHead.FromString(payload).norm)
 
 
 def _code(call: object) -> tuple[grpc.StatusCode, str]:
@@ -182,40 +217,49 @@ def _code(call: object) -> tuple[grpc.StatusCode, str]:
     return caught.value.code(), caught.value.details()
 
 
+def test_joins_name_what_is_wrong(server: ServerProcess) -> None:
+    lora = [pb.LayerLora(layer=0, rank_down=4, scale_down=1.0)]
+    good = {"world_size": 1, "wire_dtype": pb.WIRE_DTYPE_FP32, "lora": lora}
+    taken = RawMember(server.address, "taken")
+    cases = [
+        ({"run": "../x"}, INVALID, "not allowed"),
+        ({"config": pb.RunConfig(world_size=1)}, INVALID, "wire_dtype is 0"),
+        ({"config": pb.RunConfig(**good | {"world_size": 0})}, INVALID, "world size is 0"),
+        ({"config": pb.RunConfig(**good | {"lora": [*lora, pb.LayerLora(layer=0)]})}, INVALID, "two LoRA entries"),
+        ({"config": pb.RunConfig(**good | {"lora": [pb.LayerLora(layer=9, rank_up=1)]})}, MISSING, "layer 9"),
+        ({"config": pb.RunConfig(**good | {"lora": [pb.LayerLora(layer=0, rank_up=1 << 20)]})}, INVALID, "at most 65536"),
+        ({"config": pb.RunConfig(**good | {"moment_dtype": 7})}, INVALID, "MomentDtype"),
+        ({"rank": 1}, INVALID, "rank 1 is outside [0, 1)"),
+        ({"instance": "short"}, INVALID, "16 to 64 letters and digits"),
+        ({"run": "taken"}, EXISTS, "is held by another trainer that is connected"),
+        ({"run": "taken", "config": pb.RunConfig(**good | {"seed": 5})}, EXISTS, "seed is 0, asked for 5"),
+        ({"run": "nowhere", "resume_only": True}, MISSING, "not a member of run 'nowhere'"),
+    ]
+    for fields, code, text in cases:
+        with RawMember(server.address, "wrong-join", join=False) as raw:
+            with pytest.raises(grpc.RpcError) as caught:
+                raw.join(**fields)
+            assert caught.value.code() is code, caught.value.details()
+            assert text in caught.value.details()
+    with taken:
+        taken.leave()
+
+
+def test_frames_before_joining_end_the_stream(server: ServerProcess) -> None:
+    for frame in (
+        lambda m: (m.header(FrameType.ACK, 1), b""),
+        lambda m: m.forward_frames(1)[1],
+        lambda m: (Header(FrameType.JOIN, epoch=1), b"\xff\xff"),
+    ):
+        with RawMember(server.address, "silent", join=False) as raw:
+            raw.send(frame(raw))
+            assert raw.stream_error().code() is INVALID
+
+
 def test_control_calls_name_what_is_wrong(member: RawMember) -> None:
     stub, timeout = member.stub, TIMEOUT_S
-    config = pb.RunConfig(world_size=1, wire_dtype=pb.WIRE_DTYPE_BF16)
-    twice = pb.RunConfig(world_size=1, wire_dtype=1, lora=[pb.LayerLora(layer=0, rank_up=1), pb.LayerLora(layer=0)])
-    far = pb.RunConfig(world_size=1, wire_dtype=1, lora=[pb.LayerLora(layer=9, rank_up=1)])
-    odd = pb.RunConfig(world_size=1, wire_dtype=1, moment_dtype=7)  # type: ignore[arg-type]  # not a value of the enum
-    empty = pb.StepRequest(member=member.joined.member, step=1, timeout_s=timeout)
-    partial = pb.StepRequest(
-        member=member.joined.member,
-        step=1,
-        timeout_s=timeout,
-        groups=[pb.ParamGroup(tensors=["a_up"], sgd=pb.Sgd(learning_rate=1.0))],
-    )
-    huge = pb.RunConfig(world_size=1, wire_dtype=1, lora=[pb.LayerLora(layer=0, rank_up=1 << 20)])
-    groups = [pb.ParamGroup(adamw=pb.Adam(learning_rate=1e-3, beta1=0.9, beta2=2.0, eps=1e-8))]
-    step = pb.StepRequest(member=member.joined.member, step=1, grad_scale=1, groups=groups, timeout_s=1)
-    late = pb.StepRequest(
-        member=member.joined.member, step=5, grad_scale=1, timeout_s=1,
-        groups=[pb.ParamGroup(adamw=pb.Adam(learning_rate=1e-3, beta1=0.9, beta2=0.9, eps=1e-8))],
-    )  # fmt: skip
     cases = [
-        (lambda: stub.JoinRun(pb.JoinRunRequest(run="nowhere"), timeout=timeout), MISSING, "run 'nowhere' is not open"),
         (lambda: stub.CloseRun(pb.CloseRunRequest(run="nowhere"), timeout=timeout), MISSING, "nowhere"),
-        (lambda: stub.LeaveRun(pb.MemberRequest(member="x"), timeout=timeout), MISSING, "join the run again"),
-        (lambda: stub.OpenRun(pb.OpenRunRequest(run="../x", config=config), timeout=timeout), INVALID, "not allowed"),
-        (lambda: stub.OpenRun(pb.OpenRunRequest(run="a"), timeout=timeout), INVALID, "wire_dtype is 0"),
-        (lambda: stub.OpenRun(pb.OpenRunRequest(run="a", config=twice), timeout=timeout), INVALID, "two LoRA entries"),
-        (lambda: stub.OpenRun(pb.OpenRunRequest(run="a", config=far), timeout=timeout), MISSING, "layer 9"),
-        (lambda: stub.OpenRun(pb.OpenRunRequest(run="a", config=huge), timeout=timeout), INVALID, "at most 65536"),
-        (lambda: stub.Step(step, timeout=timeout), INVALID, "beta2, expected 0 <= beta2 < 1: 2.0"),
-        (lambda: stub.Step(empty, timeout=timeout), INVALID, "the step has no groups"),
-        (lambda: stub.Step(partial, timeout=timeout), INVALID, "no group of the step holds a_gate"),
-        (lambda: stub.OpenRun(pb.OpenRunRequest(run="a", config=odd), timeout=timeout), INVALID, "MomentDtype"),
-        (lambda: stub.Step(late, timeout=timeout), PHASE, "step 5 was asked for, the next is 1"),
         (lambda: stub.Hello(pb.HelloRequest(protocol_version=99), timeout=timeout), PHASE, "speaks protocol 99"),
     ]
     for call, code, text in cases:
@@ -224,36 +268,65 @@ def test_control_calls_name_what_is_wrong(member: RawMember) -> None:
         assert text in details
 
 
-def test_a_second_join_fences_the_first(member: RawMember) -> None:
-    old = member.joined
+def adam(**numbers: float) -> list[pb.ParamGroup]:
+    return [pb.ParamGroup(adamw=pb.Adam(**{"learning_rate": 1e-3, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8} | numbers))]
+
+
+def test_steps_name_what_is_wrong(member: RawMember) -> None:
+    partial = [pb.ParamGroup(tensors=["a_up"], sgd=pb.Sgd(learning_rate=1.0))]
+    cases = [
+        (spb.Step(step=1, grad_scale=1, groups=adam(beta2=2.0)), INVALID, "beta2, expected 0 <= beta2 < 1: 2.0"),
+        (spb.Step(step=1, grad_scale=1), INVALID, "the step has no groups"),
+        (spb.Step(step=1, grad_scale=1, groups=partial), INVALID, "no group of the step holds a_gate"),
+        (spb.Step(step=1, grad_scale=float("nan"), groups=adam()), INVALID, "grad_scale is nan"),
+        (spb.Step(step=5, grad_scale=1, groups=adam()), PHASE, "step 5 was asked for, the next is 1"),
+    ]
+    for step, code, text in cases:
+        got, message = member.ask(member.call_frames(Op.STEP, spb.RequestOpen(step=step)))
+        assert got is code, message
+        assert text in message
+
+
+def test_an_older_stream_is_fenced_by_a_newer_one(member: RawMember) -> None:
     ticket = member.take_id()
     assert member.ask(member.forward_frames(ticket))[0] is OK
-    again = member.stub.JoinRun(pb.JoinRunRequest(run=member.run, rank=0, resume_member=old.member), timeout=TIMEOUT_S)
-    assert (again.epoch, again.last_request_id) == (old.epoch + 1, ticket)
-    error = member.stream_error()
-    assert error.code() is PHASE
-    assert "epoch 2 replaces this one" in error.details()
-    member.attach()
-    assert member.stream_error().code() is MISSING
-    # What the fenced process still says, even that it leaves, does not reach its successor.
-    leave = pb.MemberRequest(member=old.member)
-    assert _code(lambda: member.stub.LeaveRun(leave, timeout=TIMEOUT_S))[0] is MISSING
-    member.joined = again
-    member.attach(epoch=old.epoch)
-    assert f"epoch {old.epoch} is stale" in member.stream_error().details()
-    member.attach()
+    first, old_call = member._incoming, member.call
+    member.rejoin(resume=True, tickets=[ticket])
+    assert (member.joined.resumed, member.joined.received) == (True, ticket)
+    with pytest.raises(grpc.RpcError) as caught:
+        next(first)
+    assert caught.value.code() is ABORTED
+    assert "epoch 2 replaces this stream" in caught.value.details()
+    del old_call
+    member.open()
+    with pytest.raises(grpc.RpcError) as caught:
+        member.join(epoch=2)
+    assert caught.value.code() is ABORTED
+    assert "epoch 2 of rank 0" in caught.value.details()
+    member.rejoin(resume=True, tickets=[ticket])
     assert member.ask(member.backward_frames(member.take_id(), ticket))[0] is OK
 
 
-def test_a_restarted_process_starts_afresh(member: RawMember) -> None:
-    """A rank that joins without naming its predecessor owes nothing: credits are full, old tickets are gone."""
+def test_tickets_that_are_not_wanted_any_more_are_dropped_on_joining_again(member: RawMember) -> None:
+    tickets = [member.take_id() for _ in range(3)]
+    for ticket in tickets:
+        assert member.ask(member.forward_frames(ticket))[0] is OK
+    member.rejoin(resume=True, tickets=tickets[1:2])
+    status = member.stub.GetStatus(pb.GetStatusRequest(), timeout=TIMEOUT_S)
+    assert [m.tickets for run in status.runs if run.run == member.run for m in run.members] == [1]
+    code, message = member.ask(member.backward_frames(member.take_id(), tickets[0]))
+    assert (code, "released by its trainer while it had no connection" in message) == (PHASE, True)
+
+
+def test_a_trainer_that_takes_over_starts_afresh(member: RawMember) -> None:
+    """It owes nothing: credits are full, tickets of the other are gone."""
     ticket = member.take_id()
     for request_id in (ticket, *(member.take_id() for _ in range(member.joined.credit_requests - 1))):
-        for frame in member.forward_frames(request_id):
-            member.send(frame)
+        member.send(*member.forward_frames(request_id))
     for _ in range(member.joined.credit_requests):
-        list(_outcome(member))  # received and never acknowledged
+        member.outcome()  # received and never acknowledged
     member.rejoin(resume=False)
+    assert not member.joined.resumed
     status = member.stub.GetStatus(pb.GetStatusRequest(), timeout=TIMEOUT_S)
     assert [m.tickets for run in status.runs if run.run == member.run for m in run.members] == [0]
     for _ in range(2 * member.joined.credit_requests):
@@ -261,14 +334,12 @@ def test_a_restarted_process_starts_afresh(member: RawMember) -> None:
     assert member.ask(member.backward_frames(member.take_id(), ticket))[0] is MISSING
 
 
-def test_a_replayed_half_sent_request_is_taken(member: RawMember) -> None:
-    frames = member.forward_frames(member.take_id())
-    member.send(frames[0])
-    member.send(frames[1])
-    other = member.take_id()
-    assert member.ask(member.forward_frames(other))[0] is OK
+def test_a_half_sent_request_may_be_sent_again(member: RawMember) -> None:
+    request_id = member.take_id()
+    frames = member.forward_frames(request_id)
+    member.send(*frames[:2])
     member.rejoin(resume=True)
-    request_id = other - 1
+    assert member.joined.received == request_id - 1
     assert member.ask(member.forward_frames(request_id))[0] is OK
 
 
@@ -277,10 +348,27 @@ def test_one_ticket_in_two_backwards_at_once_counts_once(member: RawMember) -> N
     assert member.ask(member.forward_frames(ticket))[0] is OK
     both = [member.take_id(), member.take_id()]
     for request_id in both:
-        for frame in member.backward_frames(request_id, ticket):
-            member.send(frame)
-    kinds = [[header.type for header, _ in _outcome(member)][-1] for _ in both]
-    assert kinds == [FrameType.END, FrameType.ERROR]
+        member.send(*member.backward_frames(request_id, ticket))
+    assert [member.outcome()[0][0].type for _ in both] == [FrameType.RESULT, FrameType.ERROR]
+
+
+def test_a_cancelled_request_has_an_outcome_and_changes_nothing(member: RawMember) -> None:
+    """Even one that was to begin a new window: the gradients of the open one still count."""
+    first, second = member.take_id(), member.take_id()
+    for ticket in (first, second):
+        assert member.ask(member.forward_frames(ticket))[0] is OK
+    assert member.ask(member.backward_frames(member.take_id(), first))[0] is OK
+    norm = _norm(member)
+    request_id = member.take_id()
+    frames = member.backward_frames(request_id, second, begin=True)
+    member.send(frames[0], (member.header(FrameType.CANCEL, request_id), b""), *frames[1:])
+    header, payload = member.outcome()[0]
+    assert header.type is FrameType.ERROR
+    assert spb.ErrorDetail.FromString(payload).code == grpc.StatusCode.CANCELLED.value[0]
+    member.acknowledge(request_id)
+    late = member.backward_frames(member.take_id(), second, begin=True, deadline_ms=1)
+    assert member.ask(late)[0] in (DEADLINE, OK)
+    assert _norm(member) > 0 < norm
 
 
 def test_unacknowledged_errors_do_not_pile_up(member: RawMember) -> None:
@@ -293,31 +381,41 @@ def test_unacknowledged_errors_do_not_pile_up(member: RawMember) -> None:
 
 def test_a_missing_member_is_named_when_the_deadline_passes(server: ServerProcess) -> None:
     with RawMember(server.address, f"pair-{uuid.uuid4().hex}", world_size=3, rank=1) as member:
-        groups = [pb.ParamGroup(adamw=pb.Adam(learning_rate=1e-3, beta1=0.9, beta2=0.999, eps=1e-8))]
-        request = pb.StepRequest(member=member.joined.member, step=1, grad_scale=1.0, groups=groups, timeout_s=0.2)
-        code, details = _code(lambda: member.stub.Step(request, timeout=TIMEOUT_S))
+        step = spb.RequestOpen(step=spb.Step(step=1, grad_scale=1.0, groups=adam()))
+        code, details = member.ask(member.call_frames(Op.STEP, step, deadline_ms=200))
         assert code is DEADLINE
-        assert "waited 0.2 s for ranks [0, 2] of 3; nothing was applied" in details
+        assert "step 1 waited 0.2 s for ranks [0, 2] of 3; nothing was applied" in details
         assert member.ask(member.forward_frames(member.take_id()))[0] is OK
-        member.stub.LeaveRun(pb.MemberRequest(member=member.joined.member), timeout=TIMEOUT_S)
+        member.leave()
+
+
+def test_the_norm_may_be_asked_for_while_others_wait_for_the_step(server: ServerProcess) -> None:
+    name = f"pair-{uuid.uuid4().hex}"
+    with RawMember(server.address, name, world_size=2) as zero, RawMember(server.address, name, world_size=2, rank=1) as one:
+        step = spb.RequestOpen(step=spb.Step(step=1, grad_scale=1.0, groups=adam()))
+        zero.send(*zero.call_frames(Op.STEP, step))
+        assert one.ask(one.call_frames(Op.GRAD_NORM, spb.RequestOpen(grad_norm=spb.GradNorm())))[0] is OK
+        assert one.ask(one.call_frames(Op.STEP, step))[0] is OK
+        assert spb.ResultHead.FromString(zero.outcome()[0][1]).step == one.head.step == 1
 
 
 def test_uploads_are_checked_before_they_count(member: RawMember) -> None:
-    run = member.run
+    shape = (EXPERTS * 4, 24)
 
-    def put(**fields: object) -> tuple[grpc.StatusCode, str]:
-        good = {
-            "run": run, "layer": 0, "tensor": "a_down", "part": pb.ADAPTER_PART_PARAMETER, "shape": [EXPERTS, 4, 24],
-            "data": np.zeros(EXPERTS * 4 * 24, np.float32).tobytes(),
-        }  # fmt: skip
-        chunk = pb.AdapterChunk(**good | fields)
-        return _code(lambda: member.stub.PutAdapter(iter([chunk]), timeout=TIMEOUT_S))
+    def put(
+        values: np.ndarray, tensor: str = "a_down", part: int = pb.ADAPTER_PART_PARAMETER, **fields: int
+    ) -> tuple[object, str]:
+        request_id = member.take_id()
+        name = spb.TensorName(tensor=tensor, part=part)  # type: ignore[arg-type]  # values that are none too
+        about = {"op": Op.WRITE_TENSOR, "rows": values.shape[0], "columns": values.shape[1], **fields}
+        opened = spb.RequestOpen(write_tensor=name).SerializeToString()
+        header = member.header(FrameType.REQUEST, request_id, **about)
+        return member.ask([(header, opened), member.tensor(request_id, Tensor.ADAPTER, Dtype.FP32, values, Op.WRITE_TENSOR)])
 
-    assert put(layer=2)[0] is MISSING
-    assert put(tensor="a_up")[0] is MISSING
-    assert put(part=0)[0] is INVALID
-    assert "has shape (8, 4, 23)" in put(shape=[EXPERTS, 4, 23])[1]
-    assert "ended after 8 of" in put(data=bytes(8))[1]
-    nan = np.full(EXPERTS * 4 * 24, np.nan, np.float32).tobytes()
-    assert "not finite" in put(data=nan)[1]
-    assert _code(lambda: member.stub.PutAdapter(iter([]), timeout=TIMEOUT_S))[0] is INVALID
+    good = np.zeros(shape, np.float32)
+    assert put(good, layer=2)[0] is MISSING
+    assert put(good, tensor="a_up")[0] is MISSING
+    assert put(good, part=0)[0] is INVALID
+    assert "has shape (32, 23), expected 8 times 4 rows of 24" in put(np.zeros((shape[0], 23), np.float32))[1]
+    assert "not finite" in put(np.full(shape, np.nan, np.float32))[1]
+    assert put(good)[0] is OK

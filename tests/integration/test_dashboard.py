@@ -100,6 +100,7 @@ def use_everything(client: Client, address: str, name: str) -> None:
     run.load_checkpoint(name)
     with pytest.raises(kt.InvalidRequest):
         run.submit_forward(0, x, ids + 100, weights).result()
+    client.status()
     with RawMember(address, f"raw-{name}") as raw:
         raw.ask(raw.forward_frames(raw.take_id()))
 

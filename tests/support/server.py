@@ -17,9 +17,9 @@ class ServerProcess:
     """kt-expert-server on free ports. `wait=False` leaves reading the ready line to the caller."""
 
     def __init__(self, model: Path, log: Path, *arguments: str, environment: dict[str, str] | None = None) -> None:
-        command = [sys.executable, "-m", "kt_expert_server", "--model", str(model), "--metrics-listen", "127.0.0.1:0"]
-        if "--listen" not in arguments:
-            command += ["--listen", "127.0.0.1:0"]
+        command = [sys.executable, "-m", "kt_expert_server", "--model", str(model)]
+        for option in ("--listen", "--metrics-listen"):
+            command += [] if option in arguments else [option, "127.0.0.1:0"]
         self.log = log
         self._log_file = log.open("w", encoding="utf-8")
         self.process = subprocess.Popen(

@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import kt_expert_native as native
+from kt_expert_proto.lora import TENSORS
 from rich.console import Console
 from rich.table import Table
 
 from kt_expert_server.bench.shapes import LayerShape
-from kt_expert_server.runtime.optimizer import TENSORS
 
 KINDS = ("adamw", "adam", "sgd", "adafactor")
 MOMENTS = ("fp32", "bf16")

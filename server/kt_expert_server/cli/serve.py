@@ -6,25 +6,31 @@ import argparse
 import logging
 import math
 import os
+import re
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import uvloop
+from kt_expert_proto.environment import unknown_variable
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from kt_expert_server.config import (
+    DEFAULT_LIMITS,
     DEFAULT_LISTEN,
     DEFAULT_METRICS_LISTEN,
     ISA_VARIABLE,
     SERVED_FORMATS,
     Address,
+    Security,
     ServerConfig,
     available_cores,
     available_memory,
 )
 from kt_expert_server.errors import InvalidRequest, ServerError
+from kt_expert_server.members.limits import Limits
 from kt_expert_server.model.index import ModelPlan, plan_model
 from kt_expert_server.model.loader import AUTO_FORMAT, shown_format
 from kt_expert_server.model.memory_plan import plan_memory
@@ -32,6 +38,7 @@ from kt_expert_server.model.placement import AUTO, choose_placement
 from kt_expert_server.server import Server
 
 _GIB = 1024**3
+_EVERY = re.compile(r"(?P<number>\d{1,9})(?P<unit>s?)")
 _DEFAULT_SHUTDOWN_TIMEOUT_S = 60.0
 _PLAIN_REPORTS = 10  # lines a load prints where there is no terminal
 
@@ -41,6 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(argv)
     logging.basicConfig(stream=sys.stderr, level=options.log_level.upper(), format="%(asctime)s %(levelname)s %(message)s")
     try:
+        _check_environment()
         config = _config(options)
         plan = plan_model(config.model_dir)
         _print_plan(plan, config)
@@ -52,6 +60,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"kt-expert-server: {error}", file=sys.stderr)
         return ServerError.exit_status
     return 0
+
+
+def _check_environment() -> None:
+    unknown = unknown_variable(os.environ)
+    if unknown is not None:
+        raise InvalidRequest(unknown)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -74,12 +88,71 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--shutdown-timeout", type=float, default=_DEFAULT_SHUTDOWN_TIMEOUT_S, metavar="S", help="time to finish work"
     )
+    parser.add_argument(
+        "--checkpoint-every",
+        default="0",
+        metavar="N|Ns",
+        help="take a restart point of every run after N steps, or after N seconds (300s); 0: only when the server stops",
+    )
+    parser.add_argument(
+        "--keep-checkpoints", type=int, default=DEFAULT_LIMITS.keep_checkpoints, metavar="K", help="restart points kept a run"
+    )
+    parser.add_argument(
+        "--run-ttl",
+        type=float,
+        default=DEFAULT_LIMITS.run_ttl_s,
+        metavar="S",
+        help="close a named run that had no member for so long",
+    )
+    parser.add_argument(
+        "--lease",
+        type=float,
+        default=DEFAULT_LIMITS.lease_s,
+        metavar="S",
+        help="how long a trainer without connection keeps its rank",
+    )
+    parser.add_argument(
+        "--retention",
+        type=float,
+        default=DEFAULT_LIMITS.retention_s,
+        metavar="S",
+        help="how long after that its gradients and tickets are kept, unless the memory is needed",
+    )
+    _add_security(parser)
     parser.add_argument("--log-level", default="info", choices=("debug", "info", "warning", "error"))
     return parser
 
 
+def _add_security(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("security", "needed where --listen can be reached from other machines")
+    group.add_argument("--tls-cert", type=Path, metavar="FILE", help="certificate chain (PEM); read again when it changes")
+    group.add_argument("--tls-key", type=Path, metavar="FILE", help="its key (PEM)")
+    group.add_argument("--tls-client-ca", type=Path, metavar="FILE", help="accept only clients whose certificate it has signed")
+    group.add_argument("--token-file", type=Path, metavar="FILE", help="lines of identity, scopes (train,admin) and token")
+    group.add_argument("--insecure-allow-remote", action="store_true", help="listen on a network without TLS or tokens")
+    group.add_argument("--reflection", action="store_true", help="describe the service outside loopback too")
+
+
+def _security(options: argparse.Namespace) -> Security:
+    return Security(
+        options.tls_cert,
+        options.tls_key,
+        options.tls_client_ca,
+        options.token_file,
+        options.insecure_allow_remote,
+        options.reflection,
+    )
+
+
 def _config(options: argparse.Namespace) -> ServerConfig:
-    for name, value in (("--memory-limit", options.memory_limit), ("--shutdown-timeout", options.shutdown_timeout)):
+    numbers = (
+        ("--memory-limit", options.memory_limit),
+        ("--shutdown-timeout", options.shutdown_timeout),
+        ("--run-ttl", options.run_ttl),
+        ("--lease", options.lease),
+        ("--retention", options.retention),
+    )
+    for name, value in numbers:
         if value is not None and not (math.isfinite(value) and value >= 0):
             raise InvalidRequest(f"{name} is {value}, expected a number of at least 0")
     limit = available_memory() if options.memory_limit is None else int(options.memory_limit * _GIB)
@@ -91,10 +164,36 @@ def _config(options: argparse.Namespace) -> ServerConfig:
         state_dir=options.state_dir,
         threads=threads,
         placement=choose_placement(options.nodes, threads),
+        limits=_limits(options),
+        security=_security(options),
         weight_format=options.weight_format,
         isa=os.environ.get(ISA_VARIABLE, ""),
         memory_limit_bytes=limit,
         shutdown_timeout_s=options.shutdown_timeout,
+    )
+
+
+def _limits(options: argparse.Namespace) -> Limits:
+    """Raises InvalidRequest for restart points without a place, or numbers without a meaning."""
+    match = _EVERY.fullmatch(options.checkpoint_every)
+    if match is None:
+        raise InvalidRequest(
+            f"--checkpoint-every is {options.checkpoint_every!r}, expected a number of steps (10) or of seconds (300s)"
+        )
+    if options.keep_checkpoints < 1:
+        raise InvalidRequest(f"--keep-checkpoints is {options.keep_checkpoints}, expected at least 1")
+    every = int(match["number"])
+    if every and options.state_dir is None:
+        raise InvalidRequest("--checkpoint-every needs a place for checkpoints; give --state-dir DIR too")
+    by_time = match["unit"] == "s"
+    return replace(
+        DEFAULT_LIMITS,
+        checkpoint_every_steps=0 if by_time else every,
+        checkpoint_every_s=float(every) if by_time else 0.0,
+        keep_checkpoints=options.keep_checkpoints,
+        run_ttl_s=options.run_ttl,
+        lease_s=options.lease,
+        retention_s=options.retention,
     )
 
 

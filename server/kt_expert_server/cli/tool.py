@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from kt_expert_server.cli import bench, doctor
+from kt_expert_server.cli import bench, checkpoint, doctor, runs
 from kt_expert_server.config import SERVED_FORMATS, available_cores, available_memory
 from kt_expert_server.errors import ServerError
 from kt_expert_server.model.index import plan_model
@@ -43,6 +43,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     plan_parser.add_argument("--memory-limit", type=float, metavar="GIB")
     plan_parser.set_defaults(run=_plan)
+    runs_parser = commands.add_parser("runs", help="list and close the runs of a server")
+    runs.add_arguments(runs_parser)
+    runs_parser.set_defaults(run=runs.run)
+    checkpoint_parser = commands.add_parser("checkpoint", help="list, verify and remove checkpoints")
+    checkpoint.add_arguments(checkpoint_parser)
+    checkpoint_parser.set_defaults(run=checkpoint.run)
     bench_parser = commands.add_parser("bench", help="measure the engine on this machine")
     bench.add_arguments(bench_parser)
     bench_parser.set_defaults(run=bench.run)

@@ -11,7 +11,7 @@ import kt_expert_native as native
 import numpy as np
 from numpy.typing import NDArray
 
-from kt_expert_server.errors import ModelError
+from kt_expert_server.errors import ModelError, NotFound
 from kt_expert_server.model.architecture import FP8_SCALE_SUFFIX
 from kt_expert_server.model.bf16 import bf16_to_fp32, round_to_bf16
 from kt_expert_server.model.index import BF16_BYTES, FP32_BYTES, LayerPlan, ModelPlan
@@ -41,6 +41,14 @@ class BaseModel:
 
     plan: ModelPlan
     layers: dict[int, LoadedLayer]
+
+    def require_layer(self, layer: int) -> LoadedLayer:
+        """Raises NotFound for a layer without experts."""
+        found = self.layers.get(layer)
+        if found is None:
+            indices = sorted(self.layers)
+            raise NotFound(f"layer {layer} has no experts; layers with experts: {indices[0]} to {indices[-1]} ({len(indices)})")
+        return found
 
 
 def native_spec(plan: LayerPlan) -> native.LayerSpec:

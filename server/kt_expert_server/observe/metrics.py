@@ -7,16 +7,15 @@ import time
 import prometheus_client
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-from kt_expert_server.runtime.engine_queue import EngineQueue
-from kt_expert_server.runtime.memory import Kind
-from kt_expert_server.runtime.registry import Registry, State
+from kt_expert_server.engine.budget import Kind, MemoryBudget
+from kt_expert_server.members.core import ServerCore, State
 
 SECONDS_BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 TOKEN_BUCKETS = (1, 4, 16, 64, 256, 1024, 4096, 16384, 65536)
 
 
 class Metrics:
-    """Implements the runtime's Observer and reads gauges from the registry at scrape time."""
+    """Implements Observer, and reads gauges from the core at scrape time."""
 
     def __init__(self, version: str, isa: str, weight_format: str) -> None:
         self.registry = CollectorRegistry()
@@ -103,21 +102,22 @@ class Metrics:
         self._handled.labels(method, code).inc()
         self._handling.labels(method).observe(seconds)
 
-    def render(self, runs: Registry, queue: EngineQueue) -> bytes:
+    def render(self, core: ServerCore, budget: MemoryBudget, threads: int) -> bytes:
         """The text exposition, with the gauges read now."""
         for state in State:
-            self._state.labels(state.value).set(1 if runs.state is state else 0)
-        members = runs.members
-        self._queue_depth.set(queue.depth)
-        self._inflight.set(sum(len(member.running) for member in members))
-        self._inflight_bytes.set(sum(sum(member.running.values()) for member in members))
+            self._state.labels(state.value).set(1 if core.state is state else 0)
+        members = core.runs.members
+        self._queue_depth.set(core.dispatch.depth)
+        waiting = [entry for member in members for entry in member.log if entry.outcome is None]
+        self._inflight.set(len(waiting))
+        self._inflight_bytes.set(sum(entry.credit_bytes or 0 for entry in waiting))
         for kind in Kind:
-            self._memory.labels(kind.value).set(runs.budget.reserved(kind))
-        self._limit.set(runs.budget.limit_bytes)
-        self._runs.set(len(runs.runs))
-        self._sessions.set(sum(member.sink is not None for member in members))
+            self._memory.labels(kind.value).set(budget.reserved(kind))
+        self._limit.set(budget.limit_bytes)
+        self._runs.set(len(core.runs.by_name))
+        self._sessions.set(sum(member.stream is not None for member in members))
         self._tickets.set(sum(len(member.tickets) for member in members))
-        self._threads.set(queue.engine.threads)
-        layers = runs.model.layers.values() if runs.model is not None else ()
+        self._threads.set(threads)
+        layers = core.model.layers.values() if core.model is not None else ()
         self._misplaced.set(sum(bool(layer.weights.placement_obstacle) for layer in layers))
         return prometheus_client.generate_latest(self.registry)

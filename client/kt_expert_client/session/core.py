@@ -1,0 +1,555 @@
+"""The trainer's half of the protocol as a state machine: events and the time go in, actions come out.
+
+It does no I/O, starts no threads, reads no clock and draws no random numbers. The driver (session/driver.py, or a simulator)
+calls one method at a time and then carries out take_actions(), in order.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from google.protobuf.message import DecodeError
+from kt_expert_proto.codec import Buffer, Source
+from kt_expert_proto.header import FrameError, FrameType, Header, Op, Tensor
+from kt_expert_proto.v1 import service_pb2 as pb
+from kt_expert_proto.v1.session_pb2 import ErrorDetail, Join, Joined, Leave, RequestOpen, ResultHead
+
+from kt_expert_client.errors import (
+    AlreadyExists,
+    DeadlineExceeded,
+    InvalidRequest,
+    KtExpertError,
+    NotAuthenticated,
+    NotFound,
+    NotPermitted,
+    OutOfCapacity,
+    RunStateLost,
+    ServerUnavailable,
+    WrongPhase,
+    from_status,
+)
+from kt_expert_client.session.calls import Call
+from kt_expert_client.session.journal import Journal
+
+ANSWER_SLACK_S = 5.0  # the server enforces a call's deadline; this is for its answer to travel
+_FIRST_DELAY_S = 0.05
+_FAREWELL_S = 2.0  # for the server to take a rank back
+_MAX_DELAY_S = 5.0
+_MS_PER_S = 1000
+# What asking again does not mend. Everything else may be the network's or a restarting server's.
+_FINAL = (InvalidRequest, NotFound, AlreadyExists, WrongPhase, OutOfCapacity, NotPermitted, NotAuthenticated)
+
+
+class Phase(enum.Enum):
+    APART = enum.auto()  # no connection; the next attempt is at connect_at
+    JOINING = enum.auto()
+    JOINED = enum.auto()
+    ENDED = enum.auto()
+
+
+@dataclass(frozen=True, slots=True)
+class JoinTerms:
+    """Which rank of which run this trainer is."""
+
+    run: str
+    config: pb.RunConfig
+    ephemeral: bool
+    rank: int
+    instance: str  # drawn at random, once for each session
+    takeover: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Connect:
+    """Open a transport; what was sent on an older one is not sent any more."""
+
+
+@dataclass(frozen=True, slots=True)
+class Disconnect:
+    """Close the transport. Its end is not reported to the core."""
+
+
+@dataclass(frozen=True, slots=True)
+class Send:
+    header: Header
+    payload: bytes | Source
+
+
+@dataclass(frozen=True, slots=True)
+class Settled:
+    """A call has its outcome: results and head, or an error."""
+
+    call: Call
+    error: KtExpertError | None
+
+
+@dataclass(frozen=True, slots=True)
+class Note:
+    """For the log."""
+
+    text: str
+
+
+Action = Connect | Disconnect | Send | Settled | Note
+
+
+class SessionCore:
+    """Takes calls, keeps them until their outcomes are known, whatever becomes of connections and servers meanwhile."""
+
+    def __init__(
+        self,
+        terms: JoinTerms,
+        journal: Journal,
+        memory: Callable[[int, Call], Buffer],
+        now: float,
+        join_timeout_s: float,
+    ) -> None:
+        self.joined: Joined | None = None  # the latest answer
+        self.failure: KtExpertError | None = None  # why the session has ended
+        self._terms = terms
+        self._journal = journal
+        self._memory = memory  # for a result's tensor of so many bytes
+        self._phase = Phase.APART
+        self._connect_at = now
+        self._join_deadline = now + join_timeout_s
+        self._attempts = 0  # since the last time it was joined
+        self._apart_since = now
+        self._epoch = 0
+        self._origin_step = 0  # of the run when this trainer came
+        self._next_id = 1
+        self._acknowledged = 0
+        self._calls: dict[int, Call] = {}  # without an outcome, in the order of ids
+        self._unsent: deque[Call] = deque()
+        self._receiving: Call | None = None
+        self._is_leaving = False
+        # Why the session is about to end, once the server has let go of the rank or cannot be told.
+        self._farewell: KtExpertError | None = None
+        self._farewell_call: Call | None = None
+        self._doomed: list[Call] = []  # calls that will get that error
+        self._last_error: KtExpertError | None = None  # why the last attempt failed
+        self._actions: list[Action] = []
+
+    # What a trainer does
+
+    @property
+    def last_request_id(self) -> int:
+        return self._next_id - 1
+
+    @property
+    def phase(self) -> Phase:
+        return self._phase
+
+    @property
+    def keeps_requests(self) -> bool:
+        return self._journal.is_on
+
+    def has_room(self, size_bytes: int) -> bool:
+        """Whether a call of that size may be submitted now. True too when it would raise at once."""
+        if self.failure is not None:
+            return True
+        if self.joined is None:
+            return False
+        waiting = [call for call in self._calls.values() if not call.is_replay]
+        used = sum(call.size_bytes for call in waiting)
+        return len(waiting) < self.joined.credit_requests and used + size_bytes <= self.joined.credit_bytes
+
+    def submit(self, call: Call, now: float) -> None:
+        """Takes a call for which there is room. Raises why the session has ended, or OutOfCapacity."""
+        if self.failure is not None:
+            raise self.failure
+        assert self.joined is not None  # noqa: S101  # has_room() was true
+        if call.size_bytes > self.joined.credit_bytes:
+            raise OutOfCapacity(
+                f"the request's tensors take {call.size_bytes} bytes, this member may have {self.joined.credit_bytes} in "
+                "flight; send fewer tokens at once"
+            )
+        call.request_id, self._next_id = self._next_id, self._next_id + 1
+        call.deadline = now + call.timeout_s
+        self._is_leaving = self._is_leaving or call.op is Op.LEAVE
+        self._calls[call.request_id] = call
+        self._unsent.append(call)
+        self._pump(now)
+
+    def cancel(self, call: Call) -> None:
+        """The outcome is no longer wanted; it comes all the same, as an error where the server had not begun."""
+        if call.is_sent and self._phase is Phase.JOINED:
+            self._control(FrameType.CANCEL, call.request_id)
+
+    def release(self, ticket: int) -> None:
+        """The ticket will not be consumed. Where the server does not hear of it, the next join repairs that."""
+        self._journal.released(ticket)
+        if self._phase is Phase.JOINED:
+            self._control(FrameType.RELEASE, ticket)
+
+    def end(self, error: KtExpertError) -> None:
+        """Gives up: all calls get the error."""
+        if self.failure is not None:
+            return
+        self.failure, self._phase = error, Phase.ENDED
+        self._actions.append(Disconnect())
+        calls = self._doomed + list(self._calls.values())
+        self._calls.clear()
+        self._doomed = []
+        self._unsent.clear()
+        self._receiving = None
+        for call in calls:
+            call.drop_results()
+            call.on_unneeded(call)
+            if not call.is_replay and not call.is_given_up and call is not self._farewell_call:
+                self._actions.append(Settled(call, error))
+        self._journal.clear()
+
+    def _end_politely(self, error: KtExpertError, now: float) -> None:
+        """Ends, but gives the rank back first: whoever hears of the error may open the run again at once."""
+        if self._farewell is not None or self.failure is not None:
+            return
+        self._farewell = error
+        self._doomed += self._unsent
+        for call in self._unsent:
+            del self._calls[call.request_id]
+        self._unsent.clear()
+        self._farewell_call = Call(Op.LEAVE, RequestOpen(leave=Leave()), _FAREWELL_S)
+        self.submit(self._farewell_call, now)
+
+    # What the transport and the clock do
+
+    def admit(self, header: Header) -> Buffer | None:
+        """Memory for a result's tensor. Raises FrameError for one that is not expected."""
+        call = self._receiving
+        self._check(header)
+        expected = None if call is None or header.request_id != call.request_id else call.expects.get(header.tensor)
+        if call is None or expected != header.tensor_bytes or header.tensor in call.results:
+            raise FrameError(
+                f"tensor {header.tensor.name} of {header.tensor_bytes} bytes came for request {header.request_id}, which "
+                f"expects {'nothing' if call is None else _named(call.expects)}"
+            )
+        return self._memory(header.tensor_bytes, call)
+
+    def received(self, header: Header, payload: bytes | Buffer, now: float) -> None:
+        """A whole frame. Raises FrameError for one that may not come now; the transport is then of no more use."""
+        self._check(header)
+        if not isinstance(payload, bytes):
+            self._tensor(header, payload, now)
+            return
+        try:
+            match header.type:
+                case FrameType.JOINED:
+                    self._on_joined(Joined.FromString(payload), now)
+                case FrameType.RESULT:
+                    self._result(header, ResultHead.FromString(payload), now)
+                case FrameType.ERROR:
+                    self._error(header, ErrorDetail.FromString(payload), now)
+                case _:
+                    raise FrameError(f"frame type {header.type.name} only travels to the server")
+        except DecodeError as error:
+            raise FrameError(f"{header.type.name} of request {header.request_id} cannot be read: {error}") from None
+
+    def disconnected(self, error: KtExpertError, now: float) -> None:
+        """The transport has ended."""
+        if self._phase in (Phase.ENDED, Phase.APART):
+            return
+        if self._farewell is not None:
+            self.end(self._farewell)
+            return
+        was_joined = self._phase is Phase.JOINED
+        self._phase, self._receiving = Phase.APART, None
+        for call in self._calls.values():
+            call.is_sent = False
+            call.drop_results()
+        if was_joined:
+            self._apart_since, self._attempts = now, 0
+            self._actions.append(Note(f"connection lost ({error}); connecting again"))
+        if isinstance(error, NotFound) and self._is_leaving:
+            self._left()
+            return
+        if self._is_final(error):
+            self.end(error)
+            return
+        self._retry(error, now)
+
+    def tick(self, now: float) -> None:
+        """Time has passed: at least as often as next_deadline() says."""
+        farewell = self._farewell_call
+        if farewell is not None and self._farewell is not None and now >= farewell.deadline:
+            self.end(self._farewell)
+        for call in [each for each in self._calls.values() if self._is_overdue(each, now)]:
+            self._give_up(call, now)
+        if self._phase is Phase.APART and now >= self._connect_at:
+            self._connect()
+
+    def next_deadline(self) -> float | None:
+        """When tick() is due, if nothing else happens."""
+        if self._phase is Phase.ENDED:
+            return None
+        times = [call.deadline + ANSWER_SLACK_S for call in self._calls.values() if not call.is_replay and not call.is_given_up]
+        if self._phase is Phase.APART:
+            times.append(self._connect_at)
+        if self._farewell_call is not None:
+            times.append(self._farewell_call.deadline)
+        return min(times, default=None)
+
+    def take_actions(self) -> list[Action]:
+        """Everything decided since the last call."""
+        actions, self._actions = self._actions, []
+        return actions
+
+    # Connecting
+
+    def _is_final(self, error: KtExpertError) -> bool:
+        if not error.is_answer:
+            return False  # the network's, or of a server that is not there at the moment
+        if self.joined is None:  # a rank or memory may become free; a server that drains does not come back for this
+            return isinstance(error, (*_FINAL, ServerUnavailable)) and not error.retry_delay_s
+        return isinstance(error, AlreadyExists) or (isinstance(error, _FINAL) and not error.retry_delay_s)
+
+    def _retry(self, error: KtExpertError, now: float) -> None:
+        delay = error.retry_delay_s or (
+            min(_MAX_DELAY_S, _FIRST_DELAY_S * 2 ** min(self._attempts, 20)) if self._attempts else 0.0
+        )
+        self._attempts += 1
+        if self.joined is None and now + delay > self._join_deadline:
+            self.end(error)
+            return
+        self._connect_at = now + delay
+        self._last_error = error
+
+    def _connect(self) -> None:
+        self._phase = Phase.JOINING
+        self._epoch += 1
+        self._actions.append(Connect())
+        wanted = self._journal.tickets | {call.ticket for call in self._calls.values() if call.ticket}
+        terms = self._terms
+        join = Join(
+            run=terms.run,
+            config=terms.config,
+            ephemeral=terms.ephemeral,
+            rank=terms.rank,
+            instance=terms.instance,
+            takeover=terms.takeover and self.joined is None,
+            acknowledged=self._acknowledged,
+            tickets=sorted(ticket for ticket in wanted if ticket <= self._acknowledged),
+            resume_only=self._is_leaving,
+            born=0 if self.joined is None else self.joined.born,
+        )
+        self._emit(Header(FrameType.JOIN, epoch=self._epoch), join.SerializeToString())
+
+    def _on_joined(self, joined: Joined, now: float) -> None:
+        if self._phase is not Phase.JOINING:
+            raise FrameError("a second JOINED on one stream")
+        is_first, self.joined = self.joined is None, joined
+        if is_first:
+            self._origin_step = int(joined.step)
+        self._phase = Phase.JOINED
+        self._attempts = 0
+        if not is_first:
+            self._actions.append(Note(f"connected again after {now - self._apart_since:.1f} s"))
+        for call in [each for each in self._calls.values() if each.is_given_up and each.request_id > joined.received]:
+            self._forget(call)  # it never took effect
+        if joined.resumed:
+            self._unsent = deque(call for call in self._calls.values() if call.request_id > joined.received)
+            for call in self._calls.values():
+                call.is_sent = call.request_id <= joined.received
+        elif not self._begin_afresh(joined, now):
+            return
+        self._journal.durable(joined.durable)
+        self._pump(now)
+
+    def _begin_afresh(self, joined: Joined, now: float) -> bool:
+        """The server has neither tickets nor gradients nor outcomes of this trainer. False where that is a loss for good."""
+        self._acknowledged = 0
+        for call in [each for each in self._calls.values() if each.is_replay]:
+            del self._calls[call.request_id]
+            call.is_replay = False
+        overtaken = [call for call in self._calls.values() if call.request_id <= joined.included]
+        # Without a request of this trainer's in it, the state must be the one that was there when it came.
+        is_other = not joined.included and joined.step != self._origin_step
+        if self._journal.lost(joined.included) or overtaken or is_other:
+            if overtaken or is_other or not self._journal.can_repeat(joined.included):
+                self._unsent = deque(self._calls.values())
+                self._end_politely(self._loss(joined), now)
+                return False
+            replays = self._journal.to_repeat(joined.included)
+            for call in replays:
+                call.is_replay = True
+            self._actions.append(Note(f"the server began anew from step {joined.step}; repeating {len(replays)} requests"))
+            merged = {call.request_id: call for call in replays} | self._calls
+            self._calls = dict(sorted(merged.items()))
+        self._unsent = deque(self._calls.values())
+        for call in self._calls.values():
+            call.is_sent = False
+        return True
+
+    def _loss(self, joined: Joined) -> RunStateLost:
+        if self._journal.overflowed:
+            why = "more came since its last checkpoint than replay_window may keep"
+        else:
+            why = "with replay_window this trainer would have repeated it"
+        return RunStateLost(
+            f"the server lost what rank {self._terms.rank} of run {self._terms.run!r} did after step {joined.step}; go on from "
+            f"step {joined.step} ({why})",
+            step=joined.step,
+        )
+
+    def _left(self) -> None:
+        """The server does not know this trainer any more, and that was the purpose."""
+        for call in list(self._calls.values()):
+            if call.op is Op.LEAVE and not call.is_given_up:
+                call.head = ResultHead()
+                self._forget(call)
+                self._actions.append(Settled(call, None))
+        self.end(ServerUnavailable("this trainer has left its run"))
+
+    # Calls
+
+    def _pump(self, now: float) -> None:
+        """Sends what the server has credits for."""
+        if self._phase is not Phase.JOINED or self.joined is None:
+            return
+        while self._unsent:
+            call = self._unsent[0]
+            sent = [each for each in self._calls.values() if each.is_sent]
+            size = sum(each.size_bytes for each in sent) + call.size_bytes
+            if len(sent) >= self.joined.credit_requests or size > self.joined.credit_bytes:
+                return
+            self._unsent.popleft()
+            call.is_sent = True
+            self._send(call, now)
+
+    def _send(self, call: Call, now: float) -> None:
+        left_s = call.timeout_s if call.is_replay else call.deadline - now
+        header = Header(
+            FrameType.REQUEST, call.request_id, call.layer, call.op, Tensor.NONE, call.dtype, call.rows, call.columns,
+            max(1, int(left_s * _MS_PER_S)), self._epoch,
+        )  # fmt: skip
+        if call.is_replay and call.op is Op.STEP:
+            call.opened.step.patient = True  # others may be on their way back, too
+        self._emit(header, call.opened.SerializeToString())
+        for each in call.tensors:
+            about = Header(
+                FrameType.TENSOR, call.request_id, call.layer, call.op, each.tensor, each.dtype, each.rows, each.columns,
+                epoch=self._epoch,
+            )  # fmt: skip
+            self._emit(about, each.source)
+
+    def _result(self, header: Header, head: ResultHead, now: float) -> None:
+        call = self._outcome_of(header)
+        call.head = head
+        if call.expects:
+            self._receiving = call
+        else:
+            self._settle(call, now)
+
+    def _tensor(self, header: Header, buffer: Buffer, now: float) -> None:
+        call = self._receiving
+        if call is None or call.request_id != header.request_id:
+            buffer.release()
+            raise FrameError(f"tensor {header.tensor.name} ended for request {header.request_id}, which expects none")
+        call.results[header.tensor] = buffer
+        if len(call.results) == len(call.expects):
+            self._receiving = None
+            self._settle(call, now)
+
+    def _error(self, header: Header, detail: ErrorDetail, now: float) -> None:
+        call = self._outcome_of(header)
+        call.error = from_status(detail.code, detail.message, detail.retry_delay_ms / _MS_PER_S)
+        self._settle(call, now)
+
+    def _outcome_of(self, header: Header) -> Call:
+        """Outcomes come in the order of ids."""
+        if self._receiving is not None:
+            raise FrameError(f"an outcome came before that of request {self._receiving.request_id} was complete")
+        first = next(iter(self._calls.values()), None)
+        if first is None or first.request_id != header.request_id or not first.is_sent:
+            raise FrameError(
+                f"an outcome of request {header.request_id} came, expected that of "
+                f"{'none' if first is None else first.request_id}"
+            )
+        return first
+
+    def _settle(self, call: Call, now: float) -> None:
+        assert call.request_id > self._acknowledged, f"request {call.request_id} was settled twice"  # noqa: S101
+        del self._calls[call.request_id]
+        call.is_sent = False
+        self._acknowledged = call.request_id
+        # The acknowledgement goes out before anything that uses the credit it returns.
+        self._control(FrameType.ACK, call.request_id)
+        if self._farewell is not None:
+            self._settle_doomed(call)
+            return
+        if call.is_replay:
+            self._repeated(call, now)
+        elif call.error is not None:
+            call.on_unneeded(call)
+        else:
+            self._journal.settled(call)
+        if call.head is not None:
+            self._journal.durable(call.head.durable)
+        if call.is_given_up and not call.is_replay:
+            call.drop_results()
+            if call.keeps_ticket and call.error is None:
+                self.release(call.request_id)
+        elif not call.is_replay:
+            self._actions.append(Settled(call, call.error))
+        call.is_replay = call.is_given_up = False
+        self._pump(now)
+
+    def _settle_doomed(self, call: Call) -> None:
+        """Outcomes that come while the session ends are not wanted any more."""
+        call.drop_results()
+        self._doomed.append(call)
+        if call is self._farewell_call and self._farewell is not None:
+            self.end(self._farewell)
+
+    def _repeated(self, call: Call, now: float) -> None:
+        """A request that had succeeded before has an outcome again; it is the same one, or the state cannot be had back."""
+        call.drop_results()
+        if call.error is not None and self.joined is not None:
+            error, call.error = call.error, None
+            loss = RunStateLost(f"what the server lost could not be repeated: {error}", step=int(self.joined.step))
+            self._doomed.append(call)
+            self._end_politely(loss, now)
+            return
+        wanted = self._journal.tickets | {each.ticket for each in self._calls.values()}
+        if call.keeps_ticket and call.request_id not in wanted:
+            self._control(FrameType.RELEASE, call.request_id)
+
+    def _is_overdue(self, call: Call, now: float) -> bool:
+        return not call.is_replay and not call.is_given_up and now >= call.deadline + ANSWER_SLACK_S
+
+    def _give_up(self, call: Call, now: float) -> None:
+        what = f"request {call.request_id} has no outcome after {call.timeout_s:g} s"
+        error: KtExpertError = DeadlineExceeded(f"{what}: the server is slow; look at its /metrics")
+        if self._phase is not Phase.JOINED:
+            apart_s = now - self._apart_since
+            error = ServerUnavailable(f"{what}: there has been no connection for {apart_s:.0f} s ({self._last_error})")
+        self._actions.append(Settled(call, error))
+        call.is_given_up = True
+        if call.is_sent:
+            self._control(FrameType.CANCEL, call.request_id)
+        elif call in self._unsent:
+            self._unsent.remove(call)
+            self._forget(call)
+
+    def _forget(self, call: Call) -> None:
+        del self._calls[call.request_id]
+        call.drop_results()
+        call.on_unneeded(call)
+
+    def _check(self, header: Header) -> None:
+        if header.epoch != self._epoch:
+            raise FrameError(f"frame of epoch {header.epoch} on a stream of epoch {self._epoch}")
+        if self._phase is Phase.JOINING and header.type is not FrameType.JOINED:
+            raise FrameError(f"{header.type.name} came before JOINED")
+
+    def _control(self, kind: FrameType, request_id: int) -> None:
+        self._emit(Header(kind, request_id, epoch=self._epoch), b"")
+
+    def _emit(self, header: Header, payload: bytes | Source) -> None:
+        self._actions.append(Send(header, payload))
+
+
+def _named(expects: dict[Tensor, int]) -> str:
+    return ", ".join(f"{size} bytes of {tensor.name}" for tensor, size in expects.items()) or "none"

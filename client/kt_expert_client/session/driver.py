@@ -1,0 +1,238 @@
+"""Connects the session's core to threads, to the clock and to a transport."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+
+from kt_expert_proto.codec import Buffer
+from kt_expert_proto.header import FrameType, Header, Op
+from kt_expert_proto.v1.session_pb2 import Leave, RequestOpen
+
+from kt_expert_client.errors import DeadlineExceeded, KtExpertError, ServerFault, ServerUnavailable, copy_of
+from kt_expert_client.session.calls import Call
+from kt_expert_client.session.core import ANSWER_SLACK_S, Connect, Disconnect, Note, Phase, Send, SessionCore, Settled
+from kt_expert_client.wire.base import Opener, Transport
+
+_log = logging.getLogger(__name__)
+_LEAVE_TIMEOUT_S = 10.0
+_LEAVE_GRACE_S = 2.0  # for the server to end the stream after the last outcome
+_LOCAL_SLACK_S = 5.0  # beyond what the core allows itself, for its thread to get the GIL
+
+
+class Pending:
+    """One call in flight, as its caller sees it."""
+
+    def __init__(self, call: Call) -> None:
+        self.call = call
+        self.error: KtExpertError | None = None
+        self.done = threading.Event()
+
+    @property
+    def request_id(self) -> int:
+        return self.call.request_id
+
+    def wait(self, timeout_s: float | None = None) -> None:
+        """Raises the request's error, or DeadlineExceeded where no outcome came in time."""
+        most = self.call.timeout_s + ANSWER_SLACK_S + _LOCAL_SLACK_S
+        if not self.done.wait(most if timeout_s is None else min(timeout_s, most)):
+            raise DeadlineExceeded(f"request {self.request_id} has no outcome yet; wait longer, or cancel it")
+        if self.error is not None:
+            raise copy_of(self.error)
+
+
+class _Link:
+    """One transport's receiver. What an older transport still says is not heard."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self.transport: Transport | None = None
+
+    def admit(self, header: Header) -> Buffer | None:
+        return self._session._admit(self, header)
+
+    def deliver(self, header: Header, payload: bytes | Buffer) -> None:
+        self._session._deliver(self, header, payload)
+
+    def on_end(self, error: KtExpertError) -> None:
+        self._session._ended(self, error)
+
+
+class Session:
+    """Any thread may submit. Outcomes are matched on the transport's thread, connections made on the session's own."""
+
+    def __init__(self, core: SessionCore, opener: Opener, name: str) -> None:
+        self._core = core
+        self._opener = opener
+        self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)  # for callers: credits, the join, the end
+        self._clock = threading.Condition(self._lock)  # for the thread that keeps time
+        self._waits_until: float | None = 0.0  # how long that thread sleeps; None: until it is told
+        self._link: _Link | None = None
+        self._pending: dict[Call, Pending] = {}
+        # Tickets are released by finalizers, which may run in the middle of anything; this queue's put is safe even there.
+        self._releases: queue.SimpleQueue[int | None] = queue.SimpleQueue()
+        self._is_carrying_out = False
+        self._threads = [
+            threading.Thread(target=target, name=f"kt-expert-{role}-{name}", daemon=True)
+            for role, target in (("session", self._keep_time), ("release", self._release_all))
+        ]
+
+    def start(self, timeout_s: float) -> None:
+        """Joins the run. Raises why that is impossible, or DeadlineExceeded."""
+        for thread in self._threads:
+            thread.start()
+        with self._lock:
+            self._changed.wait_for(lambda: self._core.joined is not None or self._core.failure is not None, timeout_s)
+            if self._core.failure is not None:
+                raise copy_of(self._core.failure)
+            if self._core.joined is None:
+                error = DeadlineExceeded(f"the run was not joined within {timeout_s:g} s")
+                self._core.end(error)
+                self._carry_out()
+                raise error
+
+    @property
+    def keeps_requests(self) -> bool:
+        """Whether a request's tensors are needed after its outcome, to repeat it."""
+        return self._core.keeps_requests
+
+    @property
+    def core(self) -> SessionCore:
+        return self._core
+
+    def submit(self, call: Call) -> Pending:
+        """Waits for credits, then sends. Raises OutOfCapacity, DeadlineExceeded, or why the session has ended."""
+        pending = Pending(call)
+        deadline = time.monotonic() + call.timeout_s
+        with self._lock:
+            if not self._changed.wait_for(lambda: self._core.has_room(call.size_bytes), call.timeout_s):
+                raise DeadlineExceeded(f"no credits were free within {call.timeout_s:g} s; the server does not keep up")
+            if self._core.failure is not None:
+                raise copy_of(self._core.failure)
+            call.timeout_s = max(0.0, deadline - time.monotonic())
+            self._pending[call] = pending
+            try:
+                self._core.submit(call, time.monotonic())
+            except KtExpertError:
+                del self._pending[call]
+                raise
+            self._carry_out()
+        return pending
+
+    def cancel(self, call: Call) -> None:
+        with self._lock:
+            self._core.cancel(call)
+            self._carry_out()
+
+    def release(self, ticket: int) -> None:
+        """Tells the server, soon, that a ticket will not be consumed. Never waits and never fails."""
+        self._releases.put(ticket)
+
+    def leave(self) -> None:
+        """Gives the rank back. Safe to call twice; a server that cannot be reached frees the rank by its lease."""
+        with self._lock:
+            failed = self._core.failure is not None
+        if not failed:
+            try:
+                self.submit(Call(Op.LEAVE, RequestOpen(leave=Leave()), _LEAVE_TIMEOUT_S)).wait(_LEAVE_TIMEOUT_S)
+            except KtExpertError as error:
+                _log.debug("leaving: %s", error)
+            with self._lock:  # the server ends the stream once it has let go of everything
+                self._changed.wait_for(lambda: self._link is None or self._core.phase is not Phase.JOINED, _LEAVE_GRACE_S)
+        self.close()
+
+    def close(self) -> None:
+        """Ends at once, without a word to the server."""
+        with self._lock:
+            self._core.end(ServerUnavailable("the session was closed by this trainer"))
+            self._carry_out()
+        self._releases.put(None)
+
+    def _release_all(self) -> None:
+        while (ticket := self._releases.get()) is not None:
+            with self._lock:
+                self._core.release(ticket)
+                self._carry_out()
+
+    def _keep_time(self) -> None:
+        with self._lock:
+            while self._core.phase is not Phase.ENDED:
+                self._core.tick(time.monotonic())
+                self._carry_out()
+                self._waits_until = self._core.next_deadline()
+                self._clock.wait(None if self._waits_until is None else max(0.0, self._waits_until - time.monotonic()))
+
+    def _admit(self, link: _Link, header: Header) -> Buffer | None:
+        with self._lock:
+            return self._core.admit(header) if link is self._link else None
+
+    def _deliver(self, link: _Link, header: Header, payload: bytes | Buffer) -> None:
+        with self._lock:
+            if link is not self._link:
+                if not isinstance(payload, bytes):
+                    payload.release()
+                return
+            self._core.received(header, payload, time.monotonic())
+            self._carry_out()
+            if header.type is FrameType.JOINED:
+                self._changed.notify_all()
+
+    def _ended(self, link: _Link, error: KtExpertError) -> None:
+        with self._lock:
+            if link is not self._link:
+                return
+            self._link = None
+            self._core.disconnected(error, time.monotonic())
+            self._carry_out()
+            self._changed.notify_all()
+
+    def _carry_out(self) -> None:
+        """Called with the lock held."""
+        if self._is_carrying_out:
+            return  # a transport called back; the loop below goes on
+        self._is_carrying_out = True
+        try:
+            while actions := self._core.take_actions():
+                for action in actions:
+                    self._act(action)
+        finally:
+            self._is_carrying_out = False
+        # Threads are woken only for what concerns them: each wake-up costs others their turn at the interpreter.
+        deadline = self._core.next_deadline()
+        if self._core.phase is Phase.ENDED or (
+            deadline is not None and (self._waits_until is None or deadline < self._waits_until)
+        ):
+            self._clock.notify()
+
+    def _act(self, action: Connect | Disconnect | Send | Settled | Note) -> None:
+        match action:
+            case Connect():
+                self._disconnect()
+                link = self._link = _Link(self)
+                try:
+                    link.transport = self._opener(link)
+                except Exception as error:  # a channel that was closed, a token that cannot be read
+                    self._link = None
+                    self._core.disconnected(ServerFault(f"no connection could be begun: {error}"), time.monotonic())
+            case Disconnect():
+                self._disconnect()
+            case Send():
+                if self._link is not None and self._link.transport is not None:
+                    self._link.transport.send(action.header, action.payload)
+            case Settled():
+                pending = self._pending.pop(action.call)
+                pending.error = action.error
+                action.call.on_settled(action.call)
+                pending.done.set()
+                self._changed.notify_all()
+            case Note():
+                _log.info("%s", action.text)
+
+    def _disconnect(self) -> None:
+        self._changed.notify_all()
+        link, self._link = self._link, None
+        if link is not None and link.transport is not None:
+            link.transport.close()

@@ -1,0 +1,120 @@
+"""What the server's state holds of this trainer's requests, and, where replay is on, the requests themselves.
+
+A server that is killed begins anew from its last checkpoint. The journal says whether that loses anything of this trainer, and
+has what is needed to repeat it: every request since then that changed the state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from kt_expert_proto.header import Op
+
+from kt_expert_client.session.calls import Call
+
+_WINDOW = (Op.FORWARD, Op.BACKWARD)
+
+
+class Journal:
+    """Of settled requests, in the order of their ids. `limit_bytes` 0: nothing is kept, and a loss is a loss."""
+
+    def __init__(self, limit_bytes: int) -> None:
+        self._limit_bytes = limit_bytes
+        self._entries: dict[int, Call] = {}
+        self._consumers: dict[int, int] = {}  # forward -> the backward that consumed its ticket
+        self._size_bytes = 0
+        self._gone_through = 0  # requests up to here are not kept any more, and not durable either
+        self._anchor = 0  # the last request that changed the adapter, its moments or the step
+        self._has_gradients = False  # backwards after the anchor count
+        self.tickets: set[int] = set()  # forwards whose tickets are wanted
+
+    @property
+    def is_on(self) -> bool:
+        return self._limit_bytes > 0
+
+    @property
+    def size_bytes(self) -> int:
+        return self._size_bytes
+
+    @property
+    def overflowed(self) -> bool:
+        """More came since the last checkpoint than may be kept."""
+        return self.is_on and self._gone_through > 0
+
+    def settled(self, call: Call) -> None:
+        """A request has succeeded. It may be kept: its tensors are needed until on_unneeded is called."""
+        if call.keeps_ticket:
+            self.tickets.add(call.request_id)
+        if call.op is Op.BACKWARD:
+            if call.opened.backward.begin_window:
+                self._forget_window()
+            self._has_gradients = True
+            self.tickets.discard(call.ticket)
+            if call.ticket in self._entries:
+                self._consumers[call.ticket] = call.request_id
+        elif call.op is Op.ZERO_GRAD:
+            self._forget_window()
+            self._has_gradients = False
+            call.on_unneeded(call)
+            return
+        elif call.changes_state and call.op is not Op.FORWARD:
+            self._anchor, self._has_gradients = call.request_id, False
+        if not call.changes_state or not self.is_on:
+            call.on_unneeded(call)
+            return
+        self._entries[call.request_id] = call
+        self._size_bytes += call.size_bytes
+        if self._size_bytes > self._limit_bytes:
+            self._gone_through = call.request_id
+            self._drop(list(self._entries))
+
+    def released(self, ticket: int) -> None:
+        """The ticket will not be consumed: its forward needs no repetition."""
+        if ticket in self.tickets:
+            self.tickets.discard(ticket)
+            self._drop([ticket])
+
+    def durable(self, through: int) -> None:
+        """Requests up to there survive the server's death. A ticket does not: its forward is kept while a backward that does
+        not survive needs it."""
+        if self._gone_through <= through:
+            self._gone_through = 0
+        needed = self.tickets | {forward for forward, backward in self._consumers.items() if backward > through}
+        self._drop(each for each in list(self._entries) if each <= through and each not in needed)
+
+    def lost(self, included: int) -> bool:
+        """Whether a server that has only this trainer's requests up to `included`, and none of its tickets and gradients,
+        lacks something."""
+        return self._anchor > included or self._has_gradients or bool(self.tickets)
+
+    def can_repeat(self, included: int) -> bool:
+        return self.is_on and self._gone_through <= included
+
+    def to_repeat(self, included: int) -> list[Call]:
+        """What brings such a server to where this trainer is, in order."""
+        return [
+            call
+            for request_id, call in sorted(self._entries.items())
+            # With an adapter, an older ticket is stale: the adapter has changed since.
+            if request_id > included or (call.op is Op.FORWARD and not call.opened.forward.use_adapter)
+        ]
+
+    def clear(self) -> None:
+        self._drop(list(self._entries))
+        self.tickets.clear()
+
+    def _forget_window(self) -> None:
+        """Backwards since the anchor count no longer, nor do the forwards they consumed."""
+        self._drop(
+            request_id
+            for request_id, call in list(self._entries.items())
+            if request_id > self._anchor and call.op in _WINDOW and request_id not in self.tickets
+        )
+
+    def _drop(self, request_ids: Iterable[int]) -> None:
+        for request_id in request_ids:
+            call = self._entries.pop(request_id, None)
+            self._consumers.pop(request_id, None)
+            if call is not None:
+                self._size_bytes -= call.size_bytes
+                call.on_unneeded(call)

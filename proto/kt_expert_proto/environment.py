@@ -1,0 +1,30 @@
+"""The variables kt-expert reads. One that nobody reads is a mistake, and would be a silent one."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+
+PREFIX = "KT_EXPERT_"
+KNOWN = (
+    "KT_EXPERT_SERVER",
+    "KT_EXPERT_RUN",
+    "KT_EXPERT_TICKETS",
+    "KT_EXPERT_MOMENTS",
+    "KT_EXPERT_DROPOUT",
+    "KT_EXPERT_REPLAY_WINDOW",
+    "KT_EXPERT_TOKEN_FILE",
+    "KT_EXPERT_CA",
+    "KT_EXPERT_CERT",
+    "KT_EXPERT_KEY",
+    "KT_EXPERT_ISA",
+)
+
+
+def unknown_variable(environment: Mapping[str, str]) -> str | None:
+    """A sentence about the first variable that looks like one of kt-expert's and is none. None where all are known."""
+    for name in sorted(environment):
+        if name.startswith(PREFIX) and name not in KNOWN:
+            nearest = difflib.get_close_matches(name, KNOWN, n=1, cutoff=0.0)[0]
+            return f"the environment sets {name}, which kt-expert does not know; did you mean {nearest}?"
+    return None

@@ -1,0 +1,48 @@
+"""LoRA in the protocol's terms: the names of its tensors, what an optimizer keeps of them, and one layer's settings."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kt_expert_proto.v1 import service_pb2 as pb
+
+TENSORS = ("a_gate", "b_gate", "a_up", "b_up", "a_down", "b_down")
+PARAMETER = "parameter"
+STEP = "step"  # how many updates the moments of a tensor stand for
+# What an optimizer keeps of a tensor, by the kind whose state it is.
+SLOTS = {"exp_avg": "adamw", "exp_avg_sq": "adamw", "momentum_buffer": "sgd", "row_var": "adafactor", "col_var": "adafactor"}
+PART_NUMBERS: dict[str, pb.AdapterPart] = {
+    PARAMETER: pb.ADAPTER_PART_PARAMETER,
+    "exp_avg": pb.ADAPTER_PART_EXP_AVG,
+    "exp_avg_sq": pb.ADAPTER_PART_EXP_AVG_SQ,
+    "momentum_buffer": pb.ADAPTER_PART_MOMENTUM_BUFFER,
+    "row_var": pb.ADAPTER_PART_ROW_VAR,
+    "col_var": pb.ADAPTER_PART_COL_VAR,
+    STEP: pb.ADAPTER_PART_STEP,
+}
+PART_NAMES = {number: name for name, number in PART_NUMBERS.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class LayerLora:
+    """LoRA of one layer. Rank 0 leaves a projection alone; tied: gate and up share A; scale: alpha/r or alpha/sqrt(r).
+
+    dropout is the probability to drop a value of LoRA's input, in forwards that carry a dropout seed.
+    """
+
+    layer: int
+    tied: bool = False
+    rank_gate: int = 0
+    rank_up: int = 0
+    rank_down: int = 0
+    scale_gate: float = 0.0
+    scale_up: float = 0.0
+    scale_down: float = 0.0
+    dropout: float = 0.0
+
+    def to_proto(self) -> pb.LayerLora:
+        return pb.LayerLora(**{name: getattr(self, name) for name in self.__slots__})
+
+    @classmethod
+    def from_proto(cls, message: pb.LayerLora) -> LayerLora:
+        return cls(**{name: getattr(message, name) for name in cls.__slots__})

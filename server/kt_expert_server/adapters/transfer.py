@@ -1,0 +1,123 @@
+"""Reading and replacing the tensors of an adapter, one whole tensor at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from kt_expert_proto.lora import PARAMETER, SLOTS, STEP
+from numpy.typing import NDArray
+
+from kt_expert_server.adapters.adapter import Adapter
+from kt_expert_server.errors import InvalidRequest, NotFound
+from kt_expert_server.model.bf16 import bf16_to_fp32, round_to_bf16
+
+_MOST_STEPS = 2**24  # up to here fp32 counts exactly
+_FP32_BYTES = 4
+
+
+@dataclass(frozen=True, slots=True)
+class TensorId:
+    """One tensor of an adapter: part is parameter, a slot of the optimizer's state, or step."""
+
+    layer: int
+    tensor: str
+    part: str
+
+
+@dataclass(frozen=True, slots=True)
+class LiveTensor:
+    """Memory of an adapter as fp32 [E, rows, columns], whatever it is held in."""
+
+    memory: NDArray[np.float32] | NDArray[np.uint16]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.memory.shape
+
+    @property
+    def nbytes(self) -> int:
+        """Of the fp32 form."""
+        return self.memory.size * _FP32_BYTES
+
+    def read(self) -> NDArray[np.float32]:
+        """A view where the memory is fp32, else a copy."""
+        if self.memory.dtype == np.float32:
+            return self.memory.view(np.float32)
+        return bf16_to_fp32(self.memory.view(np.uint16))
+
+    def copy(self) -> NDArray[np.float32]:
+        """The fp32 form in memory of its own."""
+        values = self.read()
+        return values.copy() if values.base is not None else values
+
+    def write(self, values: NDArray[np.float32]) -> None:
+        """Rounds to nearest where the memory is bf16."""
+        if self.memory.dtype == np.float32:
+            self.memory[...] = values
+        else:
+            self.memory[...] = round_to_bf16(values)
+
+
+def stored_tensors(adapter: Adapter, *, parameters: bool, moments: bool) -> Iterator[tuple[TensorId, LiveTensor]]:
+    """Tensors in layer order; what counts the updates of a tensor comes after its moments."""
+    for index, layer in sorted(adapter.layers.items()):
+        for name in layer.parameters.names() if parameters else ():
+            yield TensorId(index, name, PARAMETER), LiveTensor(layer.parameters.tensor(name))
+        state = layer.state if moments else None
+        if state is not None:
+            for slot in state.slots():
+                for name in state.names():
+                    yield TensorId(index, name, slot), LiveTensor(state.tensor(slot, name))
+
+
+def find_tensor(adapter: Adapter, tensor: TensorId) -> LiveTensor:
+    """Raises NotFound for a tensor the adapter does not have, or not yet."""
+    require_tensor(adapter, tensor)
+    layer = adapter.layer(tensor.layer)
+    if tensor.part == PARAMETER:
+        return LiveTensor(layer.parameters.tensor(tensor.tensor))
+    if layer.state is None or tensor.part not in layer.state.slots():
+        held = "none" if layer.state is None else ", ".join(layer.state.slots())
+        raise NotFound(f"layer {tensor.layer} has no {tensor.part} of {tensor.tensor}; its optimizer keeps: {held}")
+    return LiveTensor(layer.state.tensor(tensor.part, tensor.tensor))
+
+
+def require_tensor(adapter: Adapter, tensor: TensorId) -> None:
+    """Raises NotFound for a layer or a name without LoRA."""
+    names = adapter.layer(tensor.layer).parameters.names()
+    if tensor.tensor not in names:
+        raise NotFound(f"layer {tensor.layer} has LoRA tensors {names}, not {tensor.tensor!r}")
+
+
+def shape_of(adapter: Adapter, tensor: TensorId) -> tuple[int, int, int]:
+    """[E, rows, columns] of a tensor, whether the adapter has moments of that kind yet or not. Raises NotFound."""
+    require_tensor(adapter, tensor)
+    experts, rows, columns = adapter.layer(tensor.layer).parameters.tensor(tensor.tensor).shape
+    factored = {"row_var": (experts, rows, 1), "col_var": (experts, 1, columns), STEP: (1, 1, 1)}
+    return factored.get(tensor.part, (experts, rows, columns))
+
+
+def require_values(tensor: TensorId, values: NDArray[np.float32]) -> None:
+    """Raises InvalidRequest for values that are not finite, or for a count that is none."""
+    if not np.isfinite(values).all():
+        raise InvalidRequest(f"{tensor} holds values that are not finite")
+    if tensor.part == STEP and not (0 <= values.item() <= _MOST_STEPS and values.item().is_integer()):
+        raise InvalidRequest(f"{tensor} is {values.item()}, expected a whole number in [0, {_MOST_STEPS}]")
+
+
+def write_tensor(adapter: Adapter, tensor: TensorId, values: NDArray[np.float32], step: int) -> None:
+    """Replaces a whole tensor. `values` have shape_of() and passed require_values(). The count of a moment is `step` until
+    one comes of its own. Raises InvalidRequest for a count without moments."""
+    layer = adapter.layer(tensor.layer)
+    if tensor.part == PARAMETER:
+        LiveTensor(layer.parameters.tensor(tensor.tensor)).write(values)
+    elif tensor.part == STEP:
+        if layer.state is None:
+            raise InvalidRequest(f"{tensor} came before the moments it counts; send those first")
+        LiveTensor(layer.state.tensor(STEP, tensor.tensor)).write(values)
+    else:
+        state = adapter.ensure_state(layer, SLOTS[tensor.part])  # what is written replaces what another optimizer kept
+        LiveTensor(state.tensor(tensor.part, tensor.tensor)).write(values)
+        LiveTensor(state.tensor(STEP, tensor.tensor)).write(np.full((1, 1, 1), step, np.float32))

@@ -1,0 +1,294 @@
+"""Carries out the requests of members: in order within a member, each once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import kt_expert_native as native
+from kt_expert_proto.header import FrameType, Header, Op, Tensor
+from kt_expert_proto.status import STATUS_NUMBERS
+from kt_expert_proto.v1.session_pb2 import ErrorDetail, ResultHead
+
+from kt_expert_server.checkpoints.manifest import MemberMark
+from kt_expert_server.engine.passes import BackwardWork, ForwardWork, Tools
+from kt_expert_server.engine.step import NormWork, StepWork
+from kt_expert_server.engine.transfers import ListWork, ReadWork, WriteWork
+from kt_expert_server.engine.work import PASSES, Outcome, Work
+from kt_expert_server.errors import BarrierBroken, DeadlinePassed, RequestCancelled, ServerError, WrongPhase
+from kt_expert_server.members import wire
+from kt_expert_server.members.actions import Send
+from kt_expert_server.members.barrier import Arrival
+from kt_expert_server.members.dispatch import Dispatch
+from kt_expert_server.members.replay_log import Entry, Phase
+from kt_expert_server.members.run import Member, Run
+from kt_expert_server.members.saving import Saving
+from kt_expert_server.members.scheduler import Job
+from kt_expert_server.model.loader import BaseModel
+
+_MAX_ERROR_TEXT = 4096
+_MS_PER_S = 1000
+
+
+class Requests:
+    """Takes whole requests from the exchanges and gives their outcomes back to them."""
+
+    def __init__(self, tools: Tools, dispatch: Dispatch, saving: Saving) -> None:
+        self._tools = tools
+        self._dispatch = dispatch
+        self._saving = saving
+        self._jobs: dict[Entry, Job] = {}  # of requests that wait for the engine or run
+
+    def advance(self, member: Member, model: BaseModel) -> None:
+        """Goes on with the member's next request, as far as that can be done at once."""
+        while not member.is_gone:
+            entry = member.log.head()
+            if entry is None or entry.phase is not Phase.QUEUED or entry in self._jobs:
+                return
+            if entry.refusal is None and self._dispatch.now >= entry.deadline:
+                entry.refusal = DeadlinePassed("the request's deadline passed before its turn came; nothing was done")
+            if entry.refusal is not None:
+                self.settle(member, entry, Outcome(error=entry.refusal))
+                continue
+            self._begin(member, entry, model)
+
+    def cancel(self, member: Member, entry: Entry) -> None:
+        """The outcome is no longer wanted. What was begun and cannot be stopped ends as it would have."""
+        cancelled = RequestCancelled("the request was cancelled before it ran; nothing was done")
+        match entry.phase:
+            case Phase.QUEUED:
+                job = self._jobs.get(entry)
+                if job is not None:
+                    self._dispatch.withdraw(job)
+                    del self._jobs[entry]
+                entry.refusal = cancelled
+            case Phase.AT_BARRIER:
+                member.run.barrier.withdraw(member.rank)
+                self.settle(member, entry, Outcome(error=cancelled))
+            case Phase.RUNNING:
+                job = self._jobs.get(entry)
+                if job is not None and job.work.token is not None:
+                    job.work.token.cancel()
+            case Phase.DONE:
+                pass
+
+    def forget(self, member: Member) -> None:
+        """The member is gone: nothing of its requests is to be done any more, and nothing they hold is needed."""
+        for entry in member.log.clear():
+            job = self._jobs.get(entry)
+            if entry.phase is Phase.RUNNING:
+                if job is not None and job.work.token is not None:
+                    job.work.token.cancel()
+                if job is not None:
+                    continue  # its tensors are read until the work ends
+            elif job is not None:
+                self._dispatch.withdraw(job)
+                del self._jobs[entry]
+            entry.drop_tensors()
+            entry.drop_outcome()
+        member.run.barrier.withdraw(member.rank)
+
+    def settle(self, member: Member, entry: Entry, outcome: Outcome) -> None:
+        """The request has its outcome: kept until acknowledged, and sent if there is a stream."""
+        entry.drop_tensors()
+        if outcome.error is not None:
+            entry.outcome_held.release()
+        if outcome.head is not None:
+            outcome.head.durable, outcome.head.step = member.durable, member.run.step
+        member.log.settle(entry, outcome)
+        self.send_outcome(member, entry)
+
+    def send_outcome(self, member: Member, entry: Entry) -> None:
+        outcome = entry.outcome
+        if member.stream is None or outcome is None:
+            return
+        base = Header(FrameType.RESULT, entry.request_id, entry.header.layer, entry.header.op, epoch=member.epoch)
+        if outcome.error is not None:
+            detail = error_detail(outcome.error)
+            self._dispatch.emit(Send(member.stream, replace(base, type=FrameType.ERROR), detail.SerializeToString()))
+            return
+        assert outcome.head is not None  # noqa: S101
+        self._dispatch.emit(Send(member.stream, base, outcome.head.SerializeToString()))
+        for about, buffer in outcome.tensors:
+            header = replace(about, request_id=entry.request_id, epoch=member.epoch)
+            self._dispatch.emit(Send(member.stream, header, buffer))
+
+    def _begin(self, member: Member, entry: Entry, model: BaseModel) -> None:
+        run, opened = member.run, entry.opened
+        match entry.header.op:
+            case Op.GRAD_NORM | Op.STEP:
+                self._arrive(member, entry)
+            case Op.ZERO_GRAD:
+                member.window.close()
+                self.settle(member, entry, Outcome(ResultHead()))
+            case Op.SET_STEP:
+                run.step = opened.set_step.step
+                run.written_since_step = run.changed_since_snapshot = True
+                self.settle(member, entry, Outcome(ResultHead()))
+            case Op.SAVE_CHECKPOINT:
+                entry.phase = Phase.RUNNING
+                author = MemberMark(member.instance, entry.request_id)
+                self._saving.save(run, opened.save_checkpoint.name, author, self._settles(member, entry))
+            case Op.LOAD_CHECKPOINT:
+                entry.phase = Phase.RUNNING
+                self._saving.load(run, opened.load_checkpoint.name, self._settles(member, entry))
+            case Op.LEAVE:
+                self.settle(member, entry, Outcome(ResultHead()))
+                member.is_leaving = True  # gone once it has acknowledged all outcomes, or its stream ends
+            case _:
+                self._run_work(member, entry, self._work(member, entry, model))
+
+    def _settles(self, member: Member, entry: Entry) -> Callable[[Outcome | ServerError], None]:
+        def done(outcome: Outcome | ServerError) -> None:
+            if member.is_gone:
+                self._drop(member, entry, outcome)
+            else:
+                self.settle(member, entry, outcome if isinstance(outcome, Outcome) else Outcome(error=outcome))
+
+        return done
+
+    @staticmethod
+    def _drop(member: Member, entry: Entry, outcome: Outcome | ServerError) -> None:
+        """The member went while its request ran."""
+        entry.drop_tensors()
+        entry.drop_outcome()
+        if isinstance(outcome, Outcome):
+            outcome.release()
+        member.tickets.drop_all("released when its member left")
+
+    def _work(self, member: Member, entry: Entry, model: BaseModel) -> Work:
+        header, opened, adapter = entry.header, entry.opened, member.run.adapter
+        match header.op:
+            case Op.FORWARD:
+                token = native.CancelToken(entry.deadline - self._dispatch.now)
+                forward, layer = opened.forward, model.layers[header.layer]
+                return ForwardWork(
+                    self._tools, member.trained, layer, header, entry.tensors, top_k=forward.top_k,
+                    save=forward.save_for_backward, use_adapter=forward.use_adapter, dropout_seed=forward.dropout_seed,
+                    token=token,
+                )  # fmt: skip
+            case Op.BACKWARD:
+                token = native.CancelToken(entry.deadline - self._dispatch.now)
+                backward, layer = opened.backward, model.layers[header.layer]
+                return BackwardWork(
+                    self._tools, member.trained, layer, header, entry.tensors[Tensor.GRAD_OUTPUT], ticket=backward.ticket,
+                    begin_window=backward.begin_window, token=token,
+                )  # fmt: skip
+            case Op.LIST_TENSORS:
+                asked = opened.list_tensors
+                return ListWork(adapter, parameters=asked.parameters, moments=asked.moments)
+            case Op.READ_TENSOR:
+                size = sum(each.size_bytes for each in entry.outcome_held)
+                return ReadWork(self._tools.pool, adapter, wire.tensor_id(header.layer, opened.read_tensor), size)
+        assert header.op is Op.WRITE_TENSOR, header.op  # noqa: S101
+        tensor, values = wire.tensor_id(header.layer, opened.write_tensor), entry.tensors[Tensor.ADAPTER]
+        return WriteWork(adapter, tensor, values, header, opened.write_tensor.step)
+
+    def _run_work(self, member: Member, entry: Entry, work: Work) -> None:
+        run, settle, queued_at = member.run, self._settles(member, entry), self._dispatch.now
+
+        def begun() -> None:
+            entry.phase = Phase.RUNNING
+            if work.kind in PASSES:
+                self._tools.observer.stage(work.kind, "queue", self._dispatch.now - queued_at)
+
+        def done(outcome: Outcome | ServerError) -> None:
+            self._jobs.pop(entry, None)
+            if entry.header.op is Op.WRITE_TENSOR and isinstance(outcome, Outcome):
+                run.written_since_step = run.changed_since_snapshot = True
+            settle(outcome)
+
+        job = Job(work, run.name, member.rank, done, begun)
+        self._jobs[entry] = job
+        self._dispatch.submit(job)
+
+    def _arrive(self, member: Member, entry: Entry) -> None:
+        run, params, index = member.run, None, member.run.step
+        if entry.header.op is Op.STEP:
+            params, index = wire.step_params(entry.opened.step), entry.opened.step.step
+            if index == run.step > 0:  # asked again, as after a time-out of the caller
+                self.settle(member, entry, Outcome(ResultHead()))
+                return
+            if index != run.step + 1:
+                self.settle(member, entry, Outcome(error=WrongPhase(
+                    f"step {index} was asked for, the next is {run.step + 1}; a member has missed or repeated one"
+                )))  # fmt: skip
+                return
+        if run.loading:
+            error = WrongPhase(f"checkpoint {run.loading!r} is being loaded into the run; ask again afterwards")
+            self.settle(member, entry, Outcome(error=error))
+            return
+        entry.phase = Phase.AT_BARRIER
+        is_step = entry.header.op is Op.STEP
+        patient = entry.opened.step.patient if is_step else entry.opened.grad_norm.patient
+        text = f"step {index}" if is_step else "grad_norm"
+        run.barrier.arrive(member.rank, Arrival(entry, entry.header.op, text, params, patient))
+        lapsed = [each for each in run.members.values() if each is not member and each.lease.is_over(self._dispatch.now)]
+        if lapsed and not patient:
+            self.break_barrier(run, vanished(lapsed[0]), [member.rank])
+            return
+        arrivals = run.barrier.complete()
+        if arrivals is not None:
+            self._meet(run, arrivals)
+
+    def break_barrier(self, run: Run, error: ServerError, ranks: list[int]) -> None:
+        """Those ranks get the error; nothing was applied, and the same may be asked for again."""
+        for rank in ranks:
+            arrival = run.barrier.withdraw(rank)
+            if arrival is not None:
+                self.settle(run.members[rank], arrival.entry, Outcome(error=error))
+
+    def end_late_waits(self, run: Run) -> None:
+        for rank, error in run.barrier.late(self._dispatch.now).items():
+            arrival = run.barrier.withdraw(rank)
+            if arrival is not None:
+                self.settle(run.members[rank], arrival.entry, Outcome(error=error))
+
+    def _meet(self, run: Run, arrivals: dict[int, Arrival]) -> None:
+        """All members are there: what they came for is done once."""
+        members = {rank: run.members[rank] for rank in arrivals}
+        first, world_size = next(iter(arrivals.values())), run.config.world_size
+        work: Work
+        if first.op is Op.STEP:
+            params = {rank: each.params for rank, each in arrivals.items() if each.params is not None}
+            work = StepWork(self._tools.engine, run.adapter, run.windows(), params, run.step, world_size)
+        else:
+            work = NormWork(self._tools.engine, run.adapter, run.windows(), world_size)
+
+        def done(outcome: Outcome | ServerError) -> None:
+            if isinstance(outcome, Outcome) and first.op is Op.STEP:
+                self._stepped(run, members, arrivals)
+            for rank, arrival in arrivals.items():
+                error = outcome if isinstance(outcome, ServerError) else None
+                head = ResultHead() if error is not None or outcome.head is None else outcome.head  # type: ignore[union-attr]
+                copy = ResultHead()
+                copy.CopyFrom(head)
+                self._settles(members[rank], arrival.entry)(error or Outcome(copy))
+
+        for arrival in arrivals.values():
+            arrival.entry.phase = Phase.RUNNING
+        self._dispatch.submit(Job(work, run.name, min(arrivals), done))
+
+    def _stepped(self, run: Run, members: dict[int, Member], arrivals: dict[int, Arrival]) -> None:
+        run.step += 1
+        for arrival in arrivals.values():
+            assert arrival.entry.opened.step.step == run.step, f"{arrival.text} was applied as step {run.step}"  # noqa: S101
+        run.written_since_step, run.changed_since_snapshot = False, True
+        for rank, member in members.items():
+            run.marks[rank] = MemberMark(member.instance, arrivals[rank].entry.request_id)
+        self._saving.after_step(run)
+
+
+def vanished(member: Member) -> BarrierBroken:
+    return BarrierBroken(
+        f"{member} has vanished: it had no connection for the length of its lease. Nothing was applied; once it has joined "
+        "again, ask for the same step again"
+    )
+
+
+def error_detail(error: ServerError) -> ErrorDetail:
+    return ErrorDetail(
+        code=STATUS_NUMBERS[error.code],
+        message=str(error)[:_MAX_ERROR_TEXT],
+        retry_delay_ms=round(error.retry_delay_s * _MS_PER_S),
+    )

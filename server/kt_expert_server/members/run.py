@@ -1,0 +1,83 @@
+"""Runs and their members: what lives on the server between requests."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from kt_expert_server.adapters.adapter import Adapter
+from kt_expert_server.adapters.run_config import RunConfig
+from kt_expert_server.adapters.window import GradientWindow
+from kt_expert_server.checkpoints.manifest import MemberMark
+from kt_expert_server.engine.budget import Holdings
+from kt_expert_server.engine.passes import Trained
+from kt_expert_server.engine.tickets import Tickets
+from kt_expert_server.members.barrier import Barrier
+from kt_expert_server.members.credits import Credits
+from kt_expert_server.members.lease import Lease
+from kt_expert_server.members.replay_log import ReplayLog
+
+NOBODY = ""  # the identity of a trainer where no tokens are asked for
+
+
+@dataclass(eq=False, slots=True)
+class Member:
+    """One rank of a run, held by one trainer process, its instance."""
+
+    run: Run
+    rank: int
+    instance: str
+    lease: Lease
+    credits: Credits
+    log: ReplayLog
+    tickets: Tickets
+    window: GradientWindow
+    born: int  # epoch of the join that made it
+    epoch: int = 0
+    stream: int | None = None
+    is_leaving: bool = False
+    is_gone: bool = False
+    lapse_was_told: bool = False  # to those who wait for it
+    durable: int = 0  # its requests up to here survive the server's death
+
+    @property
+    def trained(self) -> Trained:
+        return Trained(self.run.name, self.run.adapter, self.window, self.tickets, self.run.config.tickets)
+
+    def __str__(self) -> str:
+        return f"rank {self.rank} of run {self.run.name!r}"
+
+
+@dataclass(eq=False, slots=True)
+class Run:
+    """One fine-tuning job on the loaded base model."""
+
+    name: str
+    config: RunConfig
+    ephemeral: bool
+    owner: str  # the identity that opened it
+    opened_by: str  # the instance that made it
+    created: float
+    adapter: Adapter
+    barrier: Barrier
+    held: Holdings
+    step: int = 0
+    members: dict[int, Member] = field(default_factory=dict)
+    # By rank: the adapter holds the effects of this trainer's requests up to here, and none of its open window.
+    marks: dict[int, MemberMark] = field(default_factory=dict)
+    durable_marks: dict[int, MemberMark] = field(default_factory=dict)  # of the newest state on disk
+    snapshots: int = 0  # taken so far; the sequence of the last one
+    written_since_step: bool = False  # tensors were written that a replay of this window would meet too early
+    changed_since_snapshot: bool = False
+    snapshot_at: float = 0.0  # when the last one was taken, or the run was made
+    loading: str = ""  # the checkpoint that is being loaded
+    empty_since: float | None = None  # when its last member went
+    is_closed: bool = False
+
+    @property
+    def is_quiescent(self) -> bool:
+        """No gradients are under way and nothing waits for a backward."""
+        return all(member.window.is_empty and not len(member.tickets) for member in self.members.values())
+
+    def windows(self) -> list[GradientWindow]:
+        """In rank order."""
+        return [self.members[rank].window for rank in sorted(self.members)]

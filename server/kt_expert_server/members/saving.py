@@ -1,0 +1,324 @@
+"""Checkpoints of runs: copied under one turn of the engine, written on the disk's thread, published when nobody needs an older
+state any more.
+
+A checkpoint after step N is of use to a restarted server only if no trainer still lacks an outcome from before N: it could not
+be computed again from the newer state. So a checkpoint gets its name once all members have acknowledged what it includes.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import cast
+
+from kt_expert_proto.v1.session_pb2 import ResultHead
+
+from kt_expert_server.adapters.run_config import require_same_lora
+from kt_expert_server.checkpoints.manifest import Manifest, MemberMark
+from kt_expert_server.checkpoints.names import automatic_name
+from kt_expert_server.checkpoints.snapshot import Snapshot, SnapshotAbout, Tensors, snapshot_bytes
+from kt_expert_server.checkpoints.store import CheckpointStore
+from kt_expert_server.checkpoints.work import ApplyWork, CopyWork
+from kt_expert_server.engine.budget import Kind, MemoryBudget, Reservation
+from kt_expert_server.engine.work import Outcome
+from kt_expert_server.errors import AlreadyExists, InvalidRequest, NotPermitted, ServerError, WrongPhase
+from kt_expert_server.members.dispatch import Dispatch
+from kt_expert_server.members.limits import Limits
+from kt_expert_server.members.run import Run
+from kt_expert_server.members.scheduler import Job
+from kt_expert_server.names import check_name
+from kt_expert_server.observe.observer import Observer
+
+Done = Callable[[Outcome | ServerError], None]
+Restored = tuple[Manifest, Tensors] | None
+
+
+@dataclass(eq=False, slots=True)
+class _Pending:
+    """A checkpoint between its copy and its name."""
+
+    run: Run
+    about: SnapshotAbout
+    copy: Reservation
+    done: Done
+    begun: float
+    digest: str = ""
+
+
+class Saving:
+    """Used from the core's thread; the store is called on the disk's."""
+
+    def __init__(
+        self,
+        dispatch: Dispatch,
+        budget: MemoryBudget,
+        store: CheckpointStore | None,
+        limits: Limits,
+        observer: Observer,
+        model_digest: Callable[[], str],
+    ) -> None:
+        self._dispatch = dispatch
+        self._budget = budget
+        self._store = store
+        self._limits = limits
+        self._observer = observer
+        self._model_digest = model_digest
+        self._unpublished: list[_Pending] = []  # written, and waiting for acknowledgements
+        self._under_way: set[Run] = set()  # whose automatic checkpoint is not published yet
+
+    @property
+    def has_store(self) -> bool:
+        return self._store is not None
+
+    def save(self, run: Run, name: str, author: MemberMark, done: Done) -> None:
+        """`done` gets the manifest's sha256 as the result's digest, or an error."""
+        try:
+            self._require_store()
+            check_name("checkpoint", name)
+            self._begin(run, name, author, done)
+        except ServerError as error:
+            done(error)
+
+    def after_step(self, run: Run) -> None:
+        """Takes an automatic checkpoint where it is time for one."""
+        limits = self._limits
+        by_steps = limits.checkpoint_every_steps > 0 and run.step % limits.checkpoint_every_steps == 0
+        by_time = limits.checkpoint_every_s > 0 and self._dispatch.now - run.snapshot_at >= limits.checkpoint_every_s
+        if by_steps or by_time:
+            self.take(run)
+
+    def take(self, run: Run) -> None:
+        """An automatic checkpoint, unless the last one is still being written."""
+        if self._store is None or run in self._under_way:
+            return
+        self._under_way.add(run)
+        name = automatic_name(run.name, run.snapshots + 1)
+
+        def done(outcome: Outcome | ServerError) -> None:
+            self._under_way.discard(run)
+            if isinstance(outcome, ServerError):
+                self._dispatch.note(f"no checkpoint of run {run.name!r} at step {run.step}: {outcome}", logging.ERROR)
+
+        try:
+            self._begin(run, name, None, done)
+        except ServerError as error:
+            done(error)
+
+    def acknowledged(self, run: Run) -> None:
+        """A member has acknowledged outcomes, or is gone."""
+        for pending in [each for each in self._unpublished if each.run is run and _is_acknowledged(each)]:
+            self._unpublished.remove(pending)
+            self._publish(pending)
+
+    def load(self, run: Run, name: str, done: Done) -> None:
+        """Replaces adapter, moments and step of a run of the same LoRA. The result's digest is the base model's."""
+        try:
+            store = self._require_store()
+            check_name("checkpoint", name)
+            if run.barrier.waiting or run.loading:
+                raise WrongPhase(f"a step of run {run.name!r} is under way; wait for it, then load")
+        except ServerError as error:
+            done(error)
+            return
+        run.loading = name
+        begun = self._dispatch.now
+
+        def finished(outcome: Outcome | ServerError) -> None:
+            run.loading = ""
+            if isinstance(outcome, Outcome):
+                self._observer.checkpoint("load", self._dispatch.now - begun)
+            done(outcome)
+
+        def read(manifest: object) -> None:
+            if isinstance(manifest, ServerError):
+                finished(manifest)
+            else:
+                self._read_and_apply(store, run, name, cast("Manifest", manifest), finished)
+
+        self._dispatch.on_disk(lambda: store.manifest(name), read)
+
+    def find_restart_point(self, run: str, done: Callable[[Restored | ServerError], None]) -> None:
+        """The newest state of that run on disk, if there is one."""
+        store = self._store
+        if store is None:
+            done(None)
+            return
+
+        def newest() -> Restored:
+            found = [name for name, manifest in store.of_run(run) if manifest.restart_point]
+            return store.read(found[-1]) if found else None
+
+        self._dispatch.on_disk(newest, lambda result: done(cast("Restored | ServerError", result)))
+
+    def require_usable(self, name: str, manifest: Manifest, owner: str) -> None:
+        """Raises InvalidRequest for a checkpoint of another base model, NotPermitted for one of another identity."""
+        if manifest.owner != owner:
+            raise NotPermitted(f"checkpoint {name!r} belongs to another identity")
+        if manifest.model_digest != self._model_digest():
+            raise InvalidRequest(f"checkpoint {name!r} belongs to another base model than the one this server has loaded")
+
+    def forget(self, run: Run) -> None:
+        """The run is closed; automatic checkpoints of an ephemeral one serve nobody any more."""
+        for pending in [each for each in self._unpublished if each.run is run]:
+            self._unpublished.remove(pending)
+            self._publish(pending)
+        store = self._store
+        if store is None or not run.ephemeral or not run.snapshots:
+            return
+
+        def remove() -> None:
+            for name, manifest in store.of_run(run.name):
+                if manifest.automatic:
+                    store.remove(name)
+
+        self._dispatch.on_disk(remove, self._report("checkpoints of a run that has ended could not be removed"))
+
+    def _require_store(self) -> CheckpointStore:
+        if self._store is None:
+            raise WrongPhase("this server has no place for checkpoints; start it with --state-dir DIR")
+        return self._store
+
+    def _begin(self, run: Run, name: str, author: MemberMark | None, done: Done) -> None:
+        """Raises OutOfCapacity where there is no memory for the copy."""
+        size = snapshot_bytes(run.adapter)
+        copy = self._budget.reserve(Kind.CHECKPOINTS, size, run.name, f"checkpoint {name!r}")
+        work, begun_at = CopyWork(run.adapter), self._dispatch.now
+        abouts: list[SnapshotAbout] = []
+
+        def begun() -> None:
+            run.snapshots += 1
+            run.snapshot_at, run.changed_since_snapshot = self._dispatch.now, False
+            safe = not run.written_since_step or run.is_quiescent
+            abouts.append(SnapshotAbout(
+                name, run.name, run.owner, self._model_digest(), run.step, run.snapshots, author is None, safe,
+                {str(rank): mark for rank, mark in sorted(run.marks.items())}, author, run.config,
+            ))  # fmt: skip
+
+        def copied(outcome: Outcome | ServerError) -> None:
+            if isinstance(outcome, ServerError):
+                copy.release()
+                done(outcome)
+            else:
+                self._write(_Pending(run, abouts[0], copy, done, begun_at), work.tensors)
+
+        self._dispatch.submit(Job(work, run.name, 0, copied, begun, is_urgent=True))
+
+    def _write(self, pending: _Pending, tensors: Tensors) -> None:
+        store, about = self._require_store(), pending.about
+
+        def write() -> str:
+            try:
+                return store.write(Snapshot(about, tensors))
+            except AlreadyExists:
+                # Asked for again by the same request, whose outcome was lost with the server.
+                if about.author is None or store.manifest(about.name).author != about.author:
+                    raise
+                return store.digest(about.name)
+
+        def written(result: object) -> None:
+            tensors.clear()
+            pending.copy.release()
+            if isinstance(result, ServerError):
+                pending.done(result)
+                return
+            pending.digest = str(result)
+            if pending.run.is_closed or _is_acknowledged(pending):
+                self._publish(pending)
+            else:
+                self._unpublished.append(pending)
+
+        self._dispatch.on_disk(write, written)
+
+    def _publish(self, pending: _Pending) -> None:
+        store, about, run = self._require_store(), pending.about, pending.run
+
+        def publish() -> None:
+            if about.author is None or about.name not in store.names():
+                store.publish(about.name)
+
+        def published(result: object) -> None:
+            if isinstance(result, ServerError):
+                pending.done(result)
+                return
+            if about.restart_point:
+                _note_durable(run, about)
+            self._observer.checkpoint("save", self._dispatch.now - pending.begun)
+            pending.done(Outcome(ResultHead(digest=pending.digest)))
+            if about.automatic:
+                self._prune(store, run.name)
+
+        self._dispatch.on_disk(publish, published)
+
+    def _prune(self, store: CheckpointStore, run: str) -> None:
+        keep = max(1, self._limits.keep_checkpoints)
+
+        def prune() -> None:
+            automatic = [name for name, manifest in store.of_run(run) if manifest.automatic]
+            for name in automatic[:-keep]:
+                store.remove(name)
+
+        self._dispatch.on_disk(prune, self._report("old checkpoints could not be removed"))
+
+    def _report(self, what: str) -> Callable[[object], None]:
+        def done(result: object) -> None:
+            if isinstance(result, ServerError):
+                self._dispatch.note(f"{what}: {result}", logging.WARNING)
+
+        return done
+
+    def _read_and_apply(self, store: CheckpointStore, run: Run, name: str, manifest: Manifest, done: Done) -> None:
+        try:
+            self.require_usable(name, manifest, run.owner)
+            require_same_lora(name, manifest.config.lora, run.name, run.config)
+            # The file of the largest layer is in memory beside the tensors that were read from it.
+            copy = self._budget.reserve(Kind.CHECKPOINTS, 2 * manifest.size_bytes, run.name, f"checkpoint {name!r}")
+        except ServerError as error:
+            done(error)
+            return
+
+        def read(result: object) -> None:
+            if isinstance(result, ServerError):
+                copy.release()
+                done(result)
+                return
+            work = ApplyWork(run.adapter, run.name, manifest, cast("Restored", result)[1])  # type: ignore[index]
+            self._dispatch.submit(Job(work, run.name, 0, applied))
+
+        def applied(outcome: Outcome | ServerError) -> None:
+            copy.release()
+            if isinstance(outcome, ServerError):
+                done(outcome)
+                return
+            self._loaded(run, manifest)
+            done(Outcome(ResultHead(digest=manifest.model_digest)))
+
+        self._dispatch.on_disk(lambda: store.read(name), read)
+
+    @staticmethod
+    def _loaded(run: Run, manifest: Manifest) -> None:
+        run.step = manifest.step
+        run.written_since_step, run.changed_since_snapshot = False, True
+        for rank, member in run.members.items():
+            member.window.close()
+            head = member.log.head()
+            running = head is not None and head.phase.name == "RUNNING"
+            through = head.request_id if head is not None and running else member.log.last_settled
+            run.marks[rank] = MemberMark(member.instance, through)
+
+
+def _note_durable(run: Run, about: SnapshotAbout) -> None:
+    run.durable_marks = {int(rank): mark for rank, mark in about.members.items()}
+    for rank, mark in run.durable_marks.items():
+        member = run.members.get(rank)
+        if member is not None and member.instance == mark.instance:
+            member.durable = max(member.durable, mark.request_id)
+
+
+def _is_acknowledged(pending: _Pending) -> bool:
+    """Whether no member lacks an outcome that could not be computed again from this checkpoint."""
+    for rank, mark in pending.about.members.items():
+        member = pending.run.members.get(int(rank))
+        if member is not None and member.instance == mark.instance and member.log.acknowledged < mark.request_id:
+            return False
+    return True

@@ -1,1 +1,0 @@
-"""Checkpoints on the server's disk."""
