@@ -16,7 +16,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # Bochs and a kernel, built once from Debian's packages and named after what went in.
 EMULATOR_CACHE ?= build/emulator
 
-.PHONY: setup demo test check format native-test mca sanitize fuzz emulated python-test bench clean system-packages
+.PHONY: setup demo test check format native-test mca sanitize fuzz emulated simulate soak python-test bench clean system-packages
 
 setup: $(STAMP)
 
@@ -36,7 +36,7 @@ $(STAMP): pyproject.toml $(NATIVE_SOURCES) $(PROTO_SOURCES) | $(VENV)/.torch
 demo: $(STAMP)
 	$(BIN)/python deploy/demo/run.py $(DEMO_FLAGS)
 
-test: check native-test mca sanitize emulated python-test
+test: check native-test mca sanitize emulated simulate soak python-test
 	$(MAKE) demo DEMO_FLAGS="--out build/demo-small --base-steps 40 --steps 6"
 
 check: $(STAMP)
@@ -82,6 +82,18 @@ fuzz: $(STAMP)
 # The same binary on this CPU and, for instruction sets it lacks, on an emulated one.
 emulated: native-test
 	PYTHONPATH=tests $(BIN)/python -m emulated $(NATIVE_BUILD)/tests/kt_expert_native_tests $(EMULATOR_CACHE)
+
+# Trainers and server under SEEDS random schedules of faults, in virtual time, from seed FIRST on; and faults planted into the
+# product that must be found. A seed that fails prints how to play it again.
+SEEDS ?= 20000
+FIRST ?= 1
+simulate: $(STAMP)
+	PYTHONPATH=tests $(BIN)/python -m simulation $(SEEDS) $(FIRST)
+
+# Trainers that cancel and vanish, for MINUTES; the server's memory, descriptors and threads must not grow.
+MINUTES ?= 2
+soak: $(STAMP)
+	PYTHONPATH=tests $(BIN)/python -m soak $(MINUTES)
 
 python-test: $(STAMP) system-packages
 	$(BIN)/python -m pytest
