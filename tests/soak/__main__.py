@@ -1,0 +1,124 @@
+"""Minutes of trouble: trainers that cancel, vanish and come back, and a server that must not grow: python -m soak MINUTES."""
+
+from __future__ import annotations
+
+import random
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import kt_expert_client as kt
+from kt_expert_client import AdamW
+from support.batches import LAYERS, LORA, batch, train_step
+from support.models import save_checkpoint
+from support.proxy import FaultProxy
+from support.server import ServerProcess
+
+TRAINERS = 3
+TROUBLE = 0.2  # chance that a round is cancelled, and that one ends without a word
+WARM_UP = 0.4  # of the time: allocators and caches fill
+MOST_GROWTH_PER_MINUTE = 1 << 20  # bytes of resident memory after the warm-up
+_SAMPLE_S = 0.5
+# What a vanished trainer holds is otherwise kept for a quarter of an hour, and would look like growth.
+FORGETFUL = ("--lease", "2", "--retention", "2")
+
+
+def trainer(address: str, seed: int, stop: threading.Event, rounds: list[int]) -> None:
+    rng = random.Random(seed)
+    while not stop.is_set():
+        client = kt.connect(address)
+        run = client.open_run(lora=LORA, wire_dtype="fp32", seed=seed)
+        for round_ in range(rng.randrange(1, 12)):
+            if stop.is_set():
+                break
+            if rng.random() < TROUBLE:
+                cancelled(run, rng)
+            train_step(run, round_, tokens=rng.choice((1, 12, 300)))
+            run.step(AdamW(1e-3))
+            rounds[seed] += 1
+        if rng.random() < TROUBLE:
+            run._session.close()  # as a process that dies
+        client.close()
+
+
+def cancelled(run: kt.Run, rng: random.Random) -> None:
+    x, ids, weights = batch(rng.choice((1, 500)), 1)
+    handle = run.submit_forward(rng.randrange(LAYERS), x, ids, weights)
+    run._session.cancel(handle.pending.call)
+    try:
+        handle.result()
+        run.release(handle.ticket)
+    except kt.Cancelled:
+        pass
+
+
+def trouble(proxy: FaultProxy, stop: threading.Event) -> None:
+    rng = random.Random(9)
+    while not stop.wait(rng.expovariate(2.0)):
+        proxy.cut()
+
+
+class Watch:
+    """Resident memory, descriptors and threads of the server over time."""
+
+    def __init__(self, pid: int) -> None:
+        self._process = Path("/proc") / str(pid)
+        self.samples: list[tuple[float, int, int, int]] = []
+
+    def sample(self) -> None:
+        status = (self._process / "status").read_text()
+        fields = dict(line.split(":", 1) for line in status.splitlines() if ":" in line)
+        resident = int(fields["VmRSS"].split()[0]) * 1024
+        self.samples.append((time.monotonic(), resident, len(list((self._process / "fd").iterdir())), int(fields["Threads"])))
+
+    def after_warm_up(self) -> list[tuple[float, int, int, int]]:
+        return self.samples[int(len(self.samples) * WARM_UP) :]
+
+    def growth_per_minute(self) -> float:
+        """Of resident memory, by least squares."""
+        kept = self.after_warm_up()
+        times, sizes = [each[0] for each in kept], [each[1] for each in kept]
+        mean_t, mean_s = sum(times) / len(kept), sum(sizes) / len(kept)
+        slope = sum((t - mean_t) * (s - mean_s) for t, s in zip(times, sizes, strict=True))
+        return 60 * slope / sum((t - mean_t) ** 2 for t in times)
+
+
+def main(minutes: float) -> int:
+    with tempfile.TemporaryDirectory() as directory:
+        checkpoint = save_checkpoint("qwen3_moe", Path(directory) / "model")
+        with ServerProcess(checkpoint, Path(directory) / "log", *FORGETFUL) as server, FaultProxy(server.address) as proxy:
+            return _soak(server, proxy, minutes)
+
+
+def _soak(server: ServerProcess, proxy: FaultProxy, minutes: float) -> int:
+    stop, rounds, watch = threading.Event(), [0] * TRAINERS, Watch(server.process.pid)
+    threads = [threading.Thread(target=trainer, args=(proxy.address, seed, stop, rounds)) for seed in range(TRAINERS)]
+    threads.append(threading.Thread(target=trouble, args=(proxy, stop)))
+    for thread in threads:
+        thread.start()
+    deadline = time.monotonic() + 60 * minutes
+    while time.monotonic() < deadline and all(thread.is_alive() for thread in threads):
+        watch.sample()
+        time.sleep(_SAMPLE_S)
+    died = sum(not thread.is_alive() for thread in threads)
+    stop.set()
+    for thread in threads:
+        thread.join(60)
+    growth, kept = watch.growth_per_minute(), watch.after_warm_up()
+    descriptors, threads_seen = ([each[index] for each in kept] for index in (2, 3))
+    half = len(kept) // 2
+    grew = max(descriptors[half:]) > max(descriptors[:half]) + 8 or max(threads_seen[half:]) > max(threads_seen[:half]) + 2
+    print(
+        f"soak: {minutes:g} minutes, {sum(rounds)} steps, {proxy.cuts} cuts, memory {growth / 1024:+.0f} KiB a minute, "
+        f"descriptors {min(descriptors)} to {max(descriptors)}, threads {min(threads_seen)} to {max(threads_seen)}, "
+        f"trainers that failed {died}"
+    )
+    return 1 if died or grew or growth > MOST_GROWTH_PER_MINUTE or min(rounds) == 0 else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(float(sys.argv[1])))
