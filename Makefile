@@ -91,7 +91,7 @@ simulate: $(STAMP)
 	PYTHONPATH=tests $(BIN)/python -m simulation $(SEEDS) $(FIRST)
 
 # Trainers that cancel and vanish, for MINUTES; the server's memory, descriptors and threads must not grow.
-MINUTES ?= 2
+MINUTES ?= 3
 soak: $(STAMP)
 	PYTHONPATH=tests $(BIN)/python -m soak $(MINUTES)
 

@@ -20,7 +20,7 @@ from support.server import ServerProcess
 
 TRAINERS = 3
 TROUBLE = 0.2  # chance that a round is cancelled, and that one ends without a word
-WARM_UP = 0.4  # of the time: allocators and caches fill
+WARM_UP = 0.6  # of the time: allocators and caches fill
 MOST_GROWTH_PER_MINUTE = 1 << 20  # bytes of resident memory after the warm-up
 _SAMPLE_S = 0.5
 # What a vanished trainer holds is otherwise kept for a quarter of an hour, and would look like growth.

@@ -364,6 +364,7 @@ class SessionCore:
             del self._calls[call.request_id]
             call.is_replay = False
         overtaken = [call for call in self._calls.values() if call.request_id <= joined.included]
+        overtaken = [call for call in overtaken if not self._settle_step(call, joined)]
         # Without a request of this trainer's in it, the state must be the one that was there when it came.
         is_other = not joined.included and joined.step != self._origin_step
         if self._journal.lost(joined.included) or overtaken or is_other:
@@ -380,6 +381,17 @@ class SessionCore:
         self._unsent = deque(self._calls.values())
         for call in self._calls.values():
             call.is_sent = False
+        return True
+
+    def _settle_step(self, call: Call, joined: Joined) -> bool:
+        """A step whose outcome was lost with the member, but which the state holds: what became of it is known all the same."""
+        if call.op is not Op.STEP or call.opened.step.step > joined.step:
+            return False
+        del self._calls[call.request_id]
+        call.head = ResultHead(step=call.opened.step.step)
+        self._journal.settled(call)
+        if not call.is_given_up:
+            self._actions.append(Settled(call, None))
         return True
 
     def _loss(self, joined: Joined) -> RunStateLost:
