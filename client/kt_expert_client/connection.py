@@ -24,7 +24,8 @@ from kt_expert_client.credentials import Credentials, open_channel
 from kt_expert_client.errors import DeadlineExceeded, InvalidRequest, KtExpertError, ServerUnavailable, from_rpc
 from kt_expert_client.options import RunOptions
 from kt_expert_client.run import Run, memory_of
-from kt_expert_client.session.core import JoinTerms, SessionCore
+from kt_expert_client.session.actions import JoinTerms
+from kt_expert_client.session.core import SessionCore
 from kt_expert_client.session.driver import Session
 from kt_expert_client.session.journal import Journal
 from kt_expert_client.staging import Staging

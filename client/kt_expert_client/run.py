@@ -16,8 +16,8 @@ from kt_expert_proto.v1 import session_pb2 as pb
 from kt_expert_client.adapter import AdapterTensors, TensorKey
 from kt_expert_client.errors import InvalidRequest
 from kt_expert_client.optimizers import ParamGroup, Update
+from kt_expert_client.session.actions import JoinTerms
 from kt_expert_client.session.calls import Call, OutTensor
-from kt_expert_client.session.core import JoinTerms
 from kt_expert_client.session.driver import Pending, Session
 from kt_expert_client.staging import Delivery, HostBuffer, HostTensor, Staging
 

@@ -36,6 +36,7 @@ CORES = (
     ROOT / "client" / "kt_expert_client" / "session" / "core.py",
     ROOT / "client" / "kt_expert_client" / "session" / "journal.py",
     ROOT / "client" / "kt_expert_client" / "session" / "calls.py",
+    ROOT / "client" / "kt_expert_client" / "session" / "actions.py",
 )
 NOT_IN_CORES = {"asyncio", "grpc", "prometheus_client", "random", "secrets", "select", "socket", "time", "uuid"}
 HAS_DISK = {"filesystem.py"}  # what a simulator replaces

@@ -17,8 +17,9 @@ from kt_expert_client.errors import (
     ServerUnavailable,
     from_status,
 )
+from kt_expert_client.session.actions import Connect, Disconnect, JoinTerms, Send, Settled
 from kt_expert_client.session.calls import Call, OutTensor
-from kt_expert_client.session.core import Connect, Disconnect, JoinTerms, Send, SessionCore, Settled
+from kt_expert_client.session.core import SessionCore
 from kt_expert_client.session.journal import Journal
 from kt_expert_proto.codec import Buffer, Decoder, Encoder, Memory, Outbound
 from kt_expert_proto.dtypes import ITEM_BYTES, Dtype

@@ -6,15 +6,12 @@ calls one method at a time and then carries out take_actions(), in order.
 
 from __future__ import annotations
 
-import enum
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from google.protobuf.message import DecodeError
 from kt_expert_proto.codec import Buffer, Source
 from kt_expert_proto.header import FrameError, FrameType, Header, Op, Tensor
-from kt_expert_proto.v1 import service_pb2 as pb
 from kt_expert_proto.v1.session_pb2 import ErrorDetail, Join, Joined, Leave, RequestOpen, ResultHead
 
 from kt_expert_client.errors import (
@@ -31,6 +28,7 @@ from kt_expert_client.errors import (
     WrongPhase,
     from_status,
 )
+from kt_expert_client.session.actions import Action, Connect, Disconnect, JoinTerms, Note, Phase, Send, Settled
 from kt_expert_client.session.calls import Call
 from kt_expert_client.session.journal import Journal
 
@@ -41,59 +39,6 @@ _MAX_DELAY_S = 5.0
 _MS_PER_S = 1000
 # What asking again does not mend. Everything else may be the network's or a restarting server's.
 _FINAL = (InvalidRequest, NotFound, AlreadyExists, WrongPhase, OutOfCapacity, NotPermitted, NotAuthenticated)
-
-
-class Phase(enum.Enum):
-    APART = enum.auto()  # no connection; the next attempt is at connect_at
-    JOINING = enum.auto()
-    JOINED = enum.auto()
-    ENDED = enum.auto()
-
-
-@dataclass(frozen=True, slots=True)
-class JoinTerms:
-    """Which rank of which run this trainer is."""
-
-    run: str
-    config: pb.RunConfig
-    ephemeral: bool
-    rank: int
-    instance: str  # drawn at random, once for each session
-    takeover: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Connect:
-    """Open a transport; what was sent on an older one is not sent any more."""
-
-
-@dataclass(frozen=True, slots=True)
-class Disconnect:
-    """Close the transport. Its end is not reported to the core."""
-
-
-@dataclass(frozen=True, slots=True)
-class Send:
-    header: Header
-    payload: bytes | Source
-
-
-@dataclass(frozen=True, slots=True)
-class Settled:
-    """A call has its outcome: results and head, or an error."""
-
-    call: Call
-    error: KtExpertError | None
-
-
-@dataclass(frozen=True, slots=True)
-class Note:
-    """For the log."""
-
-    text: str
-
-
-Action = Connect | Disconnect | Send | Settled | Note
 
 
 class SessionCore:

@@ -12,8 +12,9 @@ from kt_expert_proto.header import FrameType, Header, Op
 from kt_expert_proto.v1.session_pb2 import Leave, RequestOpen
 
 from kt_expert_client.errors import DeadlineExceeded, KtExpertError, ServerFault, ServerUnavailable, copy_of
+from kt_expert_client.session.actions import Connect, Disconnect, Note, Phase, Send, Settled
 from kt_expert_client.session.calls import Call
-from kt_expert_client.session.core import ANSWER_SLACK_S, Connect, Disconnect, Note, Phase, Send, SessionCore, Settled
+from kt_expert_client.session.core import ANSWER_SLACK_S, SessionCore
 from kt_expert_client.wire.base import Opener, Transport
 
 _log = logging.getLogger(__name__)

@@ -4,18 +4,9 @@ from __future__ import annotations
 
 import pytest
 from kt_expert_client.errors import AlreadyExists, DeadlineExceeded, NotFound, RunStateLost, ServerUnavailable
+from kt_expert_client.session.actions import Action, Connect, Disconnect, JoinTerms, Phase, Send, Settled
 from kt_expert_client.session.calls import Call
-from kt_expert_client.session.core import (
-    ANSWER_SLACK_S,
-    Action,
-    Connect,
-    Disconnect,
-    JoinTerms,
-    Phase,
-    Send,
-    SessionCore,
-    Settled,
-)
+from kt_expert_client.session.core import ANSWER_SLACK_S, SessionCore
 from kt_expert_client.session.journal import Journal
 from kt_expert_proto.header import FrameError, FrameType, Header, Op
 from kt_expert_proto.v1 import service_pb2 as pb
