@@ -253,8 +253,10 @@ def _check_trainer_of(world: World, plan: Plan) -> None:
     # Only a dead server, or a pause beyond what members are kept for, makes a trainer lose anything.
     unharmed = not world.server.kills and not trainer.restarts and not trainer.was_paused_long
     assert not (unharmed and trainer.losses), f"rank {plan.rank} of {plan.name} lost steps although nobody died"
-    # A trainer that was started again cannot repeat what its predecessor did.
-    could_repeat = plan.replay and not trainer.restarts
+    # A trainer that was started again cannot repeat what its predecessor did. And a step that was asked for before a forward
+    # had its outcome may be durable while that outcome goes with the member, if its trainer stays away.
+    left_behind = trainer.went_ahead and trainer.was_paused_long
+    could_repeat = plan.replay and not trainer.restarts and not left_behind
     assert not (could_repeat and trainer.losses), f"rank {plan.rank} of {plan.name} lost steps it could have repeated"
 
 

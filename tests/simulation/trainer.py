@@ -97,6 +97,7 @@ class TrainerProcess:
         self.losses = 0  # times the server lost what this trainer had done
         self.restarts = 0
         self.was_paused_long = False
+        self.went_ahead = 0  # steps asked for before the outcome of a forward was there
         self.failure: str = ""
         self.buffers = 0
         self.start()
@@ -115,6 +116,7 @@ class TrainerProcess:
         self.core = SessionCore(terms, journal, lambda size, _: _Memory(size, self), self._heap.now, TIMEOUT_S)
         self._link: _Link | None = None
         self._script: Script | None = None
+        self._aside: Call | None = None  # nobody waits for it
         self._tick_at: float | None = None
         self._tick()
 
@@ -243,6 +245,9 @@ class TrainerProcess:
         elif self.core.failure is not None and error is not None:
             self.failure = f"{type(error).__name__}: {error}"
             self.is_done = True
+        elif call is self._aside:
+            assert error is None, f"a forward nobody waited for failed: {error}"
+            self._aside = None
         else:
             self._advance((call, error))
 
@@ -299,6 +304,8 @@ class TrainerProcess:
                     continue
                 scale = min(1.0, _MAX_NORM / (norm.norm + 1e-6))
                 update = pb.ParamGroup(adamw=pb.Adam(learning_rate=0.02, beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.01))
+                if self._rng.random() < plan.extras:
+                    self._evaluate_aside(step)
                 opened = spb.RequestOpen(step=spb.Step(step=step + 1, grad_scale=scale, groups=[update]))
                 stepped = yield from self._ask(Call(Op.STEP, opened, TIMEOUT_S))
                 if stepped is not None:
@@ -369,6 +376,14 @@ class TrainerProcess:
         self.core.release(call.request_id)
         self.carry_out_later()
 
+    def _evaluate_aside(self, step: int) -> None:
+        """A forward of the state before the step, whose outcome the step does not wait for."""
+        call = _forward(0, *batch(self.plan.run, self.plan.rank, step, 0), keeps=False)
+        if self._aside is None and self.core.has_room(2 * call.size_bytes):
+            self._aside = call
+            self.went_ahead += 1
+            self.core.submit(call, self._heap.now)
+
     def carry_out_later(self) -> None:
         self.after(0.0, self.carry_out)
 
@@ -417,13 +432,13 @@ def _out(tensor: Tensor, dtype: Dtype, values: np.ndarray) -> OutTensor:
     return OutTensor(tensor, dtype, values.shape[0], values.shape[1], Memory(values.data.cast("B")))
 
 
-def _forward(layer: int, x: np.ndarray, ids: np.ndarray, weights: np.ndarray) -> Call:
+def _forward(layer: int, x: np.ndarray, ids: np.ndarray, weights: np.ndarray, keeps: bool = True) -> Call:
     sent = (
         _out(Tensor.EXPERT_IDS, Dtype.INT32, ids),
         _out(Tensor.ROUTING_WEIGHTS, Dtype.FP32, weights),
         _out(Tensor.HIDDEN_STATES, Dtype.FP32, x),
     )
-    opened = spb.RequestOpen(forward=spb.Forward(top_k=TOP_K, save_for_backward=True, use_adapter=True))
+    opened = spb.RequestOpen(forward=spb.Forward(top_k=TOP_K, save_for_backward=keeps, use_adapter=True))
     expects = {Tensor.OUTPUT: x.nbytes}
     return Call(Op.FORWARD, opened, TIMEOUT_S, layer, Dtype.FP32, TOKENS, HIDDEN, sent, expects)
 
