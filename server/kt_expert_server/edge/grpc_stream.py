@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from typing import Any
 
 import grpc
@@ -17,13 +17,14 @@ from kt_expert_server.edge.auth import Authenticator
 from kt_expert_server.edge.driver import Driver, StreamReceiver
 from kt_expert_server.edge.status import abort, abort_fault
 from kt_expert_server.engine.buffers import PooledBuffer
-from kt_expert_server.errors import ServerError
+from kt_expert_server.errors import OutOfCapacity, ServerError
 from kt_expert_server.observe.metrics import Metrics
 
 Context = grpc.aio.ServicerContext[bytes, bytes]
 _METHOD = "Exchange"
 _PASSES = (Op.FORWARD, Op.BACKWARD)
 _LAST_WORDS_S = 2.0  # for what was queued before an end to leave
+_MAX_QUEUED_FRAMES = 4096  # a trainer that acknowledges has at most some dozens; about 1 MiB where tensors are not counted
 
 
 class SessionStreams(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # generic in the stubs only
@@ -56,17 +57,74 @@ class SessionStreams(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # gener
             self._metrics.call_ended(_METHOD, code, time.monotonic() - begun)
 
 
+class _Outgoing:
+    """Frames that wait to be sent, an iterator over them. Their buffers are held until the encoder has copied them."""
+
+    def __init__(self) -> None:
+        self._frames: deque[tuple[Header, bytes | PooledBuffer]] = deque()
+        self._copying: PooledBuffer | None = None  # the encoder may still read it
+        self._copied: list[PooledBuffer] = []
+
+    def __len__(self) -> int:
+        return len(self._frames)
+
+    def __iter__(self) -> _Outgoing:
+        return self
+
+    def __next__(self) -> Outbound:
+        if self._copying is not None:
+            self._copied.append(self._copying)
+            self._copying = None
+        if not self._frames:
+            raise StopIteration
+        header, payload = self._frames.popleft()
+        if isinstance(payload, bytes):
+            return header, payload
+        self._copying = payload
+        return header, Memory(payload.view)
+
+    def add(self, header: Header, payload: bytes | PooledBuffer) -> None:
+        if not isinstance(payload, bytes):
+            payload.hold()
+        self._frames.append((header, payload))
+
+    def first(self) -> Header | None:
+        return self._frames[0][0] if self._frames else None
+
+    def release_copied(self) -> None:
+        """To be called with each message that the encoder yields, before it is sent: its trainer may acknowledge at once."""
+        for buffer in self._copied:
+            buffer.release()
+        self._copied.clear()
+
+    def clear(self) -> None:
+        """Nothing more is sent. The encoder must not go on."""
+        for _, payload in self._frames:
+            if not isinstance(payload, bytes):
+                payload.release()
+        self._frames.clear()
+        if self._copying is not None:
+            self._copied.append(self._copying)
+            self._copying = None
+        self.release_copied()
+
+
 class GrpcStream:
     """Implements Transport: a reader that feeds the decoder and a writer that drains what the core has to say."""
 
     def __init__(self, driver: Driver, metrics: Metrics) -> None:
         self._driver, self._metrics = driver, metrics
-        self._outgoing: deque[tuple[Header, bytes | PooledBuffer]] = deque()
+        self._outgoing = _Outgoing()
         self._has_outgoing = asyncio.Event()
         self._ended: asyncio.Future[ServerError | None] = asyncio.get_running_loop().create_future()
 
     def send(self, header: Header, payload: bytes | PooledBuffer) -> None:
-        self._outgoing.append((header, payload))
+        if self._ended.done():
+            return
+        if len(self._outgoing) >= _MAX_QUEUED_FRAMES:
+            self.end(OutOfCapacity(f"{len(self._outgoing)} frames wait to be read by this trainer; read them as they come"))
+            return
+        self._outgoing.add(header, payload)
         self._has_outgoing.set()
 
     def end(self, error: ServerError | None) -> None:
@@ -74,7 +132,7 @@ class GrpcStream:
             return
         self._ended.set_result(error)
         if error is not None:
-            self._outgoing.clear()  # buffers among it may serve others from now on
+            self._outgoing.clear()
 
     async def run(self, messages: AsyncIterator[bytes], context: Context, identity: str) -> None:
         """Returns when the peer has ended the stream. Raises the error the core ended it with."""
@@ -99,6 +157,7 @@ class GrpcStream:
             for end in (reader, writer):
                 end.cancel()
             await asyncio.gather(reader, writer, return_exceptions=True)
+            self._outgoing.clear()
 
     async def _flush(self, writer: asyncio.Future[None]) -> None:
         """Lets what was queued before the end leave, where the peer takes it."""
@@ -116,17 +175,13 @@ class GrpcStream:
         encoder = Encoder()
         while True:
             await self._has_outgoing.wait()
-            begun, first = time.monotonic(), next((header for header, _ in self._outgoing), None)
-            for message in encoder.messages(self._queued()):
+            begun, first = time.monotonic(), self._outgoing.first()
+            for message in encoder.messages(self._outgoing):
+                self._outgoing.release_copied()
+                await context.write(message)
                 if self._ended.done() and self._ended.result() is not None:
                     return  # in the middle of a tensor whose memory may be another's by now
-                await context.write(message)
             if first is not None and first.op in _PASSES:
                 self._metrics.stage(first.op.name.lower(), "send", time.monotonic() - begun)
             if not self._outgoing:
                 self._has_outgoing.clear()
-
-    def _queued(self) -> Iterator[Outbound]:
-        while self._outgoing:
-            header, payload = self._outgoing.popleft()
-            yield header, payload if isinstance(payload, bytes) else Memory(payload.view)

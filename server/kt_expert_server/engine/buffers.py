@@ -20,12 +20,23 @@ MAX_KEPT_BYTES = 1 << 30
 
 
 class PooledBuffer:
-    """Implements the codec's Buffer. Released once by its owner; using it afterwards is a fault of ours."""
+    """Implements the codec's Buffer. Released once by each of its holders; using it afterwards is a fault of ours."""
 
     def __init__(self, pool: BufferPool, memory: NDArray[np.uint8], size_bytes: int) -> None:
         self._pool = pool
         self._memory: NDArray[np.uint8] | None = memory
         self._size_bytes = size_bytes
+        self._holders = 1
+
+    def hold(self) -> None:
+        """One more holder: the memory serves nobody else until all have released it."""
+        assert self._memory is not None, "a released buffer was held"  # noqa: S101
+        self._holders += 1
+
+    @property
+    def is_shared(self) -> bool:
+        """Somebody beside its owner still holds it."""
+        return self._holders > 1
 
     @property
     def view(self) -> memoryview:
@@ -41,6 +52,9 @@ class PooledBuffer:
 
     def release(self) -> None:
         assert self._memory is not None, "a buffer was released twice"  # noqa: S101
+        self._holders -= 1
+        if self._holders:
+            return
         memory, self._memory = self._memory, None
         self._pool._give_back(memory)
 

@@ -22,6 +22,11 @@ class Outcome:
     tensors: list[tuple[Header, PooledBuffer]] = field(default_factory=list)  # headers without id and epoch
     error: ServerError | None = None
 
+    @property
+    def is_leaving(self) -> bool:
+        """A transport has not sent all of its tensors yet."""
+        return any(buffer.is_shared for _, buffer in self.tensors)
+
     def release(self) -> None:
         """Gives its tensors' memory back. Safe to call twice."""
         for _, buffer in self.tensors:

@@ -15,7 +15,7 @@ from kt_expert_server.errors import ServerError
 
 @dataclass(frozen=True, slots=True)
 class Send:
-    """A frame for a stream. A buffer stays the core's; it does not change until its outcome is acknowledged."""
+    """A frame for a stream. A buffer is the core's: a transport that does not send it at once holds it."""
 
     stream: int
     header: Header

@@ -88,6 +88,7 @@ class Exchange:
             case FrameType.CANCEL:
                 self._cancel(header.request_id)
             case FrameType.ACK:
+                self._require_sent(header.request_id)
                 self._acknowledge(header.request_id)
                 if self.member.is_leaving and not len(self.member.log):
                     self._runs.end_stream(self.member, None)
@@ -193,12 +194,9 @@ class Exchange:
             entry.credit_bytes = None
 
     def _repeat(self, request_id: int) -> None:
-        """Received before: its outcome is sent again, or comes when it is ready."""
+        """Received before: its outcome has been sent on this stream too, or comes when it is ready."""
         self._observer.duplicate()
         self._skipped = request_id
-        entry = self.member.log.find(request_id)
-        if entry is not None:
-            self._requests.send_outcome(self.member, entry)
 
     def _cancel(self, request_id: int) -> None:
         arriving = self._arriving
@@ -209,6 +207,12 @@ class Exchange:
         if entry is not None:
             self._requests.cancel(self.member, entry)
             self._requests.advance(self.member, self._model)
+
+    def _require_sent(self, up_to: int) -> None:
+        """Raises FrameError for an outcome that is still on its way out: its memory would serve another trainer too early."""
+        for entry in self.member.log:
+            if entry.request_id <= up_to and entry.outcome is not None and entry.outcome.is_leaving:
+                raise FrameError(f"outcome {entry.request_id} was acknowledged before all of it was sent")
 
     def _acknowledge(self, up_to: int) -> None:
         done = self.member.log.acknowledge(up_to)
