@@ -1,4 +1,4 @@
-"""A member that acknowledges an outcome before it has read it: the memory would serve another trainer while it is being sent."""
+"""A member that acknowledges an outcome it has not read: the memory would serve another trainer while it is being sent."""
 
 from __future__ import annotations
 
