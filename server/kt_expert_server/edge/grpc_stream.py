@@ -133,6 +133,7 @@ class GrpcStream:
         self._ended.set_result(error)
         if error is not None:
             self._outgoing.clear()
+            self._has_outgoing.set()  # the writer is to see that it has ended
 
     async def run(self, messages: AsyncIterator[bytes], context: Context, identity: str) -> None:
         """Returns when the peer has ended the stream. Raises the error the core ended it with."""
@@ -145,6 +146,8 @@ class GrpcStream:
             if self._ended.done():
                 error = self._ended.result()
                 if error is not None:
+                    # gRPC may never send a status that overtakes a message whose write was cancelled.
+                    await asyncio.wait((writer,), timeout=_LAST_WORDS_S)
                     raise error
                 await self._flush(writer)
             else:
@@ -158,6 +161,9 @@ class GrpcStream:
                 end.cancel()
             await asyncio.gather(reader, writer, return_exceptions=True)
             self._outgoing.clear()
+
+    def _is_broken(self) -> bool:
+        return self._ended.done() and self._ended.result() is not None
 
     async def _flush(self, writer: asyncio.Future[None]) -> None:
         """Lets what was queued before the end leave, where the peer takes it."""
@@ -175,11 +181,13 @@ class GrpcStream:
         encoder = Encoder()
         while True:
             await self._has_outgoing.wait()
+            if self._is_broken():
+                return
             begun, first = time.monotonic(), self._outgoing.first()
             for message in encoder.messages(self._outgoing):
                 self._outgoing.release_copied()
                 await context.write(message)
-                if self._ended.done() and self._ended.result() is not None:
+                if self._is_broken():
                     return  # in the middle of a tensor whose memory may be another's by now
             if first is not None and first.op in _PASSES:
                 self._metrics.stage(first.op.name.lower(), "send", time.monotonic() - begun)
