@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import logging
 from collections.abc import Iterator
 from itertools import groupby
 
@@ -21,6 +22,7 @@ from safetensors import SafetensorError
 from kt_expert_server.adapters.transfer import TensorId
 from kt_expert_server.checkpoints.filesystem import Filesystem
 from kt_expert_server.checkpoints.manifest import FORMAT_VERSION, Manifest
+from kt_expert_server.checkpoints.names import is_automatic_name
 from kt_expert_server.checkpoints.snapshot import Snapshot, Tensors
 from kt_expert_server.errors import AlreadyExists, InternalError, InvalidRequest, NotFound, OutOfCapacity, ServerError
 
@@ -28,6 +30,7 @@ _ROOT = "checkpoints"
 _MANIFEST = "manifest.json"
 _PARTIAL_PREFIX = ".partial-"  # no name begins with a dot, so none is mistaken for a partial one
 _PARTS = (PARAMETER, *SLOTS, STEP)
+_log = logging.getLogger(__name__)
 _DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -121,10 +124,26 @@ class CheckpointStore:
             return []
         return [name for name in self._disk.list_directory(_ROOT) if not name.startswith(".")]
 
+    def of_owner(self, owner: str) -> list[str]:
+        """Names of checkpoints that an identity may read."""
+        return [name for name, manifest in self._readable() if manifest.owner == owner]
+
     def of_run(self, run: str) -> list[tuple[str, Manifest]]:
-        """Checkpoints of one run, oldest first. Raises InvalidRequest where a manifest is damaged."""
-        found = [(name, self.manifest(name)) for name in self.names()]
-        return sorted(((name, each) for name, each in found if each.run == run), key=lambda entry: entry[1].sequence)
+        """Checkpoints of one run, oldest first. Raises InvalidRequest where the manifest of one of its automatic checkpoints is
+        damaged: an older one in its place would be a silent loss. Others' damage is logged and passed over."""
+        found = [(name, manifest) for name, manifest in self._readable(run) if manifest.run == run]
+        return sorted(found, key=lambda entry: entry[1].sequence)
+
+    def _readable(self, run: str = "") -> Iterator[tuple[str, Manifest]]:
+        for name in self.names():
+            try:
+                manifest = self.manifest(name)
+            except ServerError as error:
+                if run and is_automatic_name(run, name):
+                    raise
+                _log.warning("checkpoint %r is passed over: %s", name, error)
+            else:
+                yield name, manifest
 
     def _write_layers(self, partial: tuple[str, ...], tensors: Tensors) -> dict[str, str]:
         files = {}
@@ -158,7 +177,7 @@ class CheckpointStore:
                 yield _tensor_id(key), values
 
     def _unknown(self, name: str) -> NotFound:
-        return NotFound(f"checkpoint {name!r} does not exist; there are: {', '.join(self.names()) or 'none'}")
+        return NotFound(f"checkpoint {name!r} does not exist")
 
 
 def _tensor_id(key: str) -> TensorId:

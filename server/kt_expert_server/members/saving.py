@@ -20,9 +20,9 @@ from kt_expert_server.checkpoints.names import automatic_name
 from kt_expert_server.checkpoints.snapshot import Snapshot, SnapshotAbout, Tensors, snapshot_bytes
 from kt_expert_server.checkpoints.store import CheckpointStore
 from kt_expert_server.checkpoints.work import ApplyWork, CopyWork
-from kt_expert_server.engine.budget import Kind, MemoryBudget, Reservation
+from kt_expert_server.engine.budget import Holdings, Kind, MemoryBudget, Reservation
 from kt_expert_server.engine.work import Outcome
-from kt_expert_server.errors import AlreadyExists, InvalidRequest, NotPermitted, ServerError, WrongPhase
+from kt_expert_server.errors import AlreadyExists, InvalidRequest, NotFound, NotPermitted, ServerError, WrongPhase
 from kt_expert_server.members.dispatch import Dispatch
 from kt_expert_server.members.limits import Limits
 from kt_expert_server.members.run import Run
@@ -59,13 +59,14 @@ class Saving:
         model_digest: Callable[[], str],
     ) -> None:
         self._dispatch = dispatch
-        self._budget = budget
         self._store = store
         self._limits = limits
         self._observer = observer
         self._model_digest = model_digest
         self._unpublished: list[_Pending] = []  # written, and waiting for acknowledgements
         self._under_way: set[Run] = set()  # whose automatic checkpoint is not published yet
+        self._names: set[str] = set()  # of checkpoints that are being written
+        self.reserve = budget.reserve  # set by the core to one that gives up what nobody holds any more
 
     @property
     def has_store(self) -> bool:
@@ -82,14 +83,16 @@ class Saving:
 
     def after_step(self, run: Run) -> None:
         """Takes an automatic checkpoint where it is time for one."""
+        if run.is_closed:
+            return
         limits = self._limits
         by_steps = limits.checkpoint_every_steps > 0 and run.step % limits.checkpoint_every_steps == 0
         by_time = limits.checkpoint_every_s > 0 and self._dispatch.now - run.snapshot_at >= limits.checkpoint_every_s
         if by_steps or by_time:
             self.take(run)
 
-    def take(self, run: Run) -> None:
-        """An automatic checkpoint, unless the last one is still being written."""
+    def take(self, run: Run, then: Callable[[], None] = lambda: None) -> None:
+        """An automatic checkpoint, unless the last one is still being written. `then` is called when it is durable."""
         if self._store is None or run in self._under_way:
             return
         self._under_way.add(run)
@@ -99,6 +102,8 @@ class Saving:
             self._under_way.discard(run)
             if isinstance(outcome, ServerError):
                 self._dispatch.note(f"no checkpoint of run {run.name!r} at step {run.step}: {outcome}", logging.ERROR)
+            else:
+                then()
 
         try:
             self._begin(run, name, None, done)
@@ -111,7 +116,7 @@ class Saving:
             self._unpublished.remove(pending)
             self._publish(pending)
 
-    def load(self, run: Run, name: str, done: Done) -> None:
+    def load(self, run: Run, name: str, loader: MemberMark, done: Done) -> None:
         """Replaces adapter, moments and step of a run of the same LoRA. The result's digest is the base model's."""
         try:
             store = self._require_store()
@@ -134,22 +139,38 @@ class Saving:
             if isinstance(manifest, ServerError):
                 finished(manifest)
             else:
-                self._read_and_apply(store, run, name, cast("Manifest", manifest), finished)
+                self._read_and_apply(store, run, name, cast("Manifest", manifest), loader, finished)
 
-        self._dispatch.on_disk(lambda: store.manifest(name), read)
+        self._dispatch.on_disk(lambda: _manifest(store, name, run.owner), read)
 
-    def find_restart_point(self, run: str, done: Callable[[Restored | ServerError], None]) -> None:
-        """The newest state of that run on disk, if there is one."""
+    def find_restart_point(self, run: str, owner: str, held: Holdings, done: Callable[[Restored | ServerError], None]) -> None:
+        """The newest state of that run on disk, if there is one. What is read is reserved in `held`."""
         store = self._store
         if store is None:
             done(None)
             return
 
-        def newest() -> Restored:
-            found = [name for name, manifest in store.of_run(run) if manifest.restart_point]
-            return store.read(found[-1]) if found else None
+        def newest() -> tuple[str, Manifest] | None:
+            return next((found for found in reversed(store.of_run(run)) if found[1].restart_point), None)
 
-        self._dispatch.on_disk(newest, lambda result: done(cast("Restored | ServerError", result)))
+        def found(result: object) -> None:
+            if result is None or isinstance(result, ServerError):
+                done(result)
+                return
+            name, manifest = cast("tuple[str, Manifest]", result)
+            try:
+                self.require_usable(run, manifest, owner)
+                held.add(self._reserve_reading(run, name, manifest))
+            except ServerError as error:
+                done(error)
+                return
+            self._dispatch.on_disk(lambda: store.read(name), lambda read: done(cast("Restored | ServerError", read)))
+
+        self._dispatch.on_disk(newest, found)
+
+    def _reserve_reading(self, run: str, name: str, manifest: Manifest) -> Reservation:
+        """The file of the largest layer is in memory beside the tensors that were read from it. Raises OutOfCapacity."""
+        return self.reserve(Kind.CHECKPOINTS, 2 * manifest.size_bytes, run, f"checkpoint {name!r}")
 
     def require_usable(self, name: str, manifest: Manifest, owner: str) -> None:
         """Raises InvalidRequest for a checkpoint of another base model, NotPermitted for one of another identity."""
@@ -181,15 +202,25 @@ class Saving:
 
     def _begin(self, run: Run, name: str, author: MemberMark | None, done: Done) -> None:
         """Raises OutOfCapacity where there is no memory for the copy."""
-        size = snapshot_bytes(run.adapter)
-        copy = self._budget.reserve(Kind.CHECKPOINTS, size, run.name, f"checkpoint {name!r}")
+        if name in self._names:
+            raise AlreadyExists(f"checkpoint {name!r} is being written, perhaps by another run; choose another name")
+        copy = self.reserve(Kind.CHECKPOINTS, snapshot_bytes(run.adapter), run.name, f"checkpoint {name!r}")
+        self._names.add(name)
         work, begun_at = CopyWork(run.adapter), self._dispatch.now
         abouts: list[SnapshotAbout] = []
 
+        def ended(outcome: Outcome | ServerError) -> None:
+            self._names.discard(name)
+            if isinstance(outcome, ServerError):
+                run.changed_since_snapshot = True  # for whoever saves it before the run goes
+            done(outcome)
+
         def begun() -> None:
             run.snapshots += 1
-            run.snapshot_at, run.changed_since_snapshot = self._dispatch.now, False
             safe = not run.written_since_step or run.is_quiescent
+            run.snapshot_at = self._dispatch.now
+            if safe:
+                run.changed_since_snapshot = False
             abouts.append(SnapshotAbout(
                 name, run.name, run.owner, self._model_digest(), run.step, run.snapshots, author is None, safe,
                 {str(rank): mark for rank, mark in sorted(run.marks.items())}, author, run.config,
@@ -198,9 +229,9 @@ class Saving:
         def copied(outcome: Outcome | ServerError) -> None:
             if isinstance(outcome, ServerError):
                 copy.release()
-                done(outcome)
+                ended(outcome)
             else:
-                self._write(_Pending(run, abouts[0], copy, done, begun_at), work.tensors)
+                self._write(_Pending(run, abouts[0], copy, ended, begun_at), work.tensors)
 
         self._dispatch.submit(Job(work, run.name, 0, copied, begun, is_urgent=True))
 
@@ -234,7 +265,8 @@ class Saving:
         store, about, run = self._require_store(), pending.about, pending.run
 
         def publish() -> None:
-            if about.author is None or about.name not in store.names():
+            # It is there already where the same request was repeated; any other's keeps its name, and this one fails.
+            if about.author is None or about.name not in store.names() or store.manifest(about.name).author != about.author:
                 store.publish(about.name)
 
         def published(result: object) -> None:
@@ -267,12 +299,13 @@ class Saving:
 
         return done
 
-    def _read_and_apply(self, store: CheckpointStore, run: Run, name: str, manifest: Manifest, done: Done) -> None:
+    def _read_and_apply(
+        self, store: CheckpointStore, run: Run, name: str, manifest: Manifest, loader: MemberMark, done: Done
+    ) -> None:
         try:
             self.require_usable(name, manifest, run.owner)
             require_same_lora(name, manifest.config.lora, run.name, run.config)
-            # The file of the largest layer is in memory beside the tensors that were read from it.
-            copy = self._budget.reserve(Kind.CHECKPOINTS, 2 * manifest.size_bytes, run.name, f"checkpoint {name!r}")
+            copy = self._reserve_reading(run.name, name, manifest)
         except ServerError as error:
             done(error)
             return
@@ -290,21 +323,27 @@ class Saving:
             if isinstance(outcome, ServerError):
                 done(outcome)
                 return
-            self._loaded(run, manifest)
+            _loaded(run, manifest, loader)
             done(Outcome(ResultHead(digest=manifest.model_digest)))
 
         self._dispatch.on_disk(lambda: store.read(name), read)
 
-    @staticmethod
-    def _loaded(run: Run, manifest: Manifest) -> None:
-        run.step = manifest.step
-        run.written_since_step, run.changed_since_snapshot = False, True
-        for rank, member in run.members.items():
-            member.window.close()
-            head = member.log.head()
-            running = head is not None and head.phase.name == "RUNNING"
-            through = head.request_id if head is not None and running else member.log.last_settled
-            run.marks[rank] = MemberMark(member.instance, through)
+
+def _manifest(store: CheckpointStore, name: str, owner: str) -> Manifest:
+    """Raises NotFound with what there is, of that owner's."""
+    try:
+        return store.manifest(name)
+    except NotFound as error:
+        raise NotFound(f"{error}; there are: {', '.join(store.of_owner(owner)) or 'none'}") from None
+
+
+def _loaded(run: Run, manifest: Manifest, loader: MemberMark) -> None:
+    run.step = manifest.step
+    run.written_since_step, run.changed_since_snapshot = False, True
+    for rank, member in run.members.items():
+        member.window.close()
+        is_loader = member.instance == loader.instance
+        run.marks[rank] = MemberMark(member.instance, loader.request_id if is_loader else member.log.last_settled)
 
 
 def _note_durable(run: Run, about: SnapshotAbout) -> None:
