@@ -41,6 +41,7 @@ from kt_expert_server.observe.metrics import Metrics
 
 _log = logging.getLogger(__name__)
 SERVICE_NAME = service_pb2.DESCRIPTOR.services_by_name["Expert"].full_name
+_LAST_CHECKPOINT_S = 30.0  # for the state of runs that changed since their last checkpoint, beside --shutdown-timeout
 _STREAM_GRACE_S = 2.0  # for the last words to reach trainers after a drain
 _SERVER = "the server"  # owner of what belongs to no run
 
@@ -182,10 +183,10 @@ class Server:
         deadline = time.monotonic() + self._config.shutdown_timeout_s
         if not await driver.until(lambda: core.is_idle, self._config.shutdown_timeout_s):
             _log.warning("requests were still running after %g s and are abandoned", self._config.shutdown_timeout_s)
-            driver.do(lambda _: core.cancel_all())
+            driver.do(core.cancel_all)
         if self._store is not None:
             driver.do(core.checkpoint_all)
-            await driver.until(lambda: core.is_idle, max(0.0, deadline - time.monotonic()))
+            await driver.until(lambda: core.is_idle, max(_LAST_CHECKPOINT_S, deadline - time.monotonic()))
         await driver.until(lambda: not core.has_unacknowledged, max(0.0, deadline - time.monotonic()))
         driver.do(lambda now: core.end_all(ServerUnavailable("the server has finished its work and is stopping"), now))
         await grpc_server.stop(_STREAM_GRACE_S)

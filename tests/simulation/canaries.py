@@ -242,7 +242,8 @@ def _commits_failures(_: Any) -> Any:
 
 
 def _oldest_restored(_: Any) -> Any:
-    def find(self: saving.Saving, run: str, done: Any) -> None:
+    def find(self: saving.Saving, run: str, owner: str, held: Any, done: Any) -> None:
+        del owner, held
         store = self._store
 
         def oldest() -> Any:

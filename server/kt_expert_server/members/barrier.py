@@ -49,6 +49,10 @@ class Barrier:
         norms = [rank for rank, each in self._arrivals.items() if each.op is Op.GRAD_NORM]
         return {rank: self._arrivals.pop(rank) for rank in sorted(norms or self._arrivals)}
 
+    def stepping(self) -> list[int]:
+        """Ranks that wait for the others' step."""
+        return sorted(rank for rank, each in self._arrivals.items() if each.op is Op.STEP)
+
     def impatient(self) -> list[int]:
         """Ranks that do not wait for members that have vanished."""
         return [rank for rank, each in self._arrivals.items() if not each.is_patient]

@@ -17,12 +17,13 @@ from kt_expert_proto.v1.session_pb2 import Join, Joined
 from kt_expert_server.checkpoints.store import CheckpointStore
 from kt_expert_server.engine.buffers import PooledBuffer
 from kt_expert_server.engine.passes import Tools
-from kt_expert_server.errors import OutOfCapacity, ServerError, ServerUnavailable
+from kt_expert_server.errors import InvalidRequest, OutOfCapacity, ServerError, ServerUnavailable
 from kt_expert_server.members import wire
 from kt_expert_server.members.actions import Action, EndStream, Send
 from kt_expert_server.members.dispatch import Dispatch
 from kt_expert_server.members.exchange import Exchange
 from kt_expert_server.members.limits import Limits
+from kt_expert_server.members.replay_log import Phase
 from kt_expert_server.members.requests import Requests
 from kt_expert_server.members.run import Member, Run
 from kt_expert_server.members.runs import Runs, Wanted
@@ -65,6 +66,9 @@ class ServerCore:
         self.runs = Runs(self.dispatch, tools.budget, limits, tools.engine.threads, self._saving)
         self.requests = Requests(tools, self.dispatch, self._saving)
         self.runs.requests = self.requests
+        self._saving.reserve = self.runs.reserve
+        self.dispatch.after_failure = self._advance_all
+        self.dispatch.reclaim, self.dispatch.explain = self.runs.reclaim_for, self.runs.with_retry
         self.is_stopping = False
         self._streams: dict[int, _Stream] = {}
 
@@ -166,11 +170,13 @@ class ServerCore:
             if state.exchange is not None:
                 state.exchange.is_stopping = True
 
-    def cancel_all(self) -> None:
+    def cancel_all(self, now: float) -> None:
         """What still runs is to end soon."""
+        self.dispatch.now = now
         for member in self.runs.members:
             for entry in list(member.log):
                 self.requests.cancel(member, entry)
+        self._advance_all()
 
     def checkpoint_all(self, now: float) -> None:
         """A last automatic checkpoint of every run that changed since its last one."""
@@ -213,8 +219,12 @@ class ServerCore:
 
     @property
     def is_idle(self) -> bool:
-        """No accepted request lacks its outcome, and nothing is being written."""
-        return self.dispatch.is_idle and all(member.log.head() is None for member in self.runs.members)
+        """No accepted request lacks its outcome, and nothing is being written. A server that stops waits for nobody at a
+        barrier: no other member's request is accepted any more that could complete it."""
+        heads = [member.log.head() for member in self.runs.members]
+        return self.dispatch.is_idle and all(
+            head is None or (self.is_stopping and head.phase is Phase.AT_BARRIER) for head in heads
+        )
 
     @property
     def has_unacknowledged(self) -> bool:
@@ -258,7 +268,7 @@ class ServerCore:
     def _resume_only(self, stream: int, wanted: Wanted, join: Join, model: BaseModel) -> None:
         """For a trainer that only wants to leave: what is not there is not made for its sake."""
         run = self.runs.by_name.get(wanted.run)
-        member = None if run is None else run.members.get(wanted.rank)
+        member = None if run is None or run.owner != wanted.identity else run.members.get(wanted.rank)
         if run is None or member is None or member.instance != wanted.instance:
             self.fail(stream, wire.not_joined(wanted.run), self.dispatch.now)
         else:
@@ -277,7 +287,10 @@ class ServerCore:
                 self.fail(stream, error, self.dispatch.now)
                 return
             self._attach(stream, state, member, wanted.epoch, model)
-            self._answer_join(state, member, join, resumed=resumed)
+            try:
+                self._answer_join(state, member, join, resumed=resumed)
+            except FrameError as error:  # it may be called for a stream whose JOIN came long ago
+                self.fail(stream, InvalidRequest(f"malformed JOIN: {error}"), self.dispatch.now)
 
         return done
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
+import traceback
 from collections.abc import Callable
 
 import kt_expert_native as native
 
 from kt_expert_server.engine.work import Outcome, as_server_error
-from kt_expert_server.errors import InternalError, ServerError
+from kt_expert_server.errors import InternalError, OutOfCapacity, ServerError
 from kt_expert_server.members.actions import Action, Note, Retire, StartDisk, StartWork
 from kt_expert_server.members.scheduler import Job, Scheduler
 from kt_expert_server.observe.observer import Observer
@@ -27,6 +28,10 @@ class Dispatch:
         self._running: Job | None = None
         self._disk: dict[int, DiskDone] = {}
         self._next_disk = 1
+        # Set by the core: what goes on when work has failed before it ran, and what gives up memory for it, if anything can.
+        self.after_failure: Callable[[], None] = lambda: None
+        self.reclaim: Callable[[Job], bool] = lambda _: False
+        self.explain: Callable[[OutOfCapacity], OutOfCapacity] = lambda error: error
         self.now = 0.0  # the time of the event that is being handled
         self.retired: list[native.Ticket] = []  # tickets whose memory is to be given back
 
@@ -71,15 +76,31 @@ class Dispatch:
 
     def _start_next(self) -> None:
         while self._running is None and (job := self._scheduler.take()) is not None:
-            try:
-                job.work.prepare()
-            except ServerError as error:
+            error = self._prepare(job)
+            if error is not None:
                 self._end(job, error)
+                self.after_failure()
                 continue
             self._running = job
             if job.begun is not None:
                 job.begun()
             self.emit(StartWork(job.work))
+
+    def _prepare(self, job: Job) -> ServerError | None:
+        while True:
+            try:
+                job.work.prepare()
+            except OutOfCapacity as error:
+                job.work.held.release()  # it is prepared anew
+                if not self.reclaim(job):
+                    return self.explain(error)
+            except Exception as error:  # the request's outcome all the same: an error that left here would lose the job
+                known = as_server_error(error)
+                if known is None:
+                    self.note("".join(traceback.format_exception(error)), logging.ERROR)
+                return known or InternalError("internal fault; see the server's log")
+            else:
+                return None
 
     def work_done(self, error: Exception | None, fault: str) -> None:
         """The running piece has ended. `fault` names an error in the log that is none of the server's own."""

@@ -122,21 +122,31 @@ class Requests:
                 member.window.close()
                 self.settle(member, entry, Outcome(ResultHead()))
             case Op.SET_STEP:
-                run.step = opened.set_step.step
-                run.written_since_step = run.changed_since_snapshot = True
-                self.settle(member, entry, Outcome(ResultHead()))
+                self._set_step(member, entry)
             case Op.SAVE_CHECKPOINT:
                 entry.phase = Phase.RUNNING
                 author = MemberMark(member.instance, entry.request_id)
                 self._saving.save(run, opened.save_checkpoint.name, author, self._settles(member, entry))
             case Op.LOAD_CHECKPOINT:
                 entry.phase = Phase.RUNNING
-                self._saving.load(run, opened.load_checkpoint.name, self._settles(member, entry))
+                loader = MemberMark(member.instance, entry.request_id)
+                self._saving.load(run, opened.load_checkpoint.name, loader, self._settles(member, entry))
             case Op.LEAVE:
                 self.settle(member, entry, Outcome(ResultHead()))
                 member.is_leaving = True  # gone once it has acknowledged all outcomes, or its stream ends
             case _:
                 self._run_work(member, entry, self._work(member, entry, model))
+
+    def _set_step(self, member: Member, entry: Entry) -> None:
+        run, waiting = member.run, member.run.barrier.stepping()
+        if run.is_stepping or waiting:
+            who = f"ranks {waiting} wait for" if waiting else "all ranks have met for"
+            error = WrongPhase(f"{who} step {run.step + 1} of run {run.name!r}; set the step before any rank asks for one")
+            self.settle(member, entry, Outcome(error=error))
+            return
+        run.step = entry.opened.set_step.step
+        run.written_since_step = run.changed_since_snapshot = True
+        self.settle(member, entry, Outcome(ResultHead()))
 
     def _settles(self, member: Member, entry: Entry) -> Callable[[Outcome | ServerError], None]:
         def done(outcome: Outcome | ServerError) -> None:
@@ -251,11 +261,13 @@ class Requests:
         work: Work
         if first.op is Op.STEP:
             params = {rank: each.params for rank, each in arrivals.items() if each.params is not None}
+            run.is_stepping = True
             work = StepWork(self._tools.engine, run.adapter, run.windows(), params, run.step, world_size)
         else:
             work = NormWork(self._tools.engine, run.adapter, run.windows(), world_size)
 
         def done(outcome: Outcome | ServerError) -> None:
+            run.is_stepping = run.is_stepping and first.op is not Op.STEP
             if isinstance(outcome, Outcome) and first.op is Op.STEP:
                 self._stepped(run, members, arrivals)
             for rank, arrival in arrivals.items():

@@ -70,6 +70,7 @@ class Run:
     changed_since_snapshot: bool = False
     snapshot_at: float = 0.0  # when the last one was taken, or the run was made
     loading: str = ""  # the checkpoint that is being loaded
+    is_stepping: bool = False  # all members have met and the optimizer's step waits for the engine or runs
     empty_since: float | None = None  # when its last member went
     is_closed: bool = False
 

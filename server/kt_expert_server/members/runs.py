@@ -39,6 +39,8 @@ from kt_expert_server.members.scheduler import Job
 from kt_expert_server.model.loader import BaseModel
 from kt_expert_server.names import check_name
 
+_CLOSE_AGAIN_S = 60.0  # after a last checkpoint that failed: a disk is not emptied in less
+
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
@@ -60,6 +62,7 @@ class _Opening:
     """A run that is being made. Others see it when it is complete, or not at all."""
 
     wanted: Wanted
+    reading: Holdings = field(default_factory=Holdings)  # what is read from the disk
     waiting: list[Callable[[Run | ServerError], None]] = field(default_factory=list)
 
 
@@ -132,9 +135,11 @@ class Runs:
         except ServerError as error:
             done(error)
             return
-        opening = _Opening(wanted, [done])
+        opening = _Opening(wanted, waiting=[done])
         self._openings[wanted.run] = opening
-        self._saving.find_restart_point(wanted.run, lambda found: self._found(opening, model, found))
+        self._saving.find_restart_point(
+            wanted.run, wanted.identity, opening.reading, lambda found: self._found(opening, model, found)
+        )
 
     @staticmethod
     def _require_same(wanted: Wanted, owner: str, config: RunConfig) -> None:
@@ -146,9 +151,11 @@ class Runs:
                 f"run {wanted.run!r} exists with another configuration: {differences}; choose another name or close it"
             )
 
-    def _require_accepting(self) -> None:
+    def _require_accepting(self, run: Run | None = None) -> None:
         if self.is_draining:
             raise ServerUnavailable("the server is draining and takes no new runs or members; connect to another one")
+        if run is not None and run.is_closed:
+            raise NotFound(f"run {run.name!r} was closed")
 
     def _found(self, opening: _Opening, model: BaseModel, found: Restored | ServerError) -> None:
         wanted, held = opening.wanted, Holdings()
@@ -156,7 +163,6 @@ class Runs:
             if isinstance(found, ServerError):
                 raise found
             if found is not None:
-                self._saving.require_usable(wanted.run, found[0], wanted.identity)
                 require_same_lora(wanted.run, found[0].config.lora, wanted.run, wanted.config)
             self._reserve(held, model, wanted)
         except ServerError as error:
@@ -177,6 +183,7 @@ class Runs:
         self._dispatch.submit(Job(work, wanted.run, 0, made))
 
     def _end_opening(self, opening: _Opening, result: Run | ServerError) -> None:
+        opening.reading.release()
         del self._openings[opening.wanted.run]
         for done in opening.waiting:
             done(result)
@@ -206,11 +213,16 @@ class Runs:
                 return self._budget.reserve(kind, size_bytes, owner, what)
             except OutOfCapacity as error:
                 if not self._reclaim_one():
-                    raise self._with_retry(error) from None
+                    raise self.with_retry(error) from None
 
-    def _reclaim_one(self) -> bool:
+    def reclaim_for(self, job: Job) -> bool:
+        """As reserve() does, for work that is about to run; not from the member whose work it is."""
+        run = self.by_name.get(job.run)
+        return self._reclaim_one(None if run is None else run.members.get(job.rank))
+
+    def _reclaim_one(self, but: Member | None = None) -> bool:
         """Gives up what has been without a trainer for longest. False where there is nothing of the kind."""
-        lapsed = [member for member in self.members if member.lease.is_over(self._dispatch.now)]
+        lapsed = [member for member in self.members if member is not but and member.lease.is_over(self._dispatch.now)]
         if lapsed:
             oldest = min(lapsed, key=lambda member: (member.lease.ends or 0.0, member.run.name, member.rank))
             self._dispatch.note(f"{oldest} has no connection and its memory is needed: it is given up")
@@ -218,7 +230,7 @@ class Runs:
             return True
         return False
 
-    def _with_retry(self, error: OutOfCapacity) -> OutOfCapacity:
+    def with_retry(self, error: OutOfCapacity) -> OutOfCapacity:
         waiting = [(left, member) for member in self.members if (left := member.lease.left_s(self._dispatch.now)) is not None]
         if not waiting:
             return error
@@ -239,18 +251,18 @@ class Runs:
                 raise StreamReplaced(f"epoch {wanted.epoch} of {existing} is stale, it is at {existing.epoch}")
             if wanted.born == existing.born:
                 return existing, True
+            self._require_accepting(run)
             # Made by a join whose answer was lost: the trainer has never sent it anything, and must hear that it is new.
             self.end_stream(existing, StreamReplaced(f"{existing} joined again"))
             self._remove_from_run(existing)
             existing = None
         if existing is not None:
             self._require_free(existing, wanted, self._dispatch.now)
+            self._require_accepting(run)
             self.end_stream(existing, WrongPhase(f"{existing} was taken over by another trainer"))
             self._remove_from_run(existing)
             self._saving.acknowledged(run)
-        self._require_accepting()
-        if run.is_closed:
-            raise NotFound(f"run {run.name!r} was closed")
+        self._require_accepting(run)
         if len(self.members) >= self._limits.max_members:
             raise OutOfCapacity(f"{len(self.members)} members are joined, the limit is {self._limits.max_members}")
         return self._new_member(run, wanted), False
@@ -355,9 +367,17 @@ class Runs:
                 self._close_for_good(run)
 
     def _close_for_good(self, run: Run) -> None:
-        if run.changed_since_snapshot and self._saving.has_store and not run.ephemeral:
-            self._saving.take(run)  # its adapter's memory is held by the copy until it is written
-        self.close(run)
+        """Not before its last state is on disk, where there is a disk."""
+        if not run.changed_since_snapshot or not self._saving.has_store or run.ephemeral:
+            self.close(run)
+            return
+        run.empty_since = self._dispatch.now - self._patience(run) + _CLOSE_AGAIN_S
+
+        def saved() -> None:
+            if not run.changed_since_snapshot and not run.members:
+                self.close(run)
+
+        self._saving.take(run, saved)
 
     def _patience(self, run: Run) -> float:
         """Seconds a run may be without members. An ephemeral one that nobody joined gets the length of a lease."""
