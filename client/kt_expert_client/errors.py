@@ -19,6 +19,7 @@ KtExpertError (RuntimeError)
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import grpc
@@ -93,6 +94,14 @@ class RunStateLost(KtExpertError):
         super().__init__(message)
         self.step = step
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copied and pickled like other errors, which a required keyword would prevent."""
+        return _state_lost, (str(self), self.step)
+
+
+def _state_lost(message: str, step: int) -> RunStateLost:
+    return RunStateLost(message, step=step)
+
 
 class UnsupportedModel(KtExpertError):
     pass
@@ -131,6 +140,4 @@ def from_rpc(error: grpc.RpcError, what: str) -> KtExpertError:
 
 def copy_of(error: KtExpertError) -> KtExpertError:
     """One to raise anew: an error object that is raised twice collects the tracebacks of both."""
-    if isinstance(error, RunStateLost):
-        return RunStateLost(str(error), step=error.step)
-    return type(error)(str(error), retry_delay_s=error.retry_delay_s, is_answer=error.is_answer)
+    return copy.copy(error)

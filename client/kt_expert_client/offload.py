@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 import threading
 import weakref
@@ -51,8 +52,18 @@ class Anchor(nn.Module):
         self.weight = nn.Parameter(torch.zeros(1, device=device))
 
 
+@dataclass(slots=True)
+class _Ticket:
+    """A forward's saved state on the server, and the run that has it: the model may have another one by now."""
+
+    run: Run
+    number: int
+    is_consumed: bool = False
+
+
 class OffloadedLayer:
-    """Implements RemoteLayer for one layer of an offloaded model."""
+    """Implements RemoteLayer for one layer of an offloaded model. Its tickets are numbers of its own: those of two runs may
+    be the same."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> OffloadedLayer:
         """A copied model talks to the same server through the same run."""
@@ -62,7 +73,8 @@ class OffloadedLayer:
     def __init__(self, offload: ModelOffload, layer: int) -> None:
         self._offload = offload
         self.layer = layer
-        self._live: set[int] = set()
+        self._tickets: dict[int, _Ticket] = {}  # until its forward's graph is gone
+        self._numbers = itertools.count(1)
 
     def forward(
         self,
@@ -74,7 +86,8 @@ class OffloadedLayer:
         use_adapter: bool,
         dropout_seed: int,
     ) -> tuple[torch.Tensor, int]:
-        handle = self._offload.run.submit_forward(
+        run = self._offload.run
+        handle = run.submit_forward(
             self.layer,
             hidden_states,
             expert_ids,
@@ -87,19 +100,27 @@ class OffloadedLayer:
         output = handle.result()
         if not keep:
             return output, 0
-        self._live.add(handle.ticket)
-        return output, handle.ticket
+        number = next(self._numbers)
+        self._tickets[number] = _Ticket(run, handle.ticket)
+        return output, number
 
     def backward(self, ticket: int, grad_output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        saved = self._tickets.get(ticket)
+        if saved is None:
+            raise WrongPhase(
+                f"what the server had saved of this forward of layer {self.layer} has been released: a saved-tensor hook keeps "
+                "a copy of its ticket instead of the ticket, as save_on_cpu(pin_memory=True) does; use pin_memory=False"
+            )
         begin = self._offload.begins_window()
-        result = self._offload.run.submit_backward(self.layer, ticket, grad_output, begin_window=begin, borrow=True).result()
-        self._live.discard(ticket)
+        handle = saved.run.submit_backward(self.layer, saved.number, grad_output, begin_window=begin, borrow=True)
+        result = handle.result()
+        saved.is_consumed = True
         return result
 
     def release(self, ticket: int) -> None:
-        if ticket in self._live:
-            self._live.discard(ticket)
-            self._offload.release(ticket)
+        saved = self._tickets.pop(ticket, None)
+        if saved is not None and not saved.is_consumed:
+            saved.run.release(saved.number)
 
 
 class ModelOffload:
@@ -122,7 +143,7 @@ class ModelOffload:
         self._pass = _NO_PASS  # the autograd pass whose first remote backward has been seen
         self._run: Run | None = None
         self.member = ALONE  # until the run is opened
-        self._lock = threading.RLock()  # finalizers of tickets may run on a thread that holds it
+        self._lock = threading.RLock()
         self.layers: dict[int, OffloadedLayer] = {}
         kinds = list(model_types)
         if client.model_type not in kinds:
@@ -200,12 +221,6 @@ class ModelOffload:
     def download(self, *, moments: bool = False) -> AdapterTensors:
         """The adapter's tensors, or its moments alone."""
         return self.run.get_adapter(parameters=not moments, moments=moments)
-
-    def release(self, ticket: int) -> None:
-        with self._lock:
-            run = self._run
-        if run is not None:
-            run.release(ticket)
 
     def begins_window(self) -> bool:
         """True for the first backward after the gradients were cleared: anchor.grad is None or zero."""

@@ -57,7 +57,7 @@ class BackwardHandle:
 
 
 def _received(pending: Pending, tensor: Tensor) -> HostBuffer:
-    return cast("HostBuffer", pending.call.results[tensor])
+    return cast("HostBuffer", pending.results[tensor])
 
 
 class Run:
@@ -301,7 +301,8 @@ class Run:
         if tensor.dim() != 3 or key.part not in PART_NUMBERS:
             raise InvalidRequest(f"{key} has shape {tuple(tensor.shape)}, expected [E, rows, columns] of a known part")
         values = tensor.detach().to(device="cpu", dtype=torch.float32).contiguous()
-        values = values.clone() if self._session.keeps_requests and values.data_ptr() == tensor.data_ptr() else values
+        if values.data_ptr() == tensor.data_ptr():
+            values = values.clone()  # it is sent, and perhaps sent again, after this returns
         rows, columns = int(tensor.shape[0] * tensor.shape[1]), int(tensor.shape[2])
         name = pb.TensorName(tensor=key.tensor, part=PART_NUMBERS[key.part], step=step)
         sent = (OutTensor(Tensor.ADAPTER, Dtype.FP32, rows, columns, HostTensor(values)),)

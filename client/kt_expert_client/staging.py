@@ -76,8 +76,8 @@ class Staging:
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
 
     def to_host(self, tensor: torch.Tensor, dtype: Dtype, *, borrow: bool) -> HostTensor:
-        """A detached host copy. `borrow`: a CPU tensor that is contiguous and of that dtype is used as it lies; it must not
-        change until the outcome of its request is there."""
+        """A detached host copy. `borrow`: the tensor does not change until the outcome of its request is there, so a CPU
+        tensor that is contiguous and of that dtype is used as it lies, and the device need not wait for the copy."""
         source, wanted = tensor.detach(), TORCH_DTYPES[dtype]
         if not source.is_cuda:
             host = source.to(dtype=wanted, device="cpu").contiguous()
@@ -93,6 +93,10 @@ class Staging:
             event = torch.cuda.Event()
             event.record(stream)
         converted.record_stream(stream)
+        if (
+            not borrow
+        ):  # what the caller does next to its tensor comes after the copy, on the device: the host waits for neither
+            torch.cuda.current_stream(source.device).wait_event(event)
         return HostTensor(target, event, buffer)
 
     def to_device(self, tensor: torch.Tensor, device: torch.device, dtype: torch.dtype) -> torch.Tensor:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import socket
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import kt_expert_client as kt
 import pytest
@@ -413,6 +416,38 @@ def test_memory_of_past_tickets_is_kept_until_a_member_leaves(server: ServerProc
         run.submit_backward(0, handle.ticket, handle.result()).result()
         wait_until(lambda: server.metric('kt_expert_memory_bytes{kind="kept"}') > 2**20, what="the ticket's end")
     assert server.metric('kt_expert_memory_bytes{kind="kept"}') == 0
+
+
+FORKING_TRAINER = """
+import os, sys
+sys.path.insert(0, sys.argv[2])
+import kt_expert_client as kt
+from support.batches import LORA, train_step
+
+with kt.connect(sys.argv[1]) as client:
+    run = client.open_run(lora=LORA, wire_dtype="fp32")
+    train_step(run, 0)
+    child = os.fork()
+    if not child:
+        try:
+            run.grad_norm()
+        except kt.WrongPhase as error:
+            print(error, flush=True)
+        run.leave()
+        client.close()
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert run.grad_norm() > 0
+"""
+
+
+def test_a_forked_child_is_refused_and_harms_nothing(server: ServerProcess) -> None:
+    """As a data loader's worker is one."""
+    tests = str(Path(__file__).parent.parent)
+    command = [sys.executable, "-c", FORKING_TRAINER, server.address, tests]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "was opened by process" in done.stdout
 
 
 def test_no_server_is_a_clear_error() -> None:

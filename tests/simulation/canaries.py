@@ -284,9 +284,9 @@ def _same_epoch(original: Any) -> Any:
 def _tickets_not_named(original: Any) -> Any:
     def connect(self: SessionCore) -> None:
         tickets, self._journal.tickets = self._journal.tickets, set()
-        calls, self._calls = self._calls, {}
+        calls, self._in_flight.calls = self._in_flight.calls, {}
         original(self)
-        self._journal.tickets, self._calls = tickets, calls
+        self._journal.tickets, self._in_flight.calls = tickets, calls
 
     return connect
 
@@ -315,11 +315,24 @@ def _unlogged_forward(original: Any) -> Any:
 
     def afresh(self: SessionCore, joined: Any, now: float) -> bool:
         went_on = original(self, joined, now)
-        if went_on and self._unsent and not self._unsent[-1].is_replay and len(self._unsent) > 1:
-            self._unsent.pop()
+        unsent = self._in_flight.unsent
+        if went_on and len(unsent) > 1 and not unsent[-1].is_replay:
+            unsent.pop()
         return bool(went_on)
 
     return afresh
+
+
+def _let_go_while_repeated(_: Any) -> Any:
+    def drop(self: Journal, request_ids: Any) -> None:
+        for request_id in request_ids:
+            call = self._entries.pop(request_id, None)
+            self._consumers.pop(request_id, None)
+            if call is not None:
+                self._size_bytes -= call.size_bytes
+                call.on_unneeded(call)
+
+    return drop
 
 
 def _streams_pile_up(_: Any) -> Any:
@@ -361,6 +374,7 @@ CANARIES = (
     Canary("a stream that has ended is still counted", _patched(ServerCore, "take_actions", _streams_pile_up)),
     Canary("a window does not close", _nothing(GradientWindow, "close")),
     Canary("gradients of an older window are added to", _patched(GradientWindow, "counts", _gradients_pile_up)),
+    Canary("a tensor is let go of while it is sent again", _patched(Journal, "_drop", _let_go_while_repeated), 3000),
     Canary("what waited is not sent again after a restart", _patched(SessionCore, "_begin_afresh", _unlogged_forward)),
 )  # fmt: skip
 

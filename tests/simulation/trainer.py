@@ -21,7 +21,7 @@ from kt_expert_client.session.actions import Connect, Disconnect, JoinTerms, Sen
 from kt_expert_client.session.calls import Call, OutTensor
 from kt_expert_client.session.core import SessionCore
 from kt_expert_client.session.journal import Journal
-from kt_expert_proto.codec import Buffer, Decoder, Encoder, Memory, Outbound
+from kt_expert_proto.codec import Buffer, Decoder, Encoder, Outbound
 from kt_expert_proto.dtypes import ITEM_BYTES, Dtype
 from kt_expert_proto.header import MAX_PAYLOAD_BYTES, FrameError, Header, Op, Tensor
 from kt_expert_proto.lora import LayerLora
@@ -77,6 +77,18 @@ class _Memory:
         self._counter.buffers -= 1
 
 
+class _Source:
+    """A tensor of a request. Implements Source; it is not to be read once the session has let go of it."""
+
+    def __init__(self, values: np.ndarray) -> None:
+        self._values = values
+        self.is_released = False
+
+    def view(self) -> memoryview:
+        assert not self.is_released, "a tensor is read after the session has let go of it"
+        return self._values.data.cast("B")
+
+
 class TrainerProcess:
     """Trains until it is done, whatever happens to it."""
 
@@ -100,6 +112,7 @@ class TrainerProcess:
         self.went_ahead = 0  # steps asked for before the outcome of a forward was there
         self.failure: str = ""
         self.buffers = 0
+        self._results: dict[Tensor, Buffer] = {}  # of the latest outcome
         self.start()
 
     def start(self) -> None:
@@ -170,6 +183,7 @@ class TrainerProcess:
             case Disconnect():
                 self._drop_link()
             case Settled():
+                self._results = action.results
                 self._resume(action.call, action.error)
 
     def _has_begun_or_ended(self) -> bool:
@@ -286,7 +300,7 @@ class TrainerProcess:
         self.carry_out()
 
     def _cancel(self, call: Call) -> None:
-        if call in self.core._calls.values():
+        if call in self.core._in_flight:
             self.core.cancel(call)
             self.carry_out()
 
@@ -336,7 +350,7 @@ class TrainerProcess:
             if self._rng.random() < plan.extras:
                 yield from self._extra(layer, x, ids, weights)
             call = yield from self._pass(lambda layer=layer, x=x: _forward(layer, x, ids, weights))
-            x = x + _array(call, Tensor.OUTPUT, HIDDEN)
+            x = x + self._array(Tensor.OUTPUT)
             tickets.append(call.request_id)
         dy = np.cos(x)
         for layer in reversed(range(LAYERS)):
@@ -345,7 +359,7 @@ class TrainerProcess:
             call = yield from self._pass(
                 lambda layer=layer, dy=dy, ticket=ticket, begins=begins: _backward(layer, ticket, dy, begins)
             )
-            dy = dy + _array(call, Tensor.GRAD_HIDDEN_STATES, HIDDEN)
+            dy = dy + self._array(Tensor.GRAD_HIDDEN_STATES)
 
     def _pass(self, make: Callable[[], Call]) -> Generator[Call, tuple[Call, KtExpertError | None], Call]:
         """Asked for again where it was cancelled."""
@@ -373,8 +387,12 @@ class TrainerProcess:
     ) -> Generator[Call, tuple[Call, KtExpertError | None], None]:
         """What an evaluation does in between: a forward whose ticket nobody uses."""
         call = yield from self._pass(lambda: _forward(layer, x, ids, weights))
-        self.core.release(call.request_id)
-        self.carry_out_later()
+        # A finalizer runs when it likes: while the forward is being repeated, too.
+        self.after(self._rng.choice((0.0, 0.5, 30.0)), self._release, call.request_id)
+
+    def _release(self, ticket: int) -> None:
+        self.core.release(ticket)
+        self.carry_out()
 
     def _evaluate_aside(self, step: int) -> None:
         """A forward of the state before the step, whose outcome the step does not wait for."""
@@ -383,6 +401,9 @@ class TrainerProcess:
             self._aside = call
             self.went_ahead += 1
             self.core.submit(call, self._heap.now)
+
+    def _array(self, tensor: Tensor) -> np.ndarray:
+        return np.frombuffer(self._results[tensor].view, np.float32).reshape(-1, HIDDEN)
 
     def carry_out_later(self) -> None:
         self.after(0.0, self.carry_out)
@@ -429,7 +450,7 @@ def _error_of(reason: str) -> KtExpertError:
 
 
 def _out(tensor: Tensor, dtype: Dtype, values: np.ndarray) -> OutTensor:
-    return OutTensor(tensor, dtype, values.shape[0], values.shape[1], Memory(values.data.cast("B")))
+    return OutTensor(tensor, dtype, values.shape[0], values.shape[1], _Source(values))
 
 
 def _forward(layer: int, x: np.ndarray, ids: np.ndarray, weights: np.ndarray, keeps: bool = True) -> Call:
@@ -440,7 +461,7 @@ def _forward(layer: int, x: np.ndarray, ids: np.ndarray, weights: np.ndarray, ke
     )
     opened = spb.RequestOpen(forward=spb.Forward(top_k=TOP_K, save_for_backward=keeps, use_adapter=True))
     expects = {Tensor.OUTPUT: x.nbytes}
-    return Call(Op.FORWARD, opened, TIMEOUT_S, layer, Dtype.FP32, TOKENS, HIDDEN, sent, expects)
+    return Call(Op.FORWARD, opened, TIMEOUT_S, layer, Dtype.FP32, TOKENS, HIDDEN, sent, expects, on_unneeded=_let_go)
 
 
 def _backward(layer: int, ticket: int, dy: np.ndarray, begins: bool) -> Call:
@@ -450,8 +471,10 @@ def _backward(layer: int, ticket: int, dy: np.ndarray, begins: bool) -> Call:
         Tensor.GRAD_ROUTING_WEIGHTS: TOKENS * TOP_K * ITEM_BYTES[Dtype.FP32],
     }
     sent = (_out(Tensor.GRAD_OUTPUT, Dtype.FP32, dy),)
-    return Call(Op.BACKWARD, opened, TIMEOUT_S, layer, Dtype.FP32, TOKENS, HIDDEN, sent, expects)
+    return Call(Op.BACKWARD, opened, TIMEOUT_S, layer, Dtype.FP32, TOKENS, HIDDEN, sent, expects, on_unneeded=_let_go)
 
 
-def _array(call: Call, tensor: Tensor, columns: int) -> np.ndarray:
-    return np.frombuffer(call.results[tensor].view, np.float32).reshape(-1, columns)
+def _let_go(call: Call) -> None:
+    for each in call.tensors:
+        assert isinstance(each.source, _Source)
+        each.source.is_released = True

@@ -5,9 +5,10 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass
 
-from kt_expert_proto.codec import Source
-from kt_expert_proto.header import Header
+from kt_expert_proto.codec import Buffer, Source
+from kt_expert_proto.header import Header, Tensor
 from kt_expert_proto.v1 import service_pb2 as pb
+from kt_expert_proto.v1.session_pb2 import Join
 
 from kt_expert_client.errors import KtExpertError
 from kt_expert_client.session.calls import Call
@@ -30,6 +31,21 @@ class JoinTerms:
     rank: int
     instance: str  # drawn at random, once for each session
     takeover: bool = False
+
+    def join(self, born: int, acknowledged: int, tickets: list[int], *, resume_only: bool) -> Join:
+        """What a stream begins with. `born` is 0 for the first one: only that may take the rank from another trainer."""
+        return Join(
+            run=self.run,
+            config=self.config,
+            ephemeral=self.ephemeral,
+            rank=self.rank,
+            instance=self.instance,
+            takeover=self.takeover and not born,
+            acknowledged=acknowledged,
+            tickets=tickets,
+            resume_only=resume_only,
+            born=born,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +70,7 @@ class Settled:
 
     call: Call
     error: KtExpertError | None
+    results: dict[Tensor, Buffer]
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from kt_expert_proto.codec import Buffer, Source
 from kt_expert_proto.dtypes import ITEM_BYTES, Dtype
-from kt_expert_proto.header import Op, Tensor
+from kt_expert_proto.header import FrameType, Header, Op, Tensor
 from kt_expert_proto.v1.session_pb2 import RequestOpen, ResultHead
 
 from kt_expert_client.errors import KtExpertError
@@ -76,6 +76,20 @@ class Call:
     @property
     def changes_state(self) -> bool:
         return self.op in CHANGES and (self.op is not Op.FORWARD or self.keeps_ticket)
+
+    def frames(self, deadline_ms: int, epoch: int) -> Iterator[tuple[Header, bytes | Source]]:
+        """The request and its tensors, as they are sent."""
+        yield (
+            self._header(FrameType.REQUEST, Tensor.NONE, self.dtype, self.rows, self.columns, deadline_ms, epoch),
+            self.opened.SerializeToString(),
+        )
+        for each in self.tensors:
+            yield self._header(FrameType.TENSOR, each.tensor, each.dtype, each.rows, each.columns, 0, epoch), each.source
+
+    def _header(
+        self, kind: FrameType, tensor: Tensor, dtype: Dtype, rows: int, columns: int, deadline_ms: int, epoch: int
+    ) -> Header:
+        return Header(kind, self.request_id, self.layer, self.op, tensor, dtype, rows, columns, deadline_ms, epoch)
 
     def drop_results(self) -> None:
         for buffer in self.results.values():

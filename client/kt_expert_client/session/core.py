@@ -6,39 +6,32 @@ calls one method at a time and then carries out take_actions(), in order.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable
 
 from google.protobuf.message import DecodeError
 from kt_expert_proto.codec import Buffer, Source
 from kt_expert_proto.header import FrameError, FrameType, Header, Op, Tensor
-from kt_expert_proto.v1.session_pb2 import ErrorDetail, Join, Joined, Leave, RequestOpen, ResultHead
+from kt_expert_proto.v1.session_pb2 import ErrorDetail, Joined, Leave, RequestOpen, ResultHead
 
 from kt_expert_client.errors import (
-    AlreadyExists,
     DeadlineExceeded,
-    InvalidRequest,
     KtExpertError,
-    NotAuthenticated,
     NotFound,
-    NotPermitted,
     OutOfCapacity,
     RunStateLost,
     ServerUnavailable,
-    WrongPhase,
     from_status,
 )
 from kt_expert_client.session.actions import Action, Connect, Disconnect, JoinTerms, Note, Phase, Send, Settled
+from kt_expert_client.session.attempts import Attempts
 from kt_expert_client.session.calls import Call
+from kt_expert_client.session.inflight import InFlight
 from kt_expert_client.session.journal import Journal
 
-ANSWER_SLACK_S = 5.0  # the server enforces a call's deadline; this is for its answer to travel
-_FIRST_DELAY_S = 0.05
 _FAREWELL_S = 2.0  # for the server to take a rank back
-_MAX_DELAY_S = 5.0
+# For a repeated request: its caller waits no more, but others whose outcomes come after it may.
+_REPEAT_TIMEOUT_S = 3600.0
 _MS_PER_S = 1000
-# What asking again does not mend. Everything else may be the network's or a restarting server's.
-_FINAL = (InvalidRequest, NotFound, AlreadyExists, WrongPhase, OutOfCapacity, NotPermitted, NotAuthenticated)
 
 
 class SessionCore:
@@ -58,23 +51,18 @@ class SessionCore:
         self._journal = journal
         self._memory = memory  # for a result's tensor of so many bytes
         self._phase = Phase.APART
-        self._connect_at = now
-        self._join_deadline = now + join_timeout_s
-        self._attempts = 0  # since the last time it was joined
-        self._apart_since = now
+        self._attempts = Attempts(now, join_timeout_s)
         self._epoch = 0
         self._origin_step = 0  # of the run when this trainer came
         self._next_id = 1
         self._acknowledged = 0
-        self._calls: dict[int, Call] = {}  # without an outcome, in the order of ids
-        self._unsent: deque[Call] = deque()
+        self._in_flight = InFlight()
         self._receiving: Call | None = None
         self._is_leaving = False
         # Why the session is about to end, once the server has let go of the rank or cannot be told.
         self._farewell: KtExpertError | None = None
         self._farewell_call: Call | None = None
         self._doomed: list[Call] = []  # calls that will get that error
-        self._last_error: KtExpertError | None = None  # why the last attempt failed
         self._actions: list[Action] = []
 
     # What a trainer does
@@ -97,9 +85,7 @@ class SessionCore:
             return True
         if self.joined is None:
             return False
-        waiting = [call for call in self._calls.values() if not call.is_replay]
-        used = sum(call.size_bytes for call in waiting)
-        return len(waiting) < self.joined.credit_requests and used + size_bytes <= self.joined.credit_bytes
+        return self._in_flight.has_room(size_bytes, self.joined)
 
     def submit(self, call: Call, now: float) -> None:
         """Takes a call for which there is room. Raises why the session has ended, or OutOfCapacity."""
@@ -114,8 +100,7 @@ class SessionCore:
         call.request_id, self._next_id = self._next_id, self._next_id + 1
         call.deadline = now + call.timeout_s
         self._is_leaving = self._is_leaving or call.op is Op.LEAVE
-        self._calls[call.request_id] = call
-        self._unsent.append(call)
+        self._in_flight.add(call)
         self._pump(now)
 
     def cancel(self, call: Call) -> None:
@@ -135,16 +120,13 @@ class SessionCore:
             return
         self.failure, self._phase = error, Phase.ENDED
         self._actions.append(Disconnect())
-        calls = self._doomed + list(self._calls.values())
-        self._calls.clear()
-        self._doomed = []
-        self._unsent.clear()
+        calls, self._doomed = self._doomed + self._in_flight.take_all(), []
         self._receiving = None
         for call in calls:
             call.drop_results()
             call.on_unneeded(call)
             if not call.is_replay and not call.is_given_up and call is not self._farewell_call:
-                self._actions.append(Settled(call, error))
+                self._settled(call, error)
         self._journal.clear()
 
     def _end_politely(self, error: KtExpertError, now: float) -> None:
@@ -152,10 +134,7 @@ class SessionCore:
         if self._farewell is not None or self.failure is not None:
             return
         self._farewell = error
-        self._doomed += self._unsent
-        for call in self._unsent:
-            del self._calls[call.request_id]
-        self._unsent.clear()
+        self._doomed += self._in_flight.take_unsent()
         self._farewell_call = Call(Op.LEAVE, RequestOpen(leave=Leave()), _FAREWELL_S)
         self.submit(self._farewell_call, now)
 
@@ -201,40 +180,36 @@ class SessionCore:
             return
         was_joined = self._phase is Phase.JOINED
         self._phase, self._receiving = Phase.APART, None
-        for call in self._calls.values():
-            call.is_sent = False
-            call.drop_results()
+        self._in_flight.cut()
         if was_joined:
-            self._apart_since, self._attempts = now, 0
+            self._attempts.lost(now)
             self._actions.append(Note(f"connection lost ({error}); connecting again"))
         if isinstance(error, NotFound) and self._is_leaving:
             self._left()
             return
-        if self._is_final(error):
+        if not self._attempts.failed(error, now):
             self.end(error)
-            return
-        self._retry(error, now)
 
     def tick(self, now: float) -> None:
         """Time has passed: at least as often as next_deadline() says."""
         farewell = self._farewell_call
         if farewell is not None and self._farewell is not None and now >= farewell.deadline:
             self.end(self._farewell)
-        for call in [each for each in self._calls.values() if self._is_overdue(each, now)]:
+        for call in self._in_flight.overdue(now):
             self._give_up(call, now)
-        if self._phase is Phase.APART and now >= self._connect_at:
+        if self._phase is Phase.APART and now >= self._attempts.at:
             self._connect()
 
     def next_deadline(self) -> float | None:
         """When tick() is due, if nothing else happens."""
         if self._phase is Phase.ENDED:
             return None
-        times = [call.deadline + ANSWER_SLACK_S for call in self._calls.values() if not call.is_replay and not call.is_given_up]
+        times = [self._in_flight.next_deadline()]
         if self._phase is Phase.APART:
-            times.append(self._connect_at)
+            times.append(self._attempts.at)
         if self._farewell_call is not None:
             times.append(self._farewell_call.deadline)
-        return min(times, default=None)
+        return min((each for each in times if each is not None), default=None)
 
     def take_actions(self) -> list[Action]:
         """Everything decided since the last call."""
@@ -243,41 +218,16 @@ class SessionCore:
 
     # Connecting
 
-    def _is_final(self, error: KtExpertError) -> bool:
-        if not error.is_answer:
-            return False  # the network's, or of a server that is not there at the moment
-        if self.joined is None:  # a rank or memory may become free; a server that drains does not come back for this
-            return isinstance(error, (*_FINAL, ServerUnavailable)) and not error.retry_delay_s
-        return isinstance(error, AlreadyExists) or (isinstance(error, _FINAL) and not error.retry_delay_s)
-
-    def _retry(self, error: KtExpertError, now: float) -> None:
-        delay = error.retry_delay_s or (
-            min(_MAX_DELAY_S, _FIRST_DELAY_S * 2 ** min(self._attempts, 20)) if self._attempts else 0.0
-        )
-        self._attempts += 1
-        if self.joined is None and now + delay > self._join_deadline:
-            self.end(error)
-            return
-        self._connect_at = now + delay
-        self._last_error = error
-
     def _connect(self) -> None:
         self._phase = Phase.JOINING
         self._epoch += 1
         self._actions.append(Connect())
-        wanted = self._journal.tickets | {call.ticket for call in self._calls.values() if call.ticket}
-        terms = self._terms
-        join = Join(
-            run=terms.run,
-            config=terms.config,
-            ephemeral=terms.ephemeral,
-            rank=terms.rank,
-            instance=terms.instance,
-            takeover=terms.takeover and self.joined is None,
-            acknowledged=self._acknowledged,
-            tickets=sorted(ticket for ticket in wanted if ticket <= self._acknowledged),
+        wanted = self._journal.tickets | self._in_flight.tickets()
+        join = self._terms.join(
+            0 if self.joined is None else self.joined.born,
+            self._acknowledged,
+            sorted(ticket for ticket in wanted if ticket <= self._acknowledged),
             resume_only=self._is_leaving,
-            born=0 if self.joined is None else self.joined.born,
         )
         self._emit(Header(FrameType.JOIN, epoch=self._epoch), join.SerializeToString())
 
@@ -288,55 +238,48 @@ class SessionCore:
         if is_first:
             self._origin_step = int(joined.step)
         self._phase = Phase.JOINED
-        self._attempts = 0
+        self._attempts.joined()
         if not is_first:
-            self._actions.append(Note(f"connected again after {now - self._apart_since:.1f} s"))
-        for call in [each for each in self._calls.values() if each.is_given_up and each.request_id > joined.received]:
-            self._forget(call)  # it never took effect
+            self._actions.append(Note(f"connected again after {now - self._attempts.apart_since:.1f} s"))
+        for call in self._in_flight:
+            if call.is_given_up and call.request_id > joined.received:
+                self._forget(call)  # it never took effect
+        self._journal.durable(joined.durable)
         if joined.resumed:
-            self._unsent = deque(call for call in self._calls.values() if call.request_id > joined.received)
-            for call in self._calls.values():
-                call.is_sent = call.request_id <= joined.received
+            self._in_flight.resume(joined.received)
         elif not self._begin_afresh(joined, now):
             return
-        self._journal.durable(joined.durable)
         self._pump(now)
 
     def _begin_afresh(self, joined: Joined, now: float) -> bool:
         """The server has neither tickets nor gradients nor outcomes of this trainer. False where that is a loss for good."""
         self._acknowledged = 0
-        for call in [each for each in self._calls.values() if each.is_replay]:
-            del self._calls[call.request_id]
-            call.is_replay = False
-        overtaken = [call for call in self._calls.values() if call.request_id <= joined.included]
+        for call in self._in_flight.take_replays():
+            self._let_go(call)
+        overtaken = [call for call in self._in_flight if call.request_id <= joined.included]
         overtaken = [call for call in overtaken if not self._settle_step(call, joined)]
+        replays: list[Call] = []
         # Without a request of this trainer's in it, the state must be the one that was there when it came.
         is_other = not joined.included and joined.step != self._origin_step
         if self._journal.lost(joined.included) or overtaken or is_other:
             if overtaken or is_other or not self._journal.can_repeat(joined.included):
-                self._unsent = deque(self._calls.values())
+                self._in_flight.begin_afresh(())
                 self._end_politely(self._loss(joined), now)
                 return False
             replays = self._journal.to_repeat(joined.included)
-            for call in replays:
-                call.is_replay = True
             self._actions.append(Note(f"the server began anew from step {joined.step}; repeating {len(replays)} requests"))
-            merged = {call.request_id: call for call in replays} | self._calls
-            self._calls = dict(sorted(merged.items()))
-        self._unsent = deque(self._calls.values())
-        for call in self._calls.values():
-            call.is_sent = False
+        self._in_flight.begin_afresh(replays)
         return True
 
     def _settle_step(self, call: Call, joined: Joined) -> bool:
         """A step whose outcome was lost with the member, but which the state holds: what became of it is known all the same."""
         if call.op is not Op.STEP or call.opened.step.step > joined.step:
             return False
-        del self._calls[call.request_id]
+        self._in_flight.remove(call)
         call.head = ResultHead(step=call.opened.step.step)
         self._journal.settled(call)
         if not call.is_given_up:
-            self._actions.append(Settled(call, None))
+            self._settled(call, None)
         return True
 
     def _loss(self, joined: Joined) -> RunStateLost:
@@ -352,11 +295,11 @@ class SessionCore:
 
     def _left(self) -> None:
         """The server does not know this trainer any more, and that was the purpose."""
-        for call in list(self._calls.values()):
+        for call in self._in_flight:
             if call.op is Op.LEAVE and not call.is_given_up:
                 call.head = ResultHead()
                 self._forget(call)
-                self._actions.append(Settled(call, None))
+                self._settled(call, None)
         self.end(ServerUnavailable("this trainer has left its run"))
 
     # Calls
@@ -365,31 +308,15 @@ class SessionCore:
         """Sends what the server has credits for."""
         if self._phase is not Phase.JOINED or self.joined is None:
             return
-        while self._unsent:
-            call = self._unsent[0]
-            sent = [each for each in self._calls.values() if each.is_sent]
-            size = sum(each.size_bytes for each in sent) + call.size_bytes
-            if len(sent) >= self.joined.credit_requests or size > self.joined.credit_bytes:
-                return
-            self._unsent.popleft()
-            call.is_sent = True
+        while (call := self._in_flight.take_sendable(self.joined)) is not None:
             self._send(call, now)
 
     def _send(self, call: Call, now: float) -> None:
-        left_s = call.timeout_s if call.is_replay else call.deadline - now
-        header = Header(
-            FrameType.REQUEST, call.request_id, call.layer, call.op, Tensor.NONE, call.dtype, call.rows, call.columns,
-            max(1, int(left_s * _MS_PER_S)), self._epoch,
-        )  # fmt: skip
+        left_s = _REPEAT_TIMEOUT_S if call.is_replay else call.deadline - now
         if call.is_replay and call.op is Op.STEP:
             call.opened.step.patient = True  # others may be on their way back, too
-        self._emit(header, call.opened.SerializeToString())
-        for each in call.tensors:
-            about = Header(
-                FrameType.TENSOR, call.request_id, call.layer, call.op, each.tensor, each.dtype, each.rows, each.columns,
-                epoch=self._epoch,
-            )  # fmt: skip
-            self._emit(about, each.source)
+        for header, payload in call.frames(max(1, int(left_s * _MS_PER_S)), self._epoch):
+            self._emit(header, payload)
 
     def _result(self, header: Header, head: ResultHead, now: float) -> None:
         call = self._outcome_of(header)
@@ -415,21 +342,13 @@ class SessionCore:
         self._settle(call, now)
 
     def _outcome_of(self, header: Header) -> Call:
-        """Outcomes come in the order of ids."""
         if self._receiving is not None:
             raise FrameError(f"an outcome came before that of request {self._receiving.request_id} was complete")
-        first = next(iter(self._calls.values()), None)
-        if first is None or first.request_id != header.request_id or not first.is_sent:
-            raise FrameError(
-                f"an outcome of request {header.request_id} came, expected that of "
-                f"{'none' if first is None else first.request_id}"
-            )
-        return first
+        return self._in_flight.outcome_of(header)
 
     def _settle(self, call: Call, now: float) -> None:
         assert call.request_id > self._acknowledged, f"request {call.request_id} was settled twice"  # noqa: S101
-        del self._calls[call.request_id]
-        call.is_sent = False
+        self._in_flight.remove(call)
         self._acknowledged = call.request_id
         # The acknowledgement goes out before anything that uses the credit it returns.
         self._control(FrameType.ACK, call.request_id)
@@ -438,20 +357,26 @@ class SessionCore:
             return
         if call.is_replay:
             self._repeated(call, now)
-        elif call.error is not None:
-            call.on_unneeded(call)
+            call.is_replay = False
+            self._let_go(call)
         else:
-            self._journal.settled(call)
+            self._first_outcome(call)
         if call.head is not None:
             self._journal.durable(call.head.durable)
-        if call.is_given_up and not call.is_replay:
-            call.drop_results()
-            if call.keeps_ticket and call.error is None:
-                self.release(call.request_id)
-        elif not call.is_replay:
-            self._actions.append(Settled(call, call.error))
-        call.is_replay = call.is_given_up = False
         self._pump(now)
+
+    def _first_outcome(self, call: Call) -> None:
+        if call.error is None:
+            self._journal.settled(call)
+        else:
+            call.on_unneeded(call)
+        if not call.is_given_up:
+            self._settled(call, call.error)
+            return
+        call.is_given_up = False
+        call.drop_results()
+        if call.keeps_ticket and call.error is None:
+            self.release(call.request_id)
 
     def _settle_doomed(self, call: Call) -> None:
         """Outcomes that come while the session ends are not wanted any more."""
@@ -466,34 +391,43 @@ class SessionCore:
         if call.error is not None and self.joined is not None:
             error, call.error = call.error, None
             loss = RunStateLost(f"what the server lost could not be repeated: {error}", step=int(self.joined.step))
-            self._doomed.append(call)
             self._end_politely(loss, now)
             return
-        wanted = self._journal.tickets | {each.ticket for each in self._calls.values()}
+        wanted = self._journal.tickets | self._in_flight.tickets()
         if call.keeps_ticket and call.request_id not in wanted:
             self._control(FrameType.RELEASE, call.request_id)
-
-    def _is_overdue(self, call: Call, now: float) -> bool:
-        return not call.is_replay and not call.is_given_up and now >= call.deadline + ANSWER_SLACK_S
 
     def _give_up(self, call: Call, now: float) -> None:
         what = f"request {call.request_id} has no outcome after {call.timeout_s:g} s"
         error: KtExpertError = DeadlineExceeded(f"{what}: the server is slow; look at its /metrics")
         if self._phase is not Phase.JOINED:
-            apart_s = now - self._apart_since
-            error = ServerUnavailable(f"{what}: there has been no connection for {apart_s:.0f} s ({self._last_error})")
-        self._actions.append(Settled(call, error))
+            apart_s = now - self._attempts.apart_since
+            why = f"there has been no connection for {apart_s:.0f} s ({self._attempts.last_error})"
+            error = ServerUnavailable(f"{what}: {why}")
+        self._settled(call, error)
         call.is_given_up = True
         if call.is_sent:
             self._control(FrameType.CANCEL, call.request_id)
-        elif call in self._unsent:
-            self._unsent.remove(call)
+        elif call in self._in_flight.unsent:
+            self._in_flight.unsent.remove(call)
             self._forget(call)
 
     def _forget(self, call: Call) -> None:
-        del self._calls[call.request_id]
+        self._in_flight.remove(call)
         call.drop_results()
         call.on_unneeded(call)
+
+    def _let_go(self, call: Call) -> None:
+        """What was dropped from the journal while it was being repeated."""
+        if not self._journal.keeps(call):
+            call.on_unneeded(call)
+
+    def _settled(self, call: Call, error: KtExpertError | None) -> None:
+        """Its results are its caller's from now on: a repetition has results of its own."""
+        results = {}
+        if error is None:
+            results, call.results = call.results, {}
+        self._actions.append(Settled(call, error, results))
 
     def _check(self, header: Header) -> None:
         if header.epoch != self._epoch:

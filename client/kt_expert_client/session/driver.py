@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import logging
+import os
 import queue
 import threading
 import time
 
 from kt_expert_proto.codec import Buffer
-from kt_expert_proto.header import FrameType, Header, Op
+from kt_expert_proto.header import FrameType, Header, Op, Tensor
 from kt_expert_proto.v1.session_pb2 import Leave, RequestOpen
 
-from kt_expert_client.errors import DeadlineExceeded, KtExpertError, ServerFault, ServerUnavailable, copy_of
+from kt_expert_client.errors import DeadlineExceeded, KtExpertError, ServerFault, ServerUnavailable, WrongPhase, copy_of
 from kt_expert_client.session.actions import Connect, Disconnect, Note, Phase, Send, Settled
 from kt_expert_client.session.calls import Call
-from kt_expert_client.session.core import ANSWER_SLACK_S, SessionCore
+from kt_expert_client.session.core import SessionCore
+from kt_expert_client.session.inflight import ANSWER_SLACK_S
 from kt_expert_client.wire.base import Opener, Transport
 
 _log = logging.getLogger(__name__)
@@ -29,6 +31,7 @@ class Pending:
     def __init__(self, call: Call) -> None:
         self.call = call
         self.error: KtExpertError | None = None
+        self.results: dict[Tensor, Buffer] = {}
         self.done = threading.Event()
 
     @property
@@ -76,24 +79,32 @@ class Session:
         # Tickets are released by finalizers, which may run in the middle of anything; this queue's put is safe even there.
         self._releases: queue.SimpleQueue[int | None] = queue.SimpleQueue()
         self._is_carrying_out = False
+        self._pid = os.getpid()
         self._threads = [
             threading.Thread(target=target, name=f"kt-expert-{role}-{name}", daemon=True)
             for role, target in (("session", self._keep_time), ("release", self._release_all))
         ]
 
     def start(self, timeout_s: float) -> None:
-        """Joins the run. Raises why that is impossible, or DeadlineExceeded."""
+        """Joins the run. Raises why that is impossible, or DeadlineExceeded; nothing of the session is left then."""
         for thread in self._threads:
             thread.start()
+        try:
+            self._wait_until_joined(timeout_s)
+        except KtExpertError:
+            self.close()
+            raise
+        except BaseException:  # an interrupt from the keyboard: the rank may be there already
+            self.leave()
+            raise
+
+    def _wait_until_joined(self, timeout_s: float) -> None:
         with self._lock:
             self._changed.wait_for(lambda: self._core.joined is not None or self._core.failure is not None, timeout_s)
             if self._core.failure is not None:
                 raise copy_of(self._core.failure)
             if self._core.joined is None:
-                error = DeadlineExceeded(f"the run was not joined within {timeout_s:g} s")
-                self._core.end(error)
-                self._carry_out()
-                raise error
+                raise DeadlineExceeded(f"the run was not joined within {timeout_s:g} s")
 
     @property
     def keeps_requests(self) -> bool:
@@ -105,7 +116,10 @@ class Session:
         return self._core
 
     def submit(self, call: Call) -> Pending:
-        """Waits for credits, then sends. Raises OutOfCapacity, DeadlineExceeded, or why the session has ended."""
+        """Waits for credits, then sends. Raises OutOfCapacity, DeadlineExceeded, why the session has ended, or WrongPhase in
+        a forked child: connection and threads are its parent's."""
+        if os.getpid() != self._pid:
+            raise WrongPhase(f"this run was opened by process {self._pid}, of which {os.getpid()} is a fork; open one here")
         pending = Pending(call)
         deadline = time.monotonic() + call.timeout_s
         with self._lock:
@@ -133,10 +147,13 @@ class Session:
         self._releases.put(ticket)
 
     def leave(self) -> None:
-        """Gives the rank back. Safe to call twice; a server that cannot be reached frees the rank by its lease."""
+        """Gives the rank back. Safe to call twice; a server that cannot be reached frees the rank by its lease. Does nothing
+        in a forked child."""
+        if os.getpid() != self._pid:
+            return
         with self._lock:
-            failed = self._core.failure is not None
-        if not failed:
+            is_in = self._core.failure is None and self._core.joined is not None
+        if is_in:
             try:
                 self.submit(Call(Op.LEAVE, RequestOpen(leave=Leave()), _LEAVE_TIMEOUT_S)).wait(_LEAVE_TIMEOUT_S)
             except KtExpertError as error:
@@ -146,11 +163,12 @@ class Session:
         self.close()
 
     def close(self) -> None:
-        """Ends at once, without a word to the server."""
+        """Ends at once, without a word to the server. Does nothing in a forked child."""
+        if os.getpid() != self._pid:
+            return
         with self._lock:
             self._core.end(ServerUnavailable("the session was closed by this trainer"))
             self._carry_out()
-        self._releases.put(None)
 
     def _release_all(self) -> None:
         while (ticket := self._releases.get()) is not None:
@@ -160,11 +178,19 @@ class Session:
 
     def _keep_time(self) -> None:
         with self._lock:
-            while self._core.phase is not Phase.ENDED:
-                self._core.tick(time.monotonic())
-                self._carry_out()
+            while True:
+                try:
+                    self._core.tick(time.monotonic())
+                    self._carry_out()
+                except Exception as error:  # without this thread, callers would wait for their own deadlines
+                    _log.exception("a fault of the client's own")
+                    self._core.end(ServerFault(f"a fault of the client's own, see its log: {error!r}"))
+                    self._carry_out()
                 self._waits_until = self._core.next_deadline()
+                if self._core.phase is Phase.ENDED:
+                    break
                 self._clock.wait(None if self._waits_until is None else max(0.0, self._waits_until - time.monotonic()))
+        self._releases.put(None)
 
     def _admit(self, link: _Link, header: Header) -> Buffer | None:
         with self._lock:
@@ -178,7 +204,7 @@ class Session:
                 return
             self._core.received(header, payload, time.monotonic())
             self._carry_out()
-            if header.type is FrameType.JOINED:
+            if header.type is not FrameType.TENSOR or self._core.phase is Phase.ENDED:
                 self._changed.notify_all()
 
     def _ended(self, link: _Link, error: KtExpertError) -> None:
@@ -225,7 +251,7 @@ class Session:
                     self._link.transport.send(action.header, action.payload)
             case Settled():
                 pending = self._pending.pop(action.call)
-                pending.error = action.error
+                pending.error, pending.results = action.error, action.results
                 action.call.on_settled(action.call)
                 pending.done.set()
                 self._changed.notify_all()

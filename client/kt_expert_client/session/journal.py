@@ -27,6 +27,7 @@ class Journal:
         self._anchor = 0  # the last request that changed the adapter, its moments or the step
         self._has_gradients = False  # backwards after the anchor count
         self.tickets: set[int] = set()  # forwards whose tickets are wanted
+        self._of_adapter: set[int] = set()  # those of them that are of no use once the adapter has changed
 
     @property
     def is_on(self) -> bool:
@@ -41,15 +42,21 @@ class Journal:
         """More came since the last checkpoint than may be kept."""
         return self.is_on and self._gone_through > 0
 
+    def keeps(self, call: Call) -> bool:
+        """It may yet be repeated."""
+        return call.request_id in self._entries
+
     def settled(self, call: Call) -> None:
         """A request has succeeded. It may be kept: its tensors are needed until on_unneeded is called."""
         if call.keeps_ticket:
             self.tickets.add(call.request_id)
+            if call.opened.forward.use_adapter:
+                self._of_adapter.add(call.request_id)
         if call.op is Op.BACKWARD:
             if call.opened.backward.begin_window:
                 self._forget_window()
             self._has_gradients = True
-            self.tickets.discard(call.ticket)
+            self._forget_ticket(call.ticket)
             if call.ticket in self._entries:
                 self._consumers[call.ticket] = call.request_id
         elif call.op is Op.ZERO_GRAD:
@@ -71,7 +78,7 @@ class Journal:
     def released(self, ticket: int) -> None:
         """The ticket will not be consumed: its forward needs no repetition."""
         if ticket in self.tickets:
-            self.tickets.discard(ticket)
+            self._forget_ticket(ticket)
             self._drop([ticket])
 
     def durable(self, through: int) -> None:
@@ -85,7 +92,8 @@ class Journal:
     def lost(self, included: int) -> bool:
         """Whether a server that has only this trainer's requests up to `included`, and none of its tickets and gradients,
         lacks something."""
-        return self._anchor > included or self._has_gradients or bool(self.tickets)
+        valid = any(ticket > self._anchor or ticket not in self._of_adapter for ticket in self.tickets)
+        return self._anchor > included or self._has_gradients or valid
 
     def can_repeat(self, included: int) -> bool:
         return self.is_on and self._gone_through <= included
@@ -102,6 +110,11 @@ class Journal:
     def clear(self) -> None:
         self._drop(list(self._entries))
         self.tickets.clear()
+        self._of_adapter.clear()
+
+    def _forget_ticket(self, ticket: int) -> None:
+        self.tickets.discard(ticket)
+        self._of_adapter.discard(ticket)
 
     def _forget_window(self) -> None:
         """Backwards since the anchor count no longer, nor do the forwards they consumed."""
@@ -112,9 +125,11 @@ class Journal:
         )
 
     def _drop(self, request_ids: Iterable[int]) -> None:
+        """A call that is being repeated at the moment lets go of its tensors when that is done."""
         for request_id in request_ids:
             call = self._entries.pop(request_id, None)
             self._consumers.pop(request_id, None)
             if call is not None:
                 self._size_bytes -= call.size_bytes
-                call.on_unneeded(call)
+                if not call.is_replay:
+                    call.on_unneeded(call)

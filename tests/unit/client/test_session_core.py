@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 import pytest
-from kt_expert_client.errors import AlreadyExists, DeadlineExceeded, NotFound, RunStateLost, ServerUnavailable
+from kt_expert_client.errors import AlreadyExists, DeadlineExceeded, NotFound, OutOfCapacity, RunStateLost, ServerUnavailable
 from kt_expert_client.session.actions import Action, Connect, Disconnect, JoinTerms, Phase, Send, Settled
 from kt_expert_client.session.calls import Call
-from kt_expert_client.session.core import ANSWER_SLACK_S, SessionCore
+from kt_expert_client.session.core import SessionCore
+from kt_expert_client.session.inflight import ANSWER_SLACK_S
 from kt_expert_client.session.journal import Journal
-from kt_expert_proto.header import FrameError, FrameType, Header, Op
+from kt_expert_proto.dtypes import Dtype
+from kt_expert_proto.header import FrameError, FrameType, Header, Op, Tensor
 from kt_expert_proto.v1 import service_pb2 as pb
 from kt_expert_proto.v1 import session_pb2 as spb
 
 TERMS = JoinTerms("run", pb.RunConfig(world_size=1), False, 0, "a" * 32)
+
+
+class Bytes:
+    """Implements Buffer."""
+
+    def __init__(self, content: bytes) -> None:
+        self.view = memoryview(bytearray(content))
+
+    def release(self) -> None:
+        self.view = memoryview(bytearray())
 
 
 class Trainer:
@@ -151,6 +163,7 @@ def test_the_first_join_waits_as_the_server_says_and_then_gives_up() -> None:
     (NotFound("a proxy's page"), False),
     (AlreadyExists("held", retry_delay_s=5.0, is_answer=True), True),
     (ServerUnavailable("draining", is_answer=True), False),
+    (OutOfCapacity("too many streams", is_answer=True), False),
     (ServerUnavailable("cut"), False),
 ])  # fmt: skip
 def test_only_the_servers_own_word_is_final(error: Exception, ends: bool) -> None:
@@ -263,6 +276,89 @@ def test_a_state_of_another_step_is_not_taken_for_the_one_a_trainer_came_to() ->
     trainer.core.disconnected(ServerUnavailable("gone"), 1.0)
     assert isinstance(trainer.core.failure, RunStateLost)
     assert trainer.core.failure.step == 2
+
+
+def killed_and_back(trainer: Trainer, now: float = 1.0, **fields: object) -> None:
+    trainer.core.disconnected(ServerUnavailable("killed"), now)
+    trainer.actions()
+    trainer.connect(now)
+    trainer.joined(now, **fields)
+
+
+def test_a_repetition_that_fails_ends_the_session_and_settles_nothing_twice() -> None:
+    trainer = connected(replay_bytes=1 << 20)
+    train_one_step(trainer, 1, 1)
+    waiting = forward(trainer)
+    killed_and_back(trainer)
+    trainer.actions()
+    detail = spb.ErrorDetail(code=9, message="another window").SerializeToString()
+    trainer.core.received(Header(FrameType.ERROR, 1, epoch=trainer.epoch), detail, 1.0)
+    for request_id in (2, 3, 4, 5):
+        trainer.result(request_id)
+    (told,) = trainer.settled()
+    assert told.call is waiting
+    assert isinstance(told.error, RunStateLost)
+    assert "could not be repeated: another window" in str(told.error)
+
+
+def test_a_repetition_has_results_of_its_own() -> None:
+    trainer = connected(replay_bytes=1 << 20)
+    opened = spb.RequestOpen(forward=spb.Forward(save_for_backward=True, use_adapter=True))
+    call = Call(Op.FORWARD, opened, 100.0, expects={Tensor.OUTPUT: 4})
+    trainer.core.submit(call, 0.0)
+
+    def output(content: bytes) -> None:
+        header = Header(FrameType.TENSOR, 1, tensor=Tensor.OUTPUT, rows=1, columns=1, dtype=Dtype.FP32, epoch=trainer.epoch)
+        trainer.result(1)
+        trainer.core.admit(header)
+        trainer.core.received(header, Bytes(content), 0.0)
+
+    output(b"1234")
+    (first,) = trainer.settled()
+    killed_and_back(trainer)
+    assert trainer.sent() == [("REQUEST", 1)]
+    output(b"5678")
+    assert not trainer.settled()
+    assert bytes(first.results[Tensor.OUTPUT].view) == b"1234"
+
+
+def test_a_ticket_released_while_its_forward_is_repeated() -> None:
+    trainer = connected(replay_bytes=1 << 20)
+    let_go: list[int] = []
+    opened = spb.RequestOpen(forward=spb.Forward(save_for_backward=True, use_adapter=True))
+    call = Call(Op.FORWARD, opened, 100.0, on_unneeded=lambda call: let_go.append(call.request_id))
+    trainer.core.submit(call, 0.0)
+    trainer.result(1)
+    killed_and_back(trainer)
+    trainer.core.release(1)
+    trainer.actions()
+    assert not let_go  # its tensors are still being sent
+    trainer.result(1)
+    assert ("RELEASE", 1) in trainer.sent()
+    assert let_go == [1]
+
+
+def test_a_repetition_has_time_whatever_its_caller_had_left() -> None:
+    trainer = connected(replay_bytes=1 << 20)
+    trainer.submit(Op.SET_STEP, timeout_s=0.001, set_step=spb.SetStep(step=3))
+    trainer.result(1)
+    trainer.core.disconnected(ServerUnavailable("killed"), 1.0)
+    trainer.actions()
+    trainer.connect(1.0)
+    trainer.joined(1.0)
+    (request,) = [each for each in trainer.actions() if isinstance(each, Send)]
+    assert request.header.deadline_ms > 60_000
+
+
+def test_a_ticket_of_an_older_adapter_is_no_loss() -> None:
+    trainer = connected()
+    forward(trainer)
+    trainer.result(1)
+    trainer.submit(Op.STEP, step=spb.Step(step=1))
+    trainer.result(2, step=1, durable=2)
+    killed_and_back(trainer, included=2, step=1, durable=2)
+    assert trainer.core.failure is None
+    assert not [each for each in trainer.sent() if each[0] == "REQUEST"]
 
 
 def settled(journal: Journal, request_id: int, op: Op, **fields: object) -> Call:

@@ -1,0 +1,71 @@
+"""Tickets of a model's layers belong to the run that made them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from kt_expert_client.errors import WrongPhase
+from kt_expert_client.offload import OffloadedLayer
+
+
+class FakeRun:
+    """Hands out the same numbers as any other run."""
+
+    def __init__(self) -> None:
+        self.ticket = 0
+        self.consumed: list[int] = []
+        self.released: list[int] = []
+
+    def submit_forward(self, layer: int, x: torch.Tensor, *_: object, **__: object) -> Any:
+        self.ticket += 1
+        self._last = x
+        return self
+
+    def submit_backward(self, layer: int, ticket: int, grad: torch.Tensor, **_: object) -> Any:
+        self.consumed.append(ticket)
+        return self
+
+    def release(self, ticket: int) -> None:
+        self.released.append(ticket)
+
+    def result(self) -> Any:
+        return self._last
+
+
+class FakeOffload:
+    def __init__(self) -> None:
+        self.run = FakeRun()
+
+    def begins_window(self) -> bool:
+        return False
+
+
+def forward(layer: OffloadedLayer) -> int:
+    x = torch.zeros(1, 4)
+    _, ticket = layer.forward(x, x.long(), x, keep=True, use_adapter=True, dropout_seed=0)
+    return ticket
+
+
+def test_a_ticket_goes_back_to_the_run_that_made_it() -> None:
+    offload = FakeOffload()
+    layer = OffloadedLayer(offload, 0)  # type: ignore[arg-type]
+    first_run = offload.run
+    used, dropped = forward(layer), forward(layer)
+    offload.run = FakeRun()  # another adapter, another run
+    forward(layer)
+    layer.backward(used, torch.zeros(1, 4))
+    layer.release(used)
+    layer.release(dropped)
+    layer.release(dropped)
+    assert (first_run.consumed, first_run.released) == ([1], [2])
+    assert (offload.run.consumed, offload.run.released) == ([], [])
+
+
+def test_a_ticket_that_was_released_is_refused_with_the_cause() -> None:
+    layer = OffloadedLayer(FakeOffload(), 3)  # type: ignore[arg-type]
+    ticket = forward(layer)
+    layer.release(ticket)
+    with pytest.raises(WrongPhase, match=r"of layer 3 has been released.*pin_memory=False"):
+        layer.backward(ticket, torch.zeros(1, 4))
