@@ -124,9 +124,9 @@ class CheckpointStore:
             return []
         return [name for name in self._disk.list_directory(_ROOT) if not name.startswith(".")]
 
-    def of_owner(self, owner: str) -> list[str]:
-        """Names of checkpoints that an identity may read."""
-        return [name for name, manifest in self._readable() if manifest.owner == owner]
+    def of_owner(self, owner: str) -> list[tuple[str, Manifest]]:
+        """Checkpoints that an identity may read. Damaged ones are logged and passed over."""
+        return [(name, manifest) for name, manifest in self._readable() if manifest.owner == owner]
 
     def of_run(self, run: str) -> list[tuple[str, Manifest]]:
         """Checkpoints of one run, oldest first. Raises InvalidRequest where the manifest of one of its automatic checkpoints is

@@ -96,7 +96,7 @@ class ControlService(service_pb2_grpc.ExpertServicer):
             identity, store = self._trainer(context), self._store
             if store is None:
                 raise WrongPhase("this server has no place for checkpoints; start it with --state-dir DIR")
-            found = await self._driver.on_disk(lambda: [(name, store.manifest(name)) for name in store.names()])
+            found = await self._driver.on_disk(lambda: store.of_owner(identity))
             return pb.ListCheckpointsResponse(
                 checkpoints=[
                     pb.Checkpoint(
@@ -107,7 +107,6 @@ class ControlService(service_pb2_grpc.ExpertServicer):
                         automatic=manifest.automatic,
                     )
                     for name, manifest in found
-                    if manifest.owner == identity
                 ]
             )
 

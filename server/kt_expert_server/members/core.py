@@ -32,6 +32,7 @@ from kt_expert_server.model.loader import BaseModel
 
 _LOADING_RETRY_S = 1.0
 _SILENCE_RETRY_S = 0.1
+_CROWDED_RETRY_S = 5.0
 
 
 def _no_join(join_s: float) -> ServerUnavailable:
@@ -80,7 +81,10 @@ class ServerCore:
     def stream_opened(self, stream: int, identity: str, now: float) -> None:
         """Raises OutOfCapacity where there are too many."""
         if len(self._streams) >= self.limits.max_streams:
-            raise OutOfCapacity(f"{len(self._streams)} streams are open, the limit is {self.limits.max_streams}")
+            raise OutOfCapacity(
+                f"{len(self._streams)} streams are open, the limit is {self.limits.max_streams}; try again later",
+                retry_delay_s=_CROWDED_RETRY_S,
+            )
         self._streams[stream] = _Stream(identity, now)
 
     def stream_closed(self, stream: int, now: float) -> None:

@@ -65,7 +65,8 @@ class Saving:
         self._model_digest = model_digest
         self._unpublished: list[_Pending] = []  # written, and waiting for acknowledgements
         self._under_way: set[Run] = set()  # whose automatic checkpoint is not published yet
-        self._names: set[str] = set()  # of checkpoints that are being written
+        self._writing: dict[str, str] = {}  # checkpoints that are not published yet -> their runs
+        self._readers: list[tuple[str, Callable[[], None]]] = []  # wait until nothing of a run is being written
         self.reserve = budget.reserve  # set by the core to one that gives up what nobody holds any more
 
     @property
@@ -149,6 +150,9 @@ class Saving:
         if store is None:
             done(None)
             return
+        if run in self._writing.values():  # the last state of one that was closed a moment ago
+            self._readers.append((run, lambda: self.find_restart_point(run, owner, held, done)))
+            return
 
         def newest() -> tuple[str, Manifest] | None:
             return next((found for found in reversed(store.of_run(run)) if found[1].restart_point), None)
@@ -202,18 +206,22 @@ class Saving:
 
     def _begin(self, run: Run, name: str, author: MemberMark | None, done: Done) -> None:
         """Raises OutOfCapacity where there is no memory for the copy."""
-        if name in self._names:
+        if name in self._writing:
             raise AlreadyExists(f"checkpoint {name!r} is being written, perhaps by another run; choose another name")
         copy = self.reserve(Kind.CHECKPOINTS, snapshot_bytes(run.adapter), run.name, f"checkpoint {name!r}")
-        self._names.add(name)
+        self._writing[name] = run.name
         work, begun_at = CopyWork(run.adapter), self._dispatch.now
         abouts: list[SnapshotAbout] = []
 
         def ended(outcome: Outcome | ServerError) -> None:
-            self._names.discard(name)
+            del self._writing[name]
             if isinstance(outcome, ServerError):
                 run.changed_since_snapshot = True  # for whoever saves it before the run goes
             done(outcome)
+            ready = [each for each in self._readers if each[0] not in self._writing.values()]
+            self._readers = [each for each in self._readers if each not in ready]
+            for _, read in ready:
+                read()
 
         def begun() -> None:
             run.snapshots += 1
@@ -334,7 +342,7 @@ def _manifest(store: CheckpointStore, name: str, owner: str) -> Manifest:
     try:
         return store.manifest(name)
     except NotFound as error:
-        raise NotFound(f"{error}; there are: {', '.join(store.of_owner(owner)) or 'none'}") from None
+        raise NotFound(f"{error}; there are: {', '.join(name for name, _ in store.of_owner(owner)) or 'none'}") from None
 
 
 def _loaded(run: Run, manifest: Manifest, loader: MemberMark) -> None:

@@ -1,0 +1,158 @@
+"""What happens between two events of the server's core: each case was a fault once."""
+
+from __future__ import annotations
+
+import pytest
+from kt_expert_proto.header import Op
+from kt_expert_proto.v1 import session_pb2 as spb
+from kt_expert_server.engine.budget import Kind, Reservation
+from kt_expert_server.errors import NotFound, NotPermitted
+from kt_expert_server.members.limits import Limits
+from support.core import CoreMember, CoreServer
+
+OTHER = "b" * 32
+
+
+def pair(server: CoreServer) -> tuple[CoreMember, CoreMember]:
+    return CoreMember(server, world_size=2), CoreMember(server, world_size=2, rank=1, instance=OTHER)
+
+
+def save(name: str) -> dict[str, spb.CheckpointName]:
+    return {"save_checkpoint": spb.CheckpointName(name=name)}
+
+
+def leave_free(server: CoreServer, size_bytes: int) -> Reservation:
+    """Takes all memory but so much."""
+    return server.budget.reserve(Kind.SCRATCH, server.budget.limit_bytes - server.budget.total - size_bytes, "hog", "all")
+
+
+def test_a_step_count_is_not_set_while_a_rank_waits_for_its_step() -> None:
+    server = CoreServer()
+    first, second = pair(server)
+    waiting = first.ask_step(1)
+    assert "ranks [0] wait for step 1 of run 'run'" in second.call(Op.SET_STEP, set_step=spb.SetStep(step=7))
+    assert not first.has_outcome(waiting)
+    assert second.take(second.ask_step(1)) == ""
+    assert first.take(waiting) == ""
+
+
+def test_work_that_cannot_be_prepared_is_that_requests_error_and_others_go_on() -> None:
+    server = CoreServer()
+    member, other = CoreMember(server), CoreMember(server, "other", instance=OTHER)
+    hog = leave_free(server, 300_000)
+    assert "are free; send fewer tokens" in member.train(tokens=900)
+    assert member.train() == ""
+    assert other.train() == ""
+    hog.release()
+    assert member.train(tokens=900) == ""
+
+
+def test_memory_of_a_trainer_that_is_gone_serves_work_that_needs_it() -> None:
+    server = CoreServer(Limits(lease_s=30.0))
+    gone, member = CoreMember(server), CoreMember(server, "other", instance=OTHER)
+    ticket = gone.forward(tokens=9_000)
+    assert gone.take(ticket) == ""
+    leave_free(server, 300_000)
+    gone.close()
+    assert "has no connection, and its memory is free in 30 s" in member.train(tokens=600)
+    assert server.core.runs.by_name["run"].members
+    server.now = 30.0  # its lease is over; nobody has looked yet
+    assert member.train(tokens=600) == ""
+    assert not server.core.runs.by_name["run"].members
+
+
+def test_two_checkpoints_of_one_name_at_once() -> None:
+    server = CoreServer()
+    member, other = CoreMember(server), CoreMember(server, "other", instance=OTHER)
+    server.holds_disk = True
+    first = member.ask(Op.SAVE_CHECKPOINT, **save("mine"))
+    server.carry_out()
+    assert "is being written" in other.call(Op.SAVE_CHECKPOINT, **save("mine"))
+    server.holds_disk = False
+    server.carry_out()
+    assert member.take(first) == ""
+    assert server.store.manifest("mine").run == "run"
+
+
+def test_one_rank_loads_while_another_saves() -> None:
+    """A load took all other requests that ran for part of what it had replaced, and the checkpoint waited for their end."""
+    server = CoreServer()
+    first, second = pair(server)
+    assert first.call(Op.SAVE_CHECKPOINT, **save("start")) == ""
+    server.holds_engine = True
+    loading = second.ask(Op.LOAD_CHECKPOINT, load_checkpoint=spb.CheckpointName(name="start"))
+    server.carry_out()
+    saving = first.ask(Op.SAVE_CHECKPOINT, **save("mine"))
+    server.carry_out()
+    server.holds_engine = False
+    server.carry_out()
+    assert second.take(loading) == ""
+    assert first.take(saving) == ""
+
+
+def test_a_run_is_not_closed_before_its_last_state_is_on_disk() -> None:
+    server = CoreServer(Limits(run_ttl_s=100.0, retention_s=0.0, lease_s=1.0))
+    member = CoreMember(server)
+    assert member.train() == ""
+    assert member.take(member.ask_step(1)) == ""
+    assert member.call(Op.LEAVE, leave=spb.Leave()) == ""
+    server.disk.is_full = True
+    server.tick(101.0)
+    assert "run" in server.core.runs.by_name  # its checkpoint failed
+    server.disk.is_full = False
+    server.tick(130.0)
+    assert "run" in server.core.runs.by_name  # not tried without end
+    server.tick(162.0)
+    assert "run" not in server.core.runs.by_name
+    again = CoreMember(server, instance=OTHER)
+    assert again.joined.step == 1
+
+
+def test_a_run_that_is_opened_while_its_last_state_is_being_written() -> None:
+    server = CoreServer()
+    member = CoreMember(server)
+    for step in (1, 2):
+        assert member.train() == ""
+        assert member.take(member.ask_step(step)) == ""
+        server.holds_disk = step == 2
+        server.core.checkpoint_all(server.now)
+        server.carry_out()
+    server.core.close_run("run", "", server.now)
+    server.carry_out()
+    again = CoreMember(server, instance=OTHER)
+    server.holds_disk = False
+    server.carry_out()
+    assert again.joined.step == 2
+
+
+def test_another_identity_learns_nothing_of_a_run_it_only_wants_to_leave() -> None:
+    server = CoreServer()
+    member = CoreMember(server, identity="alice")
+    thief = CoreMember(server, identity="mallory", resume_only=True, epoch=2)
+    assert isinstance(thief.ended, NotFound)
+    assert member.call(Op.ZERO_GRAD, zero_grad=spb.ZeroGrad()) == ""
+    assert isinstance(CoreMember(server, identity="mallory", epoch=2).ended, NotPermitted)
+
+
+@pytest.mark.parametrize("manifest", [b"", b"{}", b"\xff"])
+def test_a_damaged_checkpoint_of_another_run_is_in_nobodys_way(manifest: bytes) -> None:
+    server = CoreServer()
+    member = CoreMember(server)
+    assert member.call(Op.SAVE_CHECKPOINT, **save("broken")) == ""
+    server.disk._file(("checkpoints", "broken", "manifest.json")).content = manifest
+    other = CoreMember(server, "other", instance=OTHER)
+    assert other.ended is None
+    assert "there are: none" in other.call(Op.LOAD_CHECKPOINT, load_checkpoint=spb.CheckpointName(name="nothing"))
+
+
+def test_a_server_that_stops_does_not_wait_for_ranks_at_a_barrier() -> None:
+    server = CoreServer()
+    first, _ = pair(server)
+    waiting = first.ask(Op.GRAD_NORM, grad_norm=spb.GradNorm())
+    server.carry_out()
+    assert not server.core.is_idle
+    server.core.stop()
+    assert server.core.is_idle
+    server.core.cancel_all(1.0)
+    server.carry_out()
+    assert "cancelled" in first.take(waiting)
