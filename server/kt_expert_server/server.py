@@ -8,7 +8,6 @@ import os
 import signal
 import sys
 import threading
-import time
 from collections.abc import Callable, Coroutine
 from importlib.metadata import version
 from typing import Any
@@ -32,7 +31,6 @@ from kt_expert_server.edge.status import CallGuard
 from kt_expert_server.engine.budget import Kind, MemoryBudget
 from kt_expert_server.engine.buffers import BufferPool
 from kt_expert_server.engine.passes import Tools
-from kt_expert_server.errors import ServerUnavailable
 from kt_expert_server.members.core import ServerCore, State
 from kt_expert_server.model.index import ModelPlan
 from kt_expert_server.model.loader import BaseModel, load_model, resident_bytes, shown_format
@@ -177,16 +175,8 @@ class Server:
     async def _drain(self, grpc_server: grpc.aio.Server) -> None:
         """Stops accepting, finishes what was accepted, saves what has no checkpoint, lets the outcomes leave."""
         core, driver = self._core, self._driver
-        driver.do(lambda _: core.stop())
+        driver.do(lambda now: core.stop(now, self._config.shutdown_timeout_s))
         await self._health.enter_graceful_shutdown()
         _log.info("draining: %d members are joined", len(core.runs.members))
-        deadline = time.monotonic() + self._config.shutdown_timeout_s
-        if not await driver.until(lambda: core.is_idle, self._config.shutdown_timeout_s):
-            _log.warning("requests were still running after %g s and are abandoned", self._config.shutdown_timeout_s)
-            driver.do(core.cancel_all)
-        if self._store is not None:
-            driver.do(core.checkpoint_all)
-            await driver.until(lambda: core.is_idle, max(_LAST_CHECKPOINT_S, deadline - time.monotonic()))
-        await driver.until(lambda: not core.has_unacknowledged, max(0.0, deadline - time.monotonic()))
-        driver.do(lambda now: core.end_all(ServerUnavailable("the server has finished its work and is stopping"), now))
+        await driver.until(lambda: core.has_stopped)
         await grpc_server.stop(_STREAM_GRACE_S)

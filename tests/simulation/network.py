@@ -31,6 +31,7 @@ class Faults:
     repeat: float = 0.0
     damage: float = 0.0
     truncate: float = 0.0
+    stall: float = 0.0  # this message and all that follow come much later, perhaps after their sender has given up
     refuse: float = 0.0  # per connection
 
 
@@ -53,6 +54,8 @@ class Connection:
         if rng.random() < faults.lose:
             self._silent[side] = True
             self._heap.after(KEEPALIVE_S, lambda: self.cut("keepalive"))
+            return
+        if rng.random() < faults.stall and self._stall(side, message):
             return
         if rng.random() < faults.cut:
             self.cut("cut")
@@ -81,6 +84,16 @@ class Connection:
         for side in (0, 1):
             late = self._rng.choice((0.0, 0.0, 0.01, 1.0, KEEPALIVE_S))
             self._end_at(side, self._heap.now + late, reason)
+
+    def _stall(self, side: int, message: bytes) -> bool:
+        """True where the sender is told that the connection has ended, and the other side only when all has arrived."""
+        self._arrives[1 - side] = self._heap.now + self._rng.choice((0.1, 2.0, 30.0))
+        if self._rng.random() < 0.5:
+            return False
+        self._deliver(1 - side, message)
+        self._end_at(side, self._heap.now, "stalled")
+        self._end_at(1 - side, self._arrives[1 - side] + 1.0, "stalled")
+        return True
 
     def _deliver(self, side: int, message: bytes) -> None:
         def arrive() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
 
@@ -26,6 +27,7 @@ MICRO_BATCHES = (1, 2)
 _RETAINED_S = 930.0  # a pause of this length costs a member what it had
 _AFTERMATH_S = 120.0  # until what went wrong last has been noticed everywhere
 _LIMITS = Limits(lease_s=30.0, retention_s=900.0)
+_ISOLATED = Faults(lose=1.0, refuse=1.0)
 _PROFILES = (
     Faults(),
     Faults(cut=0.01),
@@ -34,8 +36,9 @@ _PROFILES = (
     Faults(damage=0.02),
     Faults(repeat=0.02),
     Faults(truncate=0.02),
+    Faults(stall=0.01),
     Faults(latency_s=0.05, cut=0.01),
-    Faults(cut=0.01, lose=0.005, repeat=0.005, damage=0.005, truncate=0.005, refuse=0.3),
+    Faults(cut=0.01, lose=0.005, repeat=0.005, damage=0.005, truncate=0.005, stall=0.01, refuse=0.3),
 )
 
 
@@ -51,6 +54,7 @@ class Result:
     virtual_s: float
     events: int
     server_kills: int
+    server_stops: int
     trainer_kills: int
     connections: int
     losses: int
@@ -167,19 +171,14 @@ def plan_faults(world: World, rng: random.Random) -> None:
     world.faults = rng.choice(_PROFILES)
     quiet_at = rng.choice((2.0, 20.0, 400.0))
     world.calm_at = quiet_at + _AFTERMATH_S
-    heap, server = world.heap, world.server
+    heap = world.heap
     heap.at(quiet_at, lambda: _calm(world))
 
     def within(end: float) -> float:
-        return rng.random() ** 2 * min(end, quiet_at)  # most of a training is over soon
+        # A training that nothing holds up is over in half a second; one that waits for a lease takes a minute.
+        return rng.random() ** 2 * min(rng.choice((0.3, 3.0, end)), quiet_at)
 
-    for _ in range(rng.choice((0, 0, 1, 2, 4))):
-        down = rng.choice((0.01, 1.0, 45.0))
-        heap.at(within(60.0), lambda down=down: _kill_server(server, down))
-    for _ in range(rng.choice((0, 0, 0, 1, 2))):
-        heap.at(within(60.0), _setter(server.disk, "dies_after", rng.randrange(30)))
-    if rng.random() < 0.15:
-        heap.at(within(10.0), lambda: setattr(server.disk, "is_full", True))
+    _plan_server_faults(world, rng, within)
     for trainer in world.trainers:
         for _ in range(rng.choice((0, 0, 0, 1, 2))):
             away = rng.choice((0.1, 40.0, 110.0))
@@ -187,6 +186,23 @@ def plan_faults(world: World, rng: random.Random) -> None:
         if rng.random() < 0.25:
             length = rng.choice((1.0, 40.0, 110.0, 1500.0))
             heap.at(within(30.0), lambda trainer=trainer, length=length: _pause(world, trainer, length))
+
+
+def _plan_server_faults(world: World, rng: random.Random, within: Callable[[float], float]) -> None:
+    heap, server = world.heap, world.server
+    for _ in range(rng.choice((0, 0, 1, 2, 4))):
+        down, at = rng.choice((0.01, 1.0, 45.0)), within(60.0)
+        if rng.random() < 0.3:  # its network goes first
+            heap.at(at, lambda: _isolate(world))
+            at += 0.5
+        heap.at(at, lambda down=down: _kill_server(server, down))
+    for _ in range(rng.choice((0, 0, 0, 1, 2))):
+        down = rng.choice((0.01, 5.0))
+        heap.at(within(60.0), lambda down=down: server.later(server.stop, down))
+    for _ in range(rng.choice((0, 0, 0, 1, 2))):
+        heap.at(within(60.0), _setter(server.disk, "dies_after", rng.randrange(30)))
+    if rng.random() < 0.15:
+        heap.at(within(10.0), lambda: setattr(server.disk, "is_full", True))
     if rng.random() < 0.15:
         length = rng.choice((5.0, 100.0))
         heap.at(within(30.0), lambda length=length: setattr(server, "paused_until", heap.now + length))
@@ -200,6 +216,17 @@ def _calm(world: World) -> None:
     world.faults = Faults()
     world.disk.is_full = False
     world.disk.dies_after = None
+
+
+def _isolate(world: World) -> None:
+    """For half a second nothing comes through, and nobody is told."""
+    before, world.faults = world.faults, _ISOLATED
+
+    def reconnect() -> None:
+        if world.faults is _ISOLATED:
+            world.faults = before
+
+    world.heap.after(0.5, reconnect)
 
 
 def _kill_server(server: ServerProcess, down: float) -> None:
@@ -240,8 +267,8 @@ def play(seed: int) -> Result:
     except AssertionError as error:
         raise SimulationError(f"seed {seed}: {error}\nplay it again: make simulate SEEDS=1 FIRST={seed}") from error
     return Result(
-        seed, world.heap.now, world.heap.count, world.server.kills, sum(each.restarts for each in world.trainers),
-        world.connections, sum(each.losses for each in world.trainers),
+        seed, world.heap.now, world.heap.count, world.server.kills, world.server.stops,
+        sum(each.restarts for each in world.trainers), world.connections, sum(each.losses for each in world.trainers),
     )  # fmt: skip
 
 
@@ -251,7 +278,7 @@ def _check_trainer_of(world: World, plan: Plan) -> None:
     assert world.digests[plan.run] == expected, f"{plan.name}: the adapter differs from the undisturbed one"
     trainer = world.trainers[[each.plan for each in world.trainers].index(plan)]
     # Only a dead server, or a pause beyond what members are kept for, makes a trainer lose anything.
-    unharmed = not world.server.kills and not trainer.restarts and not trainer.was_paused_long
+    unharmed = not world.server.kills and not world.server.stops and not trainer.restarts and not trainer.was_paused_long
     assert not (unharmed and trainer.losses), f"rank {plan.rank} of {plan.name} lost steps although nobody died"
     # A trainer that was started again cannot repeat what its predecessor did. And a step that was asked for before a forward
     # had its outcome may be durable while that outcome goes with the member, if its trainer stays away.

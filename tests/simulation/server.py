@@ -14,7 +14,7 @@ from kt_expert_server.engine.passes import Tools
 from kt_expert_server.engine.work import as_server_error
 from kt_expert_server.errors import InvalidRequest, ServerError, StreamDamaged
 from kt_expert_server.members.actions import Action, EndStream, Send, StartDisk, StartWork
-from kt_expert_server.members.core import ServerCore
+from kt_expert_server.members.core import ServerCore, State
 from kt_expert_server.members.limits import Limits
 from kt_expert_server.observe.observer import NullObserver
 
@@ -24,6 +24,7 @@ from simulation.model import base_model
 from simulation.network import Connection
 
 _BUDGET_BYTES = 1 << 26
+_SHUTDOWN_TIMEOUT_S = 20.0
 _ENGINE = native.Engine(1)
 
 
@@ -52,6 +53,8 @@ class ServerProcess:
         self.paused_until = 0.0
         self.generation = 0
         self.kills = 0
+        self.stops = 0
+        self._down = 0.0  # how long it stays away after it has stopped
         self._streams: dict[int, _Stream] = {}
         self._tick_at: float | None = None
 
@@ -86,6 +89,22 @@ class ServerProcess:
         self.disk.crash()
         for stream in streams.values():
             stream.connection.close(1, "the server died")
+
+    def stop(self, down: float) -> None:
+        """SIGTERM: it finishes what it has accepted, and is gone for that long."""
+        if self.core is not None and self.core.state is not State.DRAINING:
+            self.stops += 1
+            self._down = down
+            self.core.stop(self._heap.now, _SHUTDOWN_TIMEOUT_S)
+            self.carry_out()
+
+    def _exit(self) -> None:
+        """Everything it wrote is there for the next one, synchronised or not."""
+        streams, self._streams, self.core = self._streams, {}, None
+        self.generation += 1
+        for stream in streams.values():
+            stream.connection.close(1, "the server has stopped")
+        self.restart_after(self._down)
 
     def accept(self, connection: Connection) -> _Stream | None:
         """None where nobody listens."""
@@ -134,7 +153,10 @@ class ServerProcess:
         for stream in list(self._streams.values()):
             stream.flush()
         self.check()
-        self._set_timer()
+        if core.has_stopped:
+            self._exit()
+        else:
+            self._set_timer()
 
     def _act(self, action: Action) -> None:
         match action:

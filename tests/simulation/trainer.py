@@ -318,7 +318,7 @@ class TrainerProcess:
                     continue
                 scale = min(1.0, _MAX_NORM / (norm.norm + 1e-6))
                 update = pb.ParamGroup(adamw=pb.Adam(learning_rate=0.02, beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.01))
-                if self._rng.random() < plan.extras:
+                if self._rng.random() < 3 * plan.extras:
                     self._evaluate_aside(step)
                 opened = spb.RequestOpen(step=spb.Step(step=step + 1, grad_scale=scale, groups=[update]))
                 stepped = yield from self._ask(Call(Op.STEP, opened, TIMEOUT_S))

@@ -89,18 +89,13 @@ class Driver:
         """In line with the core's own jobs. Raises what the job raises."""
         return await self._loop.run_in_executor(self._disk, job)
 
-    async def until(self, condition: Callable[[], bool], timeout_s: float) -> bool:
-        """Waits for something in the core. False where it took too long."""
-        deadline = time.monotonic() + timeout_s
+    async def until(self, condition: Callable[[], bool]) -> None:
+        """Waits for something in the core, which has a deadline for it."""
         while not condition():
-            left = deadline - time.monotonic()
-            if left <= 0:
-                return False
             waiter: asyncio.Future[None] = self._loop.create_future()
             self._changed.add(waiter)
-            await asyncio.wait([waiter], timeout=left)
+            await waiter
             self._changed.discard(waiter)
-        return True
 
     def close(self) -> None:
         """Does not wait: what still runs has had its token cancelled and ends by itself."""

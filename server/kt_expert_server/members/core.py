@@ -28,6 +28,7 @@ from kt_expert_server.members.requests import Requests
 from kt_expert_server.members.run import Member, Run
 from kt_expert_server.members.runs import Runs, Wanted
 from kt_expert_server.members.saving import Saving
+from kt_expert_server.members.stopping import Stopping
 from kt_expert_server.model.loader import BaseModel
 
 _LOADING_RETRY_S = 1.0
@@ -70,7 +71,7 @@ class ServerCore:
         self._saving.reserve = self.runs.reserve
         self.dispatch.after_failure = self._advance_all
         self.dispatch.reclaim, self.dispatch.explain = self.runs.reclaim_for, self.runs.with_retry
-        self.is_stopping = False
+        self._stopping: Stopping | None = None
         self._streams: dict[int, _Stream] = {}
 
     # Events
@@ -166,39 +167,46 @@ class ServerCore:
         """No new runs and members; those that are there go on."""
         self.runs.is_draining = True
 
-    def stop(self) -> None:
-        """Drains, and takes no new requests either."""
+    def stop(self, now: float, timeout_s: float) -> None:
+        """Drains, and takes no new requests either: they are left to the next server. What was accepted has that long.
+        has_stopped tells when everything is done."""
+        self.dispatch.now = now
         self.drain()
-        self.is_stopping = True
+        self.runs.is_stopping = True
+        self._stopping = Stopping(self, now, timeout_s)
         for state in self._streams.values():
             if state.exchange is not None:
                 state.exchange.is_stopping = True
 
-    def cancel_all(self, now: float) -> None:
+    def cancel_all(self) -> None:
         """What still runs is to end soon."""
-        self.dispatch.now = now
         for member in self.runs.members:
             for entry in list(member.log):
                 self.requests.cancel(member, entry)
         self._advance_all()
 
-    def checkpoint_all(self, now: float) -> None:
+    def checkpoint_all(self) -> None:
         """A last automatic checkpoint of every run that changed since its last one."""
-        self.dispatch.now = now
         for run in self.runs.by_name.values():
             if run.changed_since_snapshot and run.step and not run.ephemeral:
                 self._saving.take(run)
 
-    def end_all(self, error: ServerError, now: float) -> None:
+    def end_all(self, error: ServerError) -> None:
         """A last word to every member."""
         for stream in list(self._streams):
-            self.fail(stream, error, now)
+            self.fail(stream, error, self.dispatch.now)
+
+    def warn(self, text: str, level: int) -> None:
+        self.dispatch.note(text, level)
 
     # What comes out
 
     def take_actions(self) -> list[Action]:
         """Everything decided since the last call."""
         actions = self.dispatch.take_actions()
+        if self._stopping is not None and not actions:
+            self._stopping.advance(self.dispatch.now)
+            actions = self.dispatch.take_actions()
         for action in actions:
             state = self._streams.pop(action.stream, None) if isinstance(action, EndStream) else None
             if state is not None and state.exchange is not None:
@@ -207,7 +215,7 @@ class ServerCore:
 
     def next_deadline(self) -> float | None:
         """When tick() is due, if nothing else happens."""
-        times: list[float | None] = [self.runs.next_deadline()]
+        times = [self.runs.next_deadline(), None if self._stopping is None else self._stopping.next_deadline()]
         for state in self._streams.values():
             if state.exchange is not None:
                 times.append(state.exchange.next_deadline())
@@ -222,18 +230,23 @@ class ServerCore:
         return State.READY if self.model is not None else State.LOADING
 
     @property
+    def has_stopped(self) -> bool:
+        return self._stopping is not None and self._stopping.is_over
+
+    @property
     def is_idle(self) -> bool:
         """No accepted request lacks its outcome, and nothing is being written. A server that stops waits for nobody at a
         barrier: no other member's request is accepted any more that could complete it."""
         heads = [member.log.head() for member in self.runs.members]
         return self.dispatch.is_idle and all(
-            head is None or (self.is_stopping and head.phase is Phase.AT_BARRIER) for head in heads
+            head is None or (self._stopping is not None and head.phase is Phase.AT_BARRIER) for head in heads
         )
 
     @property
     def has_unacknowledged(self) -> bool:
         """Some connected trainer has not acknowledged all its outcomes."""
-        return any(len(member.log) for member in self.runs.members if member.stream is not None)
+        connected = [member for member in self.runs.members if member.stream is not None]
+        return any(entry.outcome is not None for member in connected for entry in member.log)
 
     def loaded_model(self) -> BaseModel:
         """Raises ServerUnavailable while it loads."""
@@ -300,6 +313,7 @@ class ServerCore:
 
     def _attach(self, stream: int, state: _Stream, member: Member, epoch: int, model: BaseModel) -> None:
         """This is the member's stream from now on; an older one is fenced."""
+        assert epoch >= member.epoch, f"{member} was joined under epoch {epoch} after {member.epoch}"  # noqa: S101
         older, member.epoch = member.stream, epoch
         if older is not None:
             self._streams.pop(older).exchange.close()  # type: ignore[union-attr]  # a member's stream has joined
@@ -318,7 +332,7 @@ class ServerCore:
             tools.observer,
             lambda: self.dispatch.now,
         )
-        state.exchange.is_stopping = self.is_stopping
+        state.exchange.is_stopping = self._stopping is not None
 
     def _answer_join(self, state: _Stream, member: Member, join: Join, *, resumed: bool) -> None:
         run, limits, exchange = member.run, self.limits, state.exchange

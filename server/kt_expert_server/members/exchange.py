@@ -12,7 +12,7 @@ from kt_expert_proto.v1.session_pb2 import RequestOpen
 
 from kt_expert_server.engine.budget import Kind
 from kt_expert_server.engine.buffers import BufferPool, PooledBuffer
-from kt_expert_server.errors import DeadlinePassed, RequestCancelled, ServerError, ServerUnavailable
+from kt_expert_server.errors import DeadlinePassed, RequestCancelled, ServerError
 from kt_expert_server.members.declare import declare
 from kt_expert_server.members.limits import Limits
 from kt_expert_server.members.replay_log import Entry
@@ -45,7 +45,7 @@ class Exchange:
     ) -> None:  # fmt: skip
         self.stream = stream
         self.member = member
-        self.is_stopping = False  # requests that come now are refused
+        self.is_stopping = False  # requests that come now are left to the next server
         self._epoch = member.epoch
         self._model, self._limits = model, limits
         self._runs, self._requests, self._pool, self._observer = runs, requests, pool, observer
@@ -138,6 +138,9 @@ class Exchange:
         if request_id <= log.received:
             self._repeat(request_id)
             return
+        if self.is_stopping:  # not received, as if the stream had ended before: its trainer sends it again after that
+            self._skipped = request_id
+            return
         if len(log) >= _MAX_UNACKNOWLEDGED * self._limits.credit_requests:
             raise FrameError(f"{len(log)} outcomes are not acknowledged; acknowledge them as they come")
         try:
@@ -158,8 +161,6 @@ class Exchange:
 
     def _accept(self, entry: Entry) -> dict[Tensor, tuple[Dtype, int, int]]:
         """Reserves the request's tensors and its results. Raises ServerError."""
-        if self.is_stopping:
-            raise ServerUnavailable("the server is stopping and takes no new requests; connect to another one")
         member = self.member
         declared = declare(entry.header, entry.opened, member.run, self._model, self._limits)
         what, owner = f"request {entry.request_id}", member.run.name

@@ -36,6 +36,7 @@ from kt_expert_server.members.requests import Requests, vanished
 from kt_expert_server.members.run import Member, Run
 from kt_expert_server.members.saving import Restored, Saving
 from kt_expert_server.members.scheduler import Job
+from kt_expert_server.members.stopping import stopping
 from kt_expert_server.model.loader import BaseModel
 from kt_expert_server.names import check_name
 
@@ -94,6 +95,7 @@ class Runs:
     ) -> None:  # fmt: skip
         self.by_name: dict[str, Run] = {}
         self.is_draining = False
+        self.is_stopping = False
         self._dispatch = dispatch
         self._budget = budget
         self._limits = limits
@@ -152,6 +154,8 @@ class Runs:
             )
 
     def _require_accepting(self, run: Run | None = None) -> None:
+        if self.is_stopping:
+            raise stopping()
         if self.is_draining:
             raise ServerUnavailable("the server is draining and takes no new runs or members; connect to another one")
         if run is not None and run.is_closed:

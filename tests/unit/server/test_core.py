@@ -6,7 +6,7 @@ import pytest
 from kt_expert_proto.header import Op
 from kt_expert_proto.v1 import session_pb2 as spb
 from kt_expert_server.engine.budget import Kind, Reservation
-from kt_expert_server.errors import NotFound, NotPermitted
+from kt_expert_server.errors import NotFound, NotPermitted, ServerUnavailable
 from kt_expert_server.members.limits import Limits
 from support.core import CoreMember, CoreServer
 
@@ -115,7 +115,7 @@ def test_a_run_that_is_opened_while_its_last_state_is_being_written() -> None:
         assert member.train() == ""
         assert member.take(member.ask_step(step)) == ""
         server.holds_disk = step == 2
-        server.core.checkpoint_all(server.now)
+        server.core.checkpoint_all()
         server.carry_out()
     server.core.close_run("run", "", server.now)
     server.carry_out()
@@ -151,8 +151,52 @@ def test_a_server_that_stops_does_not_wait_for_ranks_at_a_barrier() -> None:
     waiting = first.ask(Op.GRAD_NORM, grad_norm=spb.GradNorm())
     server.carry_out()
     assert not server.core.is_idle
-    server.core.stop()
-    assert server.core.is_idle
-    server.core.cancel_all(1.0)
+    server.core.stop(server.now, 60.0)
     server.carry_out()
-    assert "cancelled" in first.take(waiting)
+    assert server.core.has_stopped
+    assert not first.has_outcome(waiting)  # it is asked for again, of the next server
+    assert "is stopping" in str(first.ended)
+
+
+def test_a_server_that_stops_finishes_and_saves_and_leaves_the_rest_to_the_next() -> None:
+    server = CoreServer()
+    member = CoreMember(server)
+    assert member.train() == ""
+    server.holds_engine = True
+    step = member.ask_step(1)
+    server.core.stop(server.now, 60.0)
+    server.carry_out()
+    late = member.forward()
+    server.holds_engine, server.holds_disk = False, True
+    server.carry_out()
+    assert member.has_outcome(step)
+    assert not server.core.has_stopped  # its checkpoint is being written
+    server.holds_disk = False
+    server.carry_out()
+    assert not server.core.has_stopped  # the outcome is not acknowledged
+    assert member.take(step) == ""
+    assert server.core.has_stopped
+    assert not member.has_outcome(late)
+    assert isinstance(member.ended, ServerUnavailable)
+    following = CoreServer(disk=server.disk)
+    again = CoreMember(following, epoch=2, born=1)
+    assert (again.joined.step, again.joined.received, again.joined.included) == (1, 0, step)
+
+
+@pytest.mark.parametrize("held", ["engine", "disk", "acknowledgement"])
+def test_a_server_that_stops_ends_in_time_whatever_holds_it_up(held: str) -> None:
+    server = CoreServer()
+    member = CoreMember(server)
+    assert member.train() == ""
+    server.holds_engine, server.holds_disk = held == "engine", held == "disk"
+    member.ask_step(1)
+    server.core.stop(server.now, 60.0)
+    server.carry_out()
+    assert not server.core.has_stopped
+    for _ in range(3):
+        deadline = server.core.next_deadline()
+        if deadline is None or server.core.has_stopped:
+            break
+        assert deadline <= 60.0 + 30.0
+        server.tick(deadline)
+    assert server.core.has_stopped
