@@ -34,7 +34,7 @@ def test_two_ddp_ranks_equal_one_trainer_with_twice_the_batch(
         [*command, *arguments],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
         check=False,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
@@ -66,7 +66,7 @@ print(model.generate(input_ids=tokens, max_new_tokens=4, do_sample=False).tolist
         [sys.executable, "-c", script],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
         check=False,
         env={**os.environ, "KT_EXPERT_SERVER": server.address},
     )

