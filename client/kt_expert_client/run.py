@@ -28,12 +28,17 @@ _SEEDS = 1 << 64
 
 
 class ForwardHandle:
-    """A forward in flight. `ticket` names its saved state for the backward."""
+    """A forward in flight."""
 
     def __init__(self, pending: Pending, output: Delivery) -> None:
         self.pending = pending
-        self.ticket = pending.request_id
         self._output = output
+
+    @property
+    def ticket(self) -> int:
+        """Names its saved state for the backward. It may change until result() has returned: a forward for which the server
+        had no memory is asked for again, under another id, unless something was submitted after it."""
+        return self.pending.request_id
 
     def result(self, timeout_s: float | None = None) -> torch.Tensor:
         """The output [T, H] on the device and in the dtype of the hidden states. Raises the request's error."""

@@ -5,7 +5,8 @@ ServerError
 |- NotFound              NOT_FOUND            3   an unknown run, ticket, layer or checkpoint
 |- AlreadyExists         ALREADY_EXISTS       4   a run of another configuration, a rank or a name that is taken
 |- WrongPhase            FAILED_PRECONDITION  5   a stale epoch, a consumed ticket, an unfitting phase
-|- OutOfCapacity         RESOURCE_EXHAUSTED   6   memory budget, quota, credits, or a full disk
+|- OutOfCapacity         RESOURCE_EXHAUSTED   6   memory budget, credits, or a full disk
+|  `- OverQuota                                    an identity's quota
 |- DeadlinePassed        DEADLINE_EXCEEDED    7   a deadline passed, for a barrier with the missing ranks
 |- RequestCancelled      CANCELLED            8   the caller cancelled
 |- ServerUnavailable     UNAVAILABLE          9   loading or draining
@@ -58,8 +59,18 @@ class WrongPhase(ServerError):
 
 
 class OutOfCapacity(ServerError):
+    """`missing_bytes`: how much more memory there would have to be; 0 where something else ran out."""
+
     code = "RESOURCE_EXHAUSTED"
     exit_status = 6
+
+    def __init__(self, message: str, *, retry_delay_s: float = 0.0, missing_bytes: int = 0) -> None:
+        super().__init__(message, retry_delay_s=retry_delay_s)
+        self.missing_bytes = missing_bytes
+
+
+class OverQuota(OutOfCapacity):
+    """What other identities give back does not help."""
 
 
 class DeadlinePassed(ServerError):

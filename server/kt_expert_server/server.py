@@ -28,9 +28,11 @@ from kt_expert_server.edge.grpc_stream import SessionStreams
 from kt_expert_server.edge.http import ObserveServer
 from kt_expert_server.edge.listening import bind, check_security, is_loopback
 from kt_expert_server.edge.status import CallGuard
-from kt_expert_server.engine.budget import Kind, MemoryBudget
+from kt_expert_server.engine.budget import MemoryBudget
 from kt_expert_server.engine.buffers import BufferPool
+from kt_expert_server.engine.kinds import Kind
 from kt_expert_server.engine.passes import Tools
+from kt_expert_server.engine.quotas import Quotas
 from kt_expert_server.members.core import ServerCore, State
 from kt_expert_server.model.index import ModelPlan
 from kt_expert_server.model.loader import BaseModel, load_model, resident_bytes, shown_format
@@ -61,7 +63,7 @@ class Server:
         self._config = config
         self._plan = plan
         engine, pool = config.placement.engine(config.threads, config.isa), BufferPool()
-        self._budget = MemoryBudget(config.memory_limit_bytes, (engine, pool))
+        self._budget = MemoryBudget(config.memory_limit_bytes, (engine, pool), Quotas(config.limits.quotas))
         self._budget.record(Kind.RUNTIME, RUNTIME_BYTES, _SERVER)
         self._version = version("kt-expert")
         self._metrics = Metrics(self._version, engine.isa, shown_format(plan, config.weight_format))

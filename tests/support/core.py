@@ -17,6 +17,7 @@ from kt_expert_server.checkpoints.store import CheckpointStore
 from kt_expert_server.engine.budget import MemoryBudget
 from kt_expert_server.engine.buffers import BufferPool, PooledBuffer
 from kt_expert_server.engine.passes import Tools
+from kt_expert_server.engine.quotas import Quotas
 from kt_expert_server.errors import ServerError
 from kt_expert_server.members.actions import EndStream, Send, StartDisk, StartWork
 from kt_expert_server.members.core import ServerCore
@@ -35,9 +36,10 @@ class CoreServer:
         self.disk = disk or SimulatedDisk(random.Random(0))  # noqa: S311  # which bytes a crash keeps
         self.store = CheckpointStore(self.disk)
         self.store.prepare()
-        self.budget = MemoryBudget(budget_bytes)
+        limits = limits or Limits()
+        self.budget = MemoryBudget(budget_bytes, quotas=Quotas(limits.quotas))
         tools = Tools(native.Engine(1), self.budget, BufferPool(0), NullObserver())
-        self.core = ServerCore(tools, limits or Limits(), self.store)
+        self.core = ServerCore(tools, limits, self.store)
         self.core.become_ready(base_model())
         self.now = 0.0
         self.works: deque[StartWork] = deque()
@@ -154,6 +156,9 @@ class CoreMember:
 
     def has_outcome(self, request_id: int) -> bool:
         return any(header.request_id == request_id for header, _ in self.frames)
+
+    def has_error(self, request_id: int) -> bool:
+        return any(header.request_id == request_id and header.type is FrameType.ERROR for header, _ in self.frames)
 
     def take(self, request_id: int) -> str:
         """The outcome of a request whose outcome is here, which is acknowledged."""

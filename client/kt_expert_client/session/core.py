@@ -14,6 +14,7 @@ from kt_expert_proto.header import FrameError, FrameType, Header, Op, Tensor
 from kt_expert_proto.v1.session_pb2 import ErrorDetail, Joined, Leave, RequestOpen, ResultHead
 
 from kt_expert_client.errors import (
+    Cancelled,
     DeadlineExceeded,
     KtExpertError,
     NotFound,
@@ -58,6 +59,7 @@ class SessionCore:
         self._acknowledged = 0
         self._in_flight = InFlight()
         self._receiving: Call | None = None
+        self._postponed: tuple[float, Call] | None = None  # refused for want of memory; asked for again at that time
         self._is_leaving = False
         # Why the session is about to end, once the server has let go of the rank or cannot be told.
         self._farewell: KtExpertError | None = None
@@ -97,15 +99,16 @@ class SessionCore:
                 f"the request's tensors take {call.size_bytes} bytes, this member may have {self.joined.credit_bytes} in "
                 "flight; send fewer tokens at once"
             )
-        call.request_id, self._next_id = self._next_id, self._next_id + 1
         call.deadline = now + call.timeout_s
         self._is_leaving = self._is_leaving or call.op is Op.LEAVE
-        self._in_flight.add(call)
-        self._pump(now)
+        self._enter(call, now)
 
     def cancel(self, call: Call) -> None:
         """The outcome is no longer wanted; it comes all the same, as an error where the server had not begun."""
-        if call.is_sent and self._phase is Phase.JOINED:
+        if self._postponed is not None and self._postponed[1] is call:
+            self._postponed = None
+            self._first_outcome(call, Cancelled("the request was cancelled while it waited for memory; nothing was done"))
+        elif call.is_sent and self._phase is Phase.JOINED:
             self._control(FrameType.CANCEL, call.request_id)
 
     def release(self, ticket: int) -> None:
@@ -121,6 +124,8 @@ class SessionCore:
         self.failure, self._phase = error, Phase.ENDED
         self._actions.append(Disconnect())
         calls, self._doomed = self._doomed + self._in_flight.take_all(), []
+        if self._postponed is not None:
+            calls, self._postponed = [*calls, self._postponed[1]], None
         self._receiving = None
         for call in calls:
             call.drop_results()
@@ -197,6 +202,9 @@ class SessionCore:
             self.end(self._farewell)
         for call in self._in_flight.overdue(now):
             self._give_up(call, now)
+        if self._postponed is not None and now >= self._postponed[0]:
+            call, self._postponed = self._postponed[1], None
+            self._enter(call, now)
         if self._phase is Phase.APART and now >= self._attempts.at:
             self._connect()
 
@@ -204,7 +212,7 @@ class SessionCore:
         """When tick() is due, if nothing else happens."""
         if self._phase is Phase.ENDED:
             return None
-        times = [self._in_flight.next_deadline()]
+        times = [self._in_flight.next_deadline(), None if self._postponed is None else self._postponed[0]]
         if self._phase is Phase.APART:
             times.append(self._attempts.at)
         if self._farewell_call is not None:
@@ -304,6 +312,11 @@ class SessionCore:
 
     # Calls
 
+    def _enter(self, call: Call, now: float) -> None:
+        call.request_id, self._next_id = self._next_id, self._next_id + 1
+        self._in_flight.add(call)
+        self._pump(now)
+
     def _pump(self, now: float) -> None:
         """Sends what the server has credits for."""
         if self._phase is not Phase.JOINED or self.joined is None:
@@ -359,23 +372,36 @@ class SessionCore:
             self._repeated(call, now)
             call.is_replay = False
             self._let_go(call)
-        else:
-            self._first_outcome(call)
+        elif not self._is_to_wait(call, now):
+            self._first_outcome(call, call.error)
         if call.head is not None:
             self._journal.durable(call.head.durable)
         self._pump(now)
 
-    def _first_outcome(self, call: Call) -> None:
-        if call.error is None:
+    def _is_to_wait(self, call: Call, now: float) -> bool:
+        """Whether a refused call is asked for again, as the server says. Not where others came after it, which may count on
+        it, and not where the time is up."""
+        error = call.error
+        if not isinstance(error, OutOfCapacity) or not error.retry_delay_s or call.is_given_up or self._in_flight.calls:
+            return False
+        at = now + error.retry_delay_s
+        if self._postponed is not None or at >= call.deadline:
+            return False
+        self._actions.append(Note(f"{call.op.name} is asked for again in {error.retry_delay_s:.1f} s: {error}"))
+        self._postponed, call.error = (at, call), None
+        return True
+
+    def _first_outcome(self, call: Call, error: KtExpertError | None) -> None:
+        if error is None:
             self._journal.settled(call)
         else:
             call.on_unneeded(call)
         if not call.is_given_up:
-            self._settled(call, call.error)
+            self._settled(call, error)
             return
         call.is_given_up = False
         call.drop_results()
-        if call.keeps_ticket and call.error is None:
+        if call.keeps_ticket and error is None:
             self.release(call.request_id)
 
     def _settle_doomed(self, call: Call) -> None:

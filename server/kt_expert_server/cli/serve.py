@@ -29,6 +29,7 @@ from kt_expert_server.config import (
     available_cores,
     available_memory,
 )
+from kt_expert_server.engine.quotas import QUOTAS
 from kt_expert_server.errors import InvalidRequest, ServerError
 from kt_expert_server.members.limits import Limits
 from kt_expert_server.model.index import ModelPlan, plan_model
@@ -39,6 +40,7 @@ from kt_expert_server.server import Server
 
 _GIB = 1024**3
 _EVERY = re.compile(r"(?P<number>\d{1,9})(?P<unit>s?)")
+_QUOTA = re.compile(r"(?P<what>[a-z]+)=(?P<gib>\d{1,9}(\.\d{1,9})?)")
 _DEFAULT_SHUTDOWN_TIMEOUT_S = 60.0
 _PLAIN_REPORTS = 10  # lines a load prints where there is no terminal
 
@@ -118,6 +120,13 @@ def _parser() -> argparse.ArgumentParser:
         metavar="S",
         help="how long after that its gradients and tickets are kept, unless the memory is needed",
     )
+    parser.add_argument(
+        "--quota",
+        action="append",
+        default=[],
+        metavar="WHAT=GIB",
+        help=f"what one identity may have, over all its runs, of {', '.join(QUOTAS)}; may be given for each",
+    )
     _add_security(parser)
     parser.add_argument("--log-level", default="info", choices=("debug", "info", "warning", "error"))
     return parser
@@ -194,7 +203,19 @@ def _limits(options: argparse.Namespace) -> Limits:
         run_ttl_s=options.run_ttl,
         lease_s=options.lease,
         retention_s=options.retention,
+        quotas=_quotas(options.quota),
     )
+
+
+def _quotas(given: list[str]) -> dict[str, int]:
+    """Raises InvalidRequest for a name that is none, a size that is none, or one given twice."""
+    quotas: dict[str, int] = {}
+    for text in given:
+        match = _QUOTA.fullmatch(text)
+        if match is None or match["what"] not in QUOTAS or match["what"] in quotas:
+            raise InvalidRequest(f"--quota is {text!r}, expected WHAT=GIB, once for each of {', '.join(QUOTAS)} (tickets=20)")
+        quotas[match["what"]] = int(float(match["gib"]) * _GIB)
+    return quotas
 
 
 def _print_plan(plan: ModelPlan, config: ServerConfig) -> None:

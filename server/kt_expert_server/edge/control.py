@@ -16,7 +16,8 @@ from kt_expert_server.checkpoints.store import CheckpointStore
 from kt_expert_server.edge.auth import Authenticator
 from kt_expert_server.edge.driver import Driver
 from kt_expert_server.edge.status import CallGuard
-from kt_expert_server.engine.budget import Kind, MemoryBudget
+from kt_expert_server.engine.budget import MemoryBudget
+from kt_expert_server.engine.kinds import Kind
 from kt_expert_server.errors import WrongPhase
 from kt_expert_server.members import wire
 from kt_expert_server.members.core import State

@@ -4,25 +4,12 @@ one request and never the end of the process."""
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from enum import StrEnum
 from typing import Protocol
 
+from kt_expert_server.engine.kinds import Kind
+from kt_expert_server.engine.quotas import Quotas
 from kt_expert_server.errors import OutOfCapacity
 from kt_expert_server.model.memory_plan import format_bytes
-
-
-class Kind(StrEnum):
-    WEIGHTS = "weights"
-    RUNTIME = "runtime"
-    ADAPTERS = "adapters"
-    GRADIENTS = "gradients"
-    OPTIMIZER = "optimizer"
-    TICKETS = "tickets"
-    KEPT = "kept"  # scratch, buffers and memory of tickets that are gone, for operations to come
-    REQUESTS = "requests"
-    OUTCOMES = "outcomes"
-    SCRATCH = "scratch"
-    CHECKPOINTS = "checkpoints"  # copies that are being written or were read
 
 
 class Keeper(Protocol):
@@ -40,6 +27,7 @@ class Reservation:
         self._budget = budget
         self.kind = kind
         self.owner = owner
+        self.identity = budget.quotas.identity_of(owner)  # whose quota it counts for, until it is given back
         self.size_bytes = size_bytes
 
     def shrink(self, size_bytes: int) -> None:
@@ -56,8 +44,9 @@ class Reservation:
 class MemoryBudget:
     """Reserved bytes by kind and by owner against one limit. Used from one thread only."""
 
-    def __init__(self, limit_bytes: int, keepers: Iterable[Keeper] = ()) -> None:
+    def __init__(self, limit_bytes: int, keepers: Iterable[Keeper] = (), quotas: Quotas | None = None) -> None:
         self.limit_bytes = limit_bytes
+        self.quotas = quotas or Quotas({})
         self._keepers = tuple(keepers)
         self._by_kind = dict.fromkeys(Kind, 0)
         self._by_owner: dict[str, int] = {}
@@ -87,7 +76,8 @@ class MemoryBudget:
 
     def reserve(self, kind: Kind, size_bytes: int, owner: str, what: str) -> Reservation:
         """Takes the place of kept memory where it has to. Raises OutOfCapacity with the numbers where `size_bytes` more do
-        not fit even so."""
+        not fit even so, OverQuota where they are too many for the owner's identity."""
+        self.quotas.require(kind, size_bytes, owner, what)
         if size_bytes > self.limit_bytes - self.total:
             self.drop_kept()
         free = self.limit_bytes - self.total
@@ -95,7 +85,8 @@ class MemoryBudget:
             raise OutOfCapacity(
                 f"{what} needs {format_bytes(size_bytes)} and {format_bytes(max(free, 0))} of the limit of "
                 f"{format_bytes(self.limit_bytes)} are free; send fewer tokens, release tickets, close runs that have ended "
-                "(kt-expert runs ls, close), or use a bigger host"
+                "(kt-expert runs ls, close), or use a bigger host",
+                missing_bytes=size_bytes - free,
             )
         return self.record(kind, size_bytes, owner)
 
@@ -103,10 +94,13 @@ class MemoryBudget:
         """Counts what exists already and cannot be refused any more."""
         self._by_kind[kind] += size_bytes
         self._by_owner[owner] = self._by_owner.get(owner, 0) + size_bytes
-        return Reservation(self, kind, size_bytes, owner)
+        reservation = Reservation(self, kind, size_bytes, owner)
+        self.quotas.count(kind, size_bytes, reservation.identity)
+        return reservation
 
     def _give_back(self, reservation: Reservation, size_bytes: int) -> None:
         self._by_kind[reservation.kind] -= size_bytes
+        self.quotas.count(reservation.kind, -size_bytes, reservation.identity)
         left = self._by_owner.get(reservation.owner, 0) - size_bytes
         assert left >= 0 <= self._by_kind[reservation.kind], reservation.owner  # noqa: S101
         if left:

@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 
 from kt_expert_server.adapters.adapter import Adapter
 from kt_expert_server.adapters.window import GradientWindow
-from kt_expert_server.engine.budget import Kind, MemoryBudget, Reservation
+from kt_expert_server.engine.budget import MemoryBudget, Reservation
 from kt_expert_server.engine.buffers import BufferPool, PooledBuffer
+from kt_expert_server.engine.kinds import Kind
 from kt_expert_server.engine.tickets import SavedTicket, Tickets
 from kt_expert_server.engine.work import Outcome, Work
 from kt_expert_server.model.loader import LoadedLayer

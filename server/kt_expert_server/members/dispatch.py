@@ -9,7 +9,7 @@ from collections.abc import Callable
 import kt_expert_native as native
 
 from kt_expert_server.engine.work import Outcome, as_server_error
-from kt_expert_server.errors import InternalError, OutOfCapacity, ServerError
+from kt_expert_server.errors import InternalError, OutOfCapacity, OverQuota, ServerError
 from kt_expert_server.members.actions import Action, Note, Retire, StartDisk, StartWork
 from kt_expert_server.members.scheduler import Job, Scheduler
 from kt_expert_server.observe.observer import Observer
@@ -31,7 +31,7 @@ class Dispatch:
         # Set by the core: what goes on when work has failed before it ran, and what gives up memory for it, if anything can.
         self.after_failure: Callable[[], None] = lambda: None
         self.reclaim: Callable[[Job], bool] = lambda _: False
-        self.explain: Callable[[OutOfCapacity], OutOfCapacity] = lambda error: error
+        self.explain: Callable[[OutOfCapacity, str], OutOfCapacity] = lambda error, _: error
         self.now = 0.0  # the time of the event that is being handled
         self.retired: list[native.Ticket] = []  # tickets whose memory is to be given back
 
@@ -92,8 +92,8 @@ class Dispatch:
                 job.work.prepare()
             except OutOfCapacity as error:
                 job.work.held.release()  # it is prepared anew
-                if not self.reclaim(job):
-                    return self.explain(error)
+                if isinstance(error, OverQuota) or not self.reclaim(job):
+                    return self.explain(error, job.run)
             except Exception as error:  # the request's outcome all the same: an error that left here would lose the job
                 known = as_server_error(error)
                 if known is None:

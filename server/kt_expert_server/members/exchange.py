@@ -10,8 +10,8 @@ from kt_expert_proto.dtypes import Dtype
 from kt_expert_proto.header import FrameError, FrameType, Header, Op, Tensor
 from kt_expert_proto.v1.session_pb2 import RequestOpen
 
-from kt_expert_server.engine.budget import Kind
 from kt_expert_server.engine.buffers import BufferPool, PooledBuffer
+from kt_expert_server.engine.kinds import Kind
 from kt_expert_server.errors import DeadlinePassed, RequestCancelled, ServerError
 from kt_expert_server.members.declare import declare
 from kt_expert_server.members.limits import Limits

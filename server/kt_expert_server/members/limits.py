@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,3 +25,4 @@ class Limits:
     checkpoint_every_steps: int = 0  # restart points of a run; 0: none but the last one before the server stops
     checkpoint_every_s: float = 0.0
     keep_checkpoints: int = 2  # automatic ones of a run
+    quotas: Mapping[str, int] = field(default_factory=dict)  # bytes an identity may have; names as in engine/quotas.py

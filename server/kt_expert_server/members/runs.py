@@ -11,7 +11,8 @@ from kt_expert_server.adapters.adapter import Adapter, check_lora, optimizer_byt
 from kt_expert_server.adapters.run_config import RunConfig, describe_differences, require_same_lora
 from kt_expert_server.adapters.window import GradientWindow
 from kt_expert_server.checkpoints.work import ApplyWork
-from kt_expert_server.engine.budget import Holdings, Kind, MemoryBudget, Reservation
+from kt_expert_server.engine.budget import Holdings, MemoryBudget, Reservation
+from kt_expert_server.engine.kinds import Kind
 from kt_expert_server.engine.tickets import Tickets
 from kt_expert_server.engine.work import Outcome, Work
 from kt_expert_server.errors import (
@@ -20,6 +21,7 @@ from kt_expert_server.errors import (
     NotFound,
     NotPermitted,
     OutOfCapacity,
+    OverQuota,
     ServerError,
     ServerUnavailable,
     StreamReplaced,
@@ -40,6 +42,7 @@ from kt_expert_server.members.stopping import stopping
 from kt_expert_server.model.loader import BaseModel
 from kt_expert_server.names import check_name
 
+_BUSY_RETRY_S = 1.0  # for others to run a backward
 _CLOSE_AGAIN_S = 60.0  # after a last checkpoint that failed: a disk is not emptied in less
 
 
@@ -137,6 +140,7 @@ class Runs:
         except ServerError as error:
             done(error)
             return
+        self._budget.quotas.belongs(wanted.run, wanted.identity)
         opening = _Opening(wanted, waiting=[done])
         self._openings[wanted.run] = opening
         self._saving.find_restart_point(
@@ -189,6 +193,8 @@ class Runs:
     def _end_opening(self, opening: _Opening, result: Run | ServerError) -> None:
         opening.reading.release()
         del self._openings[opening.wanted.run]
+        if isinstance(result, ServerError):
+            self._budget.quotas.forget(opening.wanted.run)
         for done in opening.waiting:
             done(result)
 
@@ -216,8 +222,8 @@ class Runs:
             try:
                 return self._budget.reserve(kind, size_bytes, owner, what)
             except OutOfCapacity as error:
-                if not self._reclaim_one():
-                    raise self.with_retry(error) from None
+                if isinstance(error, OverQuota) or not self._reclaim_one():
+                    raise self.with_retry(error, owner) from None
 
     def reclaim_for(self, job: Job) -> bool:
         """As reserve() does, for work that is about to run; not from the member whose work it is."""
@@ -234,15 +240,29 @@ class Runs:
             return True
         return False
 
-    def with_retry(self, error: OutOfCapacity) -> OutOfCapacity:
-        waiting = [(left, member) for member in self.members if (left := member.lease.left_s(self._dispatch.now)) is not None]
-        if not waiting:
-            return error
-        left, member = min(waiting, key=lambda entry: entry[0])
-        return OutOfCapacity(
-            f"{error}; {member} has no connection, and its memory is free in {left:.0f} s if it does not return",
-            retry_delay_s=max(left, 1.0),
-        )
+    def with_retry(self, error: OutOfCapacity, owner: str) -> OutOfCapacity:
+        """The same error, with the time after which that run may ask again, where there is one."""
+        now, others = self._dispatch.now, self._others(error, owner)
+        waiting = [(left, member) for member in others if (left := member.lease.left_s(now)) is not None]
+        if waiting:
+            left, member = min(waiting, key=lambda entry: entry[0])
+            return OutOfCapacity(
+                f"{error}; {member} has no connection, and its memory is free in {left:.0f} s if it does not return",
+                retry_delay_s=max(left, _BUSY_RETRY_S),
+            )
+        if 0 < error.missing_bytes <= sum(member.tickets.size_bytes for member in others):
+            return type(error)(
+                f"{error}; other trainers' tickets take as much and may soon be given back", retry_delay_s=_BUSY_RETRY_S
+            )
+        return error
+
+    def _others(self, error: OutOfCapacity, owner: str) -> list[Member]:
+        """Whose memory would help that run: what belongs to it is its own to give back."""
+        members = [member for member in self.members if member.run.name != owner]
+        if isinstance(error, OverQuota):
+            identity = self._budget.quotas.identity_of(owner)
+            return [member for member in members if member.run.owner == identity]
+        return members
 
     def take_rank(self, run: Run, wanted: Wanted) -> tuple[Member, bool]:
         """The member that holds the rank from now on, and whether it was there before. Raises StreamReplaced for a stale epoch,
@@ -346,6 +366,7 @@ class Runs:
             self.end_stream(member, gone)
             self.remove(member)
         run.held.release()
+        self._budget.quotas.forget(run.name)
         self._saving.forget(run)
         self._dispatch.forget_run(run.name)
 

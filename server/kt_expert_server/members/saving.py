@@ -20,7 +20,9 @@ from kt_expert_server.checkpoints.names import automatic_name
 from kt_expert_server.checkpoints.snapshot import Snapshot, SnapshotAbout, Tensors, snapshot_bytes
 from kt_expert_server.checkpoints.store import CheckpointStore
 from kt_expert_server.checkpoints.work import ApplyWork, CopyWork
-from kt_expert_server.engine.budget import Holdings, Kind, MemoryBudget, Reservation
+from kt_expert_server.engine.budget import Holdings, MemoryBudget, Reservation
+from kt_expert_server.engine.kinds import Kind
+from kt_expert_server.engine.quotas import CHECKPOINTS
 from kt_expert_server.engine.work import Outcome
 from kt_expert_server.errors import AlreadyExists, InvalidRequest, NotFound, NotPermitted, ServerError, WrongPhase
 from kt_expert_server.members.dispatch import Dispatch
@@ -67,6 +69,7 @@ class Saving:
         self._under_way: set[Run] = set()  # whose automatic checkpoint is not published yet
         self._writing: dict[str, str] = {}  # checkpoints that are not published yet -> their runs
         self._readers: list[tuple[str, Callable[[], None]]] = []  # wait until nothing of a run is being written
+        self._quotas = budget.quotas
         self.reserve = budget.reserve  # set by the core to one that gives up what nobody holds any more
 
     @property
@@ -247,6 +250,7 @@ class Saving:
         store, about = self._require_store(), pending.about
 
         def write() -> str:
+            self._require_disk_quota(store, about, sum(values.nbytes for _, values in tensors))
             try:
                 return store.write(Snapshot(about, tensors))
             except AlreadyExists:
@@ -268,6 +272,12 @@ class Saving:
                 self._unpublished.append(pending)
 
         self._dispatch.on_disk(write, written)
+
+    def _require_disk_quota(self, store: CheckpointStore, about: SnapshotAbout, size_bytes: int) -> None:
+        """Raises OverQuota. One of the same name is that of the same request, made before the server died."""
+        if CHECKPOINTS in self._limits.quotas:
+            used = sum(manifest.size_bytes for name, manifest in store.of_owner(about.owner) if name != about.name)
+            self._quotas.require_disk(about.owner, used, size_bytes, f"checkpoint {about.name!r}")
 
     def _publish(self, pending: _Pending) -> None:
         store, about, run = self._require_store(), pending.about, pending.run

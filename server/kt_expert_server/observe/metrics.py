@@ -7,7 +7,8 @@ import time
 import prometheus_client
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-from kt_expert_server.engine.budget import Kind, MemoryBudget
+from kt_expert_server.engine.budget import MemoryBudget
+from kt_expert_server.engine.kinds import Kind
 from kt_expert_server.members.core import ServerCore, State
 
 SECONDS_BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)

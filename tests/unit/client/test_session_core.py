@@ -361,6 +361,65 @@ def test_a_ticket_of_an_older_adapter_is_no_loss() -> None:
     assert not [each for each in trainer.sent() if each[0] == "REQUEST"]
 
 
+def refused(trainer: Trainer, request_id: int, now: float, delay_ms: int = 2000) -> None:
+    detail = spb.ErrorDetail(code=8, message="full", retry_delay_ms=delay_ms).SerializeToString()
+    trainer.core.received(Header(FrameType.ERROR, request_id, epoch=trainer.epoch), detail, now)
+
+
+def test_a_call_the_server_has_no_memory_for_is_asked_for_again_when_it_says() -> None:
+    trainer = connected()
+    call = forward(trainer)
+    trainer.actions()
+    refused(trainer, 1, now=10.0)
+    assert trainer.sent() == [("ACK", 1)]
+    assert trainer.core.next_deadline() == 12.0
+    trainer.core.tick(11.9)
+    assert not trainer.sent()
+    trainer.core.tick(12.0)
+    assert trainer.sent() == [("REQUEST", 2)]
+    trainer.result(2)
+    (told,) = trainer.settled()
+    assert (told.call, told.error, call.request_id) == (call, None, 2)
+
+
+def test_a_refused_call_is_told_where_asking_again_would_not_do() -> None:
+    trainer = connected()
+    forward(trainer)
+    forward(trainer)  # came after it, and may count on it
+    refused(trainer, 1, now=10.0)
+    (told,) = trainer.settled()
+    assert isinstance(told.error, OutOfCapacity)
+    refused(trainer, 2, now=10.0, delay_ms=0)  # the server names no time
+    assert len(trainer.settled()) == 1
+    forward(trainer)
+    refused(trainer, 3, now=99.0)  # its time is up before that
+    assert len(trainer.settled()) == 1
+
+
+@pytest.mark.parametrize("end", ["cancel", "close", "cut"])
+def test_a_call_that_waits_for_memory_ends_as_others_do(end: str) -> None:
+    trainer = connected()
+    call = forward(trainer)
+    refused(trainer, 1, now=10.0)
+    trainer.actions()
+    if end == "cancel":
+        trainer.core.cancel(call)
+    elif end == "close":
+        trainer.core.end(ServerUnavailable("closed"))
+    else:
+        trainer.core.disconnected(ServerUnavailable("cut"), 11.0)
+        trainer.actions()
+        trainer.connect(11.0)
+        trainer.joined(11.0, resumed=True, received=1)
+        trainer.core.tick(12.0)
+        assert ("REQUEST", 2) in trainer.sent()
+        return
+    (told,) = trainer.settled()
+    assert told.error is not None
+    trainer.core.tick(12.0)
+    assert not trainer.sent()
+
+
 def settled(journal: Journal, request_id: int, op: Op, **fields: object) -> Call:
     call = Call(op, spb.RequestOpen(**fields), 1.0, request_id=request_id)  # type: ignore[arg-type]
     journal.settled(call)

@@ -6,8 +6,9 @@ import kt_expert_native as native
 import numpy as np
 import pytest
 from kt_expert_proto.dtypes import Dtype
-from kt_expert_server.engine.budget import Holdings, Kind, MemoryBudget
+from kt_expert_server.engine.budget import Holdings, MemoryBudget
 from kt_expert_server.engine.buffers import BufferPool
+from kt_expert_server.engine.kinds import Kind
 from kt_expert_server.errors import OutOfCapacity
 
 MIB = 1024**2

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 from kt_expert_proto.header import Op
 from kt_expert_proto.v1 import session_pb2 as spb
-from kt_expert_server.engine.budget import Kind, Reservation
+from kt_expert_server.engine.budget import Reservation
+from kt_expert_server.engine.kinds import Kind
 from kt_expert_server.errors import NotFound, NotPermitted, ServerUnavailable
 from kt_expert_server.members.limits import Limits
 from support.core import CoreMember, CoreServer
@@ -59,6 +60,51 @@ def test_memory_of_a_trainer_that_is_gone_serves_work_that_needs_it() -> None:
     server.now = 30.0  # its lease is over; nobody has looked yet
     assert member.train(tokens=600) == ""
     assert not server.core.runs.by_name["run"].members
+
+
+def retry_delay(member: CoreMember, request_id: int) -> int:
+    content = next(content for header, content in member.frames if header.request_id == request_id)
+    return int(spb.ErrorDetail.FromString(content).retry_delay_ms)
+
+
+def test_a_lack_of_memory_names_a_time_where_others_tickets_would_do() -> None:
+    server = CoreServer()
+    other, member = CoreMember(server), CoreMember(server, "other", instance=OTHER)
+    held = other.forward(tokens=3000)
+    assert other.take(held) == ""
+    leave_free(server, 300_000)
+    refused = member.forward(tokens=300)
+    assert "other trainers' tickets take as much" in spb.ErrorDetail.FromString(member.frames[-1][1]).message
+    assert retry_delay(member, refused) == 1000
+    refused = other.forward(tokens=600)  # its own tickets are its own to give back
+    assert retry_delay(other, refused) == 0
+
+
+@pytest.mark.parametrize(("what", "size_bytes"), [("tickets", 100_000), ("queue", 30_000), ("adapters", 1000)])
+def test_a_quota_bounds_all_runs_of_an_identity_and_nobody_else(what: str, size_bytes: int) -> None:
+    server = CoreServer(Limits(quotas={what: size_bytes}))
+    if what == "adapters":
+        assert f"of {what} and has 0" in str(CoreMember(server, "first", identity="alice").ended)
+        return
+    first, second = CoreMember(server, "first", identity="alice"), CoreMember(server, "second", identity="alice")
+    stranger = CoreMember(server, "third", identity="bob")
+    server.holds_engine = what == "queue"  # what has been received stays
+    assert not first.has_error(first.forward(tokens=120))
+    refused = second.forward(tokens=120)
+    assert "identity 'alice' may have" in second.take(refused)
+    assert f"of {what}" in spb.ErrorDetail.FromString(second.frames[-1][1]).message
+    assert not stranger.has_error(stranger.forward(tokens=120))
+
+
+def test_a_quota_of_checkpoints_bounds_the_disk() -> None:
+    server = CoreServer(Limits(quotas={"checkpoints": 20_000}))
+    member = CoreMember(server, identity="alice")
+    saved = [member.call(Op.SAVE_CHECKPOINT, **save(f"mine-{index}")) for index in range(10)]
+    assert saved[0] == ""
+    assert "of checkpoints and has" in saved[-1]
+    assert len(server.store.names()) == saved.count("")
+    other = CoreMember(server, "other", identity="bob")
+    assert other.call(Op.SAVE_CHECKPOINT, **save("theirs")) == ""
 
 
 def test_two_checkpoints_of_one_name_at_once() -> None:
