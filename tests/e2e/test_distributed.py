@@ -23,6 +23,7 @@ WORKER = Path(__file__).resolve().parent.parent / "support" / "ddp_worker.py"
 def test_two_ddp_ranks_equal_one_trainer_with_twice_the_batch(
     server: ServerProcess, qwen3_checkpoint: Path, tmp_path: Path, targets: str
 ) -> None:
+    before = server.metric("kt_expert_tickets")  # of trainers that have vanished in other tests
     config = lora_config(target_modules=[name for name in targets.split(",") if name])
     model = adapted(qwen3_checkpoint, server.address, config)
     single = trainer(model, tmp_path / "single", per_device_train_batch_size=4)
@@ -48,7 +49,7 @@ def test_two_ddp_ranks_equal_one_trainer_with_twice_the_batch(
     saved = PeftModel.from_pretrained(load_stock(qwen3_checkpoint), tmp_path / "double" / "adapter")
     assert (logits(saved, tokens) - logits(single.model, tokens)).abs().max() < 1e-4
     assert torch.isfinite(logits(saved, tokens)).all()
-    assert server.metric("kt_expert_tickets") == 0
+    assert server.metric("kt_expert_tickets") <= before
 
 
 def test_the_environment_variable_and_one_import_are_enough(

@@ -97,4 +97,4 @@ def no_tickets_left(server: Any) -> Any:
     """Fails where the block leaves saved state on the server."""
     before = server.metric("kt_expert_tickets")
     yield
-    assert server.metric("kt_expert_tickets") == before
+    assert server.metric("kt_expert_tickets") <= before
