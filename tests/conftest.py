@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.pop("KT_EXPERT_SERVER", None)
 
-from support.idle import IdleTrainer
+from support.absent import AbsentTrainers
 from support.models import save_checkpoint
 from support.server import ServerProcess
 
@@ -33,23 +33,23 @@ def server(qwen3_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What uses the idle trainer comes last, so that it idles beside the rest."""
-    items.sort(key=_uses_idle_trainer)
+    """What looks at the absent trainers comes last, so that they are away beside the rest."""
+    items.sort(key=_uses_absent_trainers)
 
 
-def _uses_idle_trainer(item: pytest.Item) -> bool:
-    return "idle_trainer" in getattr(item, "fixturenames", ())
+def _uses_absent_trainers(item: pytest.Item) -> bool:
+    return "absent_trainers" in getattr(item, "fixturenames", ())
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _start_idle_trainer(request: pytest.FixtureRequest) -> None:
-    """Before the first test, where it is among those that will run."""
-    if any(_uses_idle_trainer(item) for item in request.session.items):
-        request.getfixturevalue("idle_trainer")
+def _start_absent_trainers(request: pytest.FixtureRequest) -> None:
+    """Before the first test, where theirs is among those that will run."""
+    if any(_uses_absent_trainers(item) for item in request.session.items):
+        request.getfixturevalue("absent_trainers")
 
 
 @pytest.fixture(scope="session")
-def idle_trainer(qwen3_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[IdleTrainer]:
-    started = IdleTrainer(qwen3_checkpoint, tmp_path_factory.mktemp("idle"))
+def absent_trainers(qwen3_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[AbsentTrainers]:
+    started = AbsentTrainers(qwen3_checkpoint, tmp_path_factory.mktemp("absent"))
     yield started
     started.stop()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 import socket
 import threading
@@ -115,6 +116,41 @@ def test_a_server_that_is_killed_and_started_again_is_brought_back(
         run = client.open_run("named", lora=LORA, wire_dtype="fp32", seed=3, options=REPLAY)
         assert same(train(run, range(STEPS), kill), undisturbed)
         assert restartable.starts == 4
+
+
+DEATHS = 50
+STOPPED_EACH = 5  # one death in so many is SIGTERM, the others are kill -9
+
+
+@pytest.mark.timeout(900)
+def test_deaths_at_random_instants(server: ServerProcess, qwen3_checkpoint: Path, tmp_path: Path) -> None:
+    """Whatever the server was doing: computing, stepping, writing one of the checkpoints it takes at every step."""
+    restartable = Restartable(qwen3_checkpoint, tmp_path, "--checkpoint-every", "1")
+    rng, steps = random.Random(11), 0
+
+    def die() -> None:
+        for death in range(DEATHS):
+            time.sleep(rng.uniform(0.0, 0.6))
+            if death % STOPPED_EACH == STOPPED_EACH - 1:
+                assert restartable.process.stop() == 0
+            else:
+                restartable.kill()
+            restartable.start()
+
+    with kt.connect(restartable.address) as client:
+        run = client.open_run("mortal", lora=LORA, wire_dtype="fp32", seed=3, options=REPLAY)
+        thread = threading.Thread(target=die)
+        thread.start()
+        while thread.is_alive():
+            train(run, range(steps, steps + 1))
+            steps += 1
+        thread.join()
+        got = train(run, range(steps, steps + 1))
+    assert restartable.starts == 1 + DEATHS
+    with kt.connect(server.address) as client:
+        expected = train(client.open_run(lora=LORA, wire_dtype="fp32", seed=3), range(steps + 1))
+    assert same(got, expected)
+    restartable.process.stop()
 
 
 def test_without_replay_a_lost_state_is_told_and_training_resumes_from_the_step_named(
