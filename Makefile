@@ -16,7 +16,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # Bochs and a kernel, built once from Debian's packages and named after what went in.
 EMULATOR_CACHE ?= build/emulator
 
-.PHONY: setup demo test check format native-test mca sanitize fuzz emulated simulate soak python-test bench clean system-packages
+.PHONY: setup demo test check format native-test mca sanitize fuzz emulated simulate soak neighbours python-test bench clean system-packages
 
 setup: $(STAMP)
 
@@ -94,6 +94,12 @@ simulate: $(STAMP)
 MINUTES ?= 3
 soak: $(STAMP)
 	PYTHONPATH=tests $(BIN)/python -m soak $(MINUTES)
+
+# A trainer's throughput beside hostile and stalled clients, and how soon a busy server answers.
+neighbours: $(STAMP)
+	mkdir -p build
+	PYTHONPATH=tests $(BIN)/python -m neighbours build/neighbours.json
+	cat build/neighbours.json
 
 python-test: $(STAMP) system-packages
 	$(BIN)/python -m pytest

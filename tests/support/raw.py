@@ -59,6 +59,7 @@ class RawMember:
         self.run, self.rank, self.ephemeral = run, rank, ephemeral
         lora = [pb.LayerLora(layer=0, rank_down=4, scale_down=1.0)]
         self.config = pb.RunConfig(world_size=world_size, wire_dtype=pb.WIRE_DTYPE_FP32, lora=lora)
+        self.hidden = HIDDEN
         self.instance = secrets.token_hex(16)
         self.epoch = 0
         self.next_id = 1
@@ -134,7 +135,7 @@ class RawMember:
         raise AssertionError("the stream ended without an error")
 
     def header(self, kind: FrameType, request_id: int, **fields: Any) -> Header:
-        values = {"layer": 0, "op": Op.FORWARD, "dtype": Dtype.FP32, "rows": TOKENS, "columns": HIDDEN} | fields
+        values = {"layer": 0, "op": Op.FORWARD, "dtype": Dtype.FP32, "rows": TOKENS, "columns": self.hidden} | fields
         return Header(kind, request_id, epoch=self.epoch, **values)
 
     def forward_frames(
@@ -150,7 +151,7 @@ class RawMember:
         """A forward of three tokens, with fields of its first header replaced."""
         ids = np.zeros((TOKENS, TOP_K), np.int32) if ids is None else ids
         weights = np.full((TOKENS, TOP_K), 0.5, np.float32) if weights is None else weights
-        x = np.ones((TOKENS, HIDDEN), np.float32)
+        x = np.ones((TOKENS, self.hidden), np.float32)
         opened = spb.RequestOpen(forward=spb.Forward(top_k=top_k, save_for_backward=save, use_adapter=True))
         return [
             (self.header(FrameType.REQUEST, request_id, **fields), opened.SerializeToString()),
@@ -165,7 +166,7 @@ class RawMember:
         return about, Memory(np.ascontiguousarray(values).data.cast("B") if values.size else memoryview(b""))
 
     def backward_frames(self, request_id: int, ticket: int, *, begin: bool = False, **fields: Any) -> list[Outbound]:
-        dy = np.ones((fields.get("rows", TOKENS), HIDDEN), np.float32)
+        dy = np.ones((fields.get("rows", TOKENS), self.hidden), np.float32)
         opened = spb.RequestOpen(backward=spb.Backward(ticket=ticket, begin_window=begin))
         return [
             (self.header(FrameType.REQUEST, request_id, **{"op": Op.BACKWARD, **fields}), opened.SerializeToString()),

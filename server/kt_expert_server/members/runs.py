@@ -287,8 +287,10 @@ class Runs:
             self._remove_from_run(existing)
             self._saving.acknowledged(run)
         self._require_accepting(run)
-        if len(self.members) >= self._limits.max_members:
-            raise OutOfCapacity(f"{len(self.members)} members are joined, the limit is {self._limits.max_members}")
+        while len(self.members) >= self._limits.max_members:
+            if not self._reclaim_one():
+                full = OutOfCapacity(f"{len(self.members)} members are joined, the limit is {self._limits.max_members}")
+                raise self.with_retry(full, run.name)
         return self._new_member(run, wanted), False
 
     @staticmethod

@@ -107,6 +107,18 @@ def test_a_quota_of_checkpoints_bounds_the_disk() -> None:
     assert other.call(Op.SAVE_CHECKPOINT, **save("theirs")) == ""
 
 
+def test_members_that_are_gone_make_room_for_those_who_come() -> None:
+    server = CoreServer(Limits(max_members=2, lease_s=30.0))
+    gone, _ = CoreMember(server), CoreMember(server, "other", instance=OTHER)
+    assert "2 members are joined" in str(CoreMember(server, "third").ended)
+    gone.close()
+    early = CoreMember(server, "third").ended
+    assert early is not None
+    assert early.retry_delay_s == 30.0
+    server.now = 30.0
+    assert CoreMember(server, "third").ended is None
+
+
 def test_two_checkpoints_of_one_name_at_once() -> None:
     server = CoreServer()
     member, other = CoreMember(server), CoreMember(server, "other", instance=OTHER)
