@@ -145,6 +145,17 @@ def test_start_up_errors_have_their_own_status(server: ServerProcess, qwen3_chec
         assert f"instruction set '{isa}' was asked for, but" in absent.stderr
 
 
+def test_too_few_open_files_are_told_at_the_start(qwen3_checkpoint: Path) -> None:
+    server = (
+        f"{sys.executable} -m kt_expert_server --model {qwen3_checkpoint} --listen 127.0.0.1:0 --metrics-listen 127.0.0.1:0"
+    )
+    result = subprocess.run(
+        ["sh", "-c", f"ulimit -n 32; exec {server}"], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert result.returncode == 2, result.stderr
+    assert "may open 32 files, expected at least 128; raise the limit (ulimit -n 4096" in result.stderr
+
+
 def test_the_resident_format_is_the_operators_choice(server: ServerProcess, qwen3_checkpoint: Path, tmp_path: Path) -> None:
     x, ids, weights = batch(9, 0)
     outputs = []

@@ -7,6 +7,7 @@ import logging
 import math
 import os
 import re
+import resource
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -42,6 +43,8 @@ _GIB = 1024**3
 _EVERY = re.compile(r"(?P<number>\d{1,9})(?P<unit>s?)")
 _QUOTA = re.compile(r"(?P<what>[a-z]+)=(?P<gib>\d{1,9}(\.\d{1,9})?)")
 _DEFAULT_SHUTDOWN_TIMEOUT_S = 60.0
+_OPEN_FILES = 4096  # a socket and some of gRPC's own for each of 256 streams and as many control calls, with room
+_LEAST_OPEN_FILES = 128  # a model's files, gRPC's and those of a dozen trainers
 _PLAIN_REPORTS = 10  # lines a load prints where there is no terminal
 
 
@@ -51,6 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(stream=sys.stderr, level=options.log_level.upper(), format="%(asctime)s %(levelname)s %(message)s")
     try:
         _check_environment()
+        _raise_open_files()
         config = _config(options)
         plan = plan_model(config.model_dir)
         _print_plan(plan, config)
@@ -68,6 +72,20 @@ def _check_environment() -> None:
     unknown = unknown_variable(os.environ)
     if unknown is not None:
         raise InvalidRequest(unknown)
+
+
+def _raise_open_files() -> None:
+    """As many open files as the system allows this process, up to what a full server needs. Raises InvalidRequest where that is
+    too few: gRPC ends the process in the middle of work when it cannot open another one."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _OPEN_FILES if hard == resource.RLIM_INFINITY else min(_OPEN_FILES, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    if wanted < _LEAST_OPEN_FILES:
+        raise InvalidRequest(
+            f"this process may open {wanted} files, expected at least {_LEAST_OPEN_FILES}; raise the limit (ulimit -n "
+            f"{_OPEN_FILES}, or LimitNOFILE= of the service)"
+        )
 
 
 def _parser() -> argparse.ArgumentParser:
