@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import deque
-from typing import Any
+from typing import Any, Protocol
 
 import kt_expert_native as native
 import numpy as np
@@ -44,7 +44,7 @@ class CoreServer:
         self.now = 0.0
         self.works: deque[StartWork] = deque()
         self.jobs: deque[StartDisk] = deque()
-        self.members: dict[int, CoreMember] = {}
+        self.members: dict[int, Heard] = {}  # by stream
         self.holds_disk = self.holds_engine = False
 
     def carry_out(self) -> None:
@@ -70,6 +70,22 @@ class CoreServer:
             else:
                 return
 
+    def work_once(self) -> bool:
+        """One piece of the engine's work that is held back. False where there is none."""
+        if self.works:
+            self._work(self.works.popleft())
+            self.carry_out()
+            return True
+        return False
+
+    def write_once(self) -> bool:
+        """One job of the disk that is held back. False where there is none."""
+        if self.jobs:
+            self._job(self.jobs.popleft())
+            self.carry_out()
+            return True
+        return False
+
     def tick(self, now: float) -> None:
         self.now = now
         self.core.tick(now)
@@ -92,6 +108,18 @@ class CoreServer:
         self.core.disk_done(action.job_id, result, error, self.now)
 
 
+def run_config(world_size: int = 1) -> pb.RunConfig:
+    lora = [LayerLora(layer, False, 2, 2, 2, 1.0, 1.0, 1.0).to_proto() for layer in range(LAYERS)]
+    return pb.RunConfig(world_size=world_size, wire_dtype=pb.WIRE_DTYPE_FP32, lora=lora, seed=1)
+
+
+class Heard(Protocol):
+    """What a stream has been sent."""
+
+    frames: list[tuple[Header, bytes]]
+    ended: ServerError | None
+
+
 class CoreMember:
     """One stream that has joined a run, and says what it is told to."""
 
@@ -105,9 +133,7 @@ class CoreMember:
         self.stream = 1 + max(server.members, default=0)
         server.members[self.stream] = self
         server.core.stream_opened(self.stream, identity, server.now)
-        lora = [LayerLora(layer, False, 2, 2, 2, 1.0, 1.0, 1.0).to_proto() for layer in range(LAYERS)]
-        config = pb.RunConfig(world_size=world_size, wire_dtype=pb.WIRE_DTYPE_FP32, lora=lora, seed=1)
-        joins = spb.Join(run=run, config=config, rank=rank, instance=instance, ephemeral=ephemeral, **join)
+        joins = spb.Join(run=run, config=run_config(world_size), rank=rank, instance=instance, ephemeral=ephemeral, **join)
         self._receive(Header(FrameType.JOIN, epoch=epoch), joins.SerializeToString())
         server.carry_out()
 
