@@ -14,7 +14,7 @@ from simulation.disk import SimulatedDisk
 from simulation.heap import EventHeap
 from simulation.network import Connection, Faults
 from simulation.server import ServerProcess as SimulatedServer
-from simulation.trainer import Plan
+from simulation.training import Plan
 from support.raw import RawMember
 from support.server import ServerProcess
 

@@ -11,10 +11,11 @@ import traceback
 
 from simulation.canaries import CANARIES, planted
 from simulation.schedule import LENGTHS, MICRO_BATCHES, Result, SimulationError, play, undisturbed
+from simulation.training import Plan
 
 _CHUNK = 20
 _CANARY_FIRST = 1_000_000  # seeds of the canaries: always the same, so that a change that blinds the simulator is seen
-_MOST_RUNS, _MOST_RANKS = 4, 3
+_MOST_RUNS, _MOST_RANKS = 2, 3
 
 
 def _play(seed: int) -> Result | str:
@@ -40,9 +41,10 @@ def _hunt(index: int) -> tuple[int, int]:
 
 def _prepare() -> None:
     """The undisturbed results, made before anything is planted."""
-    shapes = itertools.product(range(_MOST_RUNS), range(1, _MOST_RANKS + 1), LENGTHS, MICRO_BATCHES)
-    for shape in shapes:
-        undisturbed(*shape)
+    shapes = itertools.product(range(_MOST_RUNS), range(1, _MOST_RANKS + 1), LENGTHS, MICRO_BATCHES, (False, True))
+    for run, world_size, steps, micro_batches, drops in shapes:
+        for edits in (False, True) if world_size == 1 else (False,):
+            undisturbed(Plan(run, 0, world_size, steps, micro_batches, replay=False, drops=drops, edits=edits))
 
 
 def main(seeds: int, first: int) -> int:

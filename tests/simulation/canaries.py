@@ -19,6 +19,7 @@ from kt_expert_server.checkpoints import work as checkpoint_work
 from kt_expert_server.checkpoints.store import CheckpointStore
 from kt_expert_server.engine.passes import BackwardWork
 from kt_expert_server.engine.tickets import Tickets
+from kt_expert_server.engine.transfers import ReadWork
 from kt_expert_server.members import saving
 from kt_expert_server.members.barrier import Barrier
 from kt_expert_server.members.core import ServerCore
@@ -339,6 +340,61 @@ def _streams_pile_up(_: Any) -> Any:
     return lambda self: self.dispatch.take_actions()
 
 
+def _written_forgotten(original: Any) -> Any:
+    def settled(self: Journal, call: Call) -> None:
+        original(self, call)
+        if call.op is Op.WRITE_TENSOR:
+            self._drop([call.request_id])
+
+    return settled
+
+
+def _other_masks(original: Any) -> Any:
+    def frames(self: Call, deadline_ms: int, epoch: int) -> Any:
+        if self.is_replay and self.op is Op.FORWARD and self.opened.forward.dropout_seed:
+            self.opened.forward.dropout_seed += 1
+        return original(self, deadline_ms, epoch)
+
+    return frames
+
+
+def _only_its_own(_: Any) -> Any:
+    def is_acknowledged(pending: Any) -> bool:
+        members = {str(rank): member for rank, member in pending.run.members.items()}
+        marks = {rank: mark for rank, mark in pending.about.members.items() if rank in members}
+        return all(
+            members[rank].instance != mark.instance or members[rank].log.acknowledged >= mark.request_id
+            for rank, mark in marks.items()
+        )
+
+    return is_acknowledged
+
+
+def _moments_not_loaded(original: Any) -> Any:
+    def apply(adapter: Any, run: str, manifest: Any, tensors: Any) -> Any:
+        return original(adapter, run, manifest, [entry for entry in tensors if entry[0].part == "parameter"])
+
+    return apply
+
+
+def _step_kept(original: Any) -> Any:
+    def loaded(run: Any, manifest: Any, loader: Any) -> None:
+        step = run.step
+        original(run, manifest, loader)
+        run.step = step
+
+    return loaded
+
+
+def _marks_kept(original: Any) -> Any:
+    def loaded(run: Any, manifest: Any, loader: Any) -> None:
+        marks = dict(run.marks)
+        original(run, manifest, loader)
+        run.marks = marks
+
+    return loaded
+
+
 CANARIES = (
     Canary("a lost acknowledgement gives its credits back twice", _patched(Exchange, "_acknowledge", _credits_twice)),
     Canary("a backward closes the window before it can fail", _patched(BackwardWork, "prepare", _window_closed_early)),
@@ -376,6 +432,13 @@ CANARIES = (
     Canary("gradients of an older window are added to", _patched(GradientWindow, "counts", _gradients_pile_up)),
     Canary("a tensor is let go of while it is sent again", _patched(Journal, "_drop", _let_go_while_repeated), 3000),
     Canary("what waited is not sent again after a restart", _patched(SessionCore, "_begin_afresh", _unlogged_forward)),
+    Canary("the journal forgets tensors that were written", _patched(Journal, "settled", _written_forgotten), 3000),
+    Canary("a repeated forward drops other values", _patched(Call, "frames", _other_masks)),
+    Canary("a checkpoint waits for what a restart has settled", _patched(saving, "_is_acknowledged", _only_its_own), 3000),
+    Canary("a run that goes back keeps its step count", _patched(saving, "_loaded", _step_kept)),
+    Canary("a run that goes back keeps its marks", _patched(saving, "_loaded", _marks_kept), 3000),
+    Canary("a read tensor is not the adapter's", _nothing(ReadWork, "run")),
+    Canary("a checkpoint is loaded without its moments", _patched(saving, "ApplyWork", _moments_not_loaded)),
 )  # fmt: skip
 
 

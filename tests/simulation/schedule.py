@@ -17,7 +17,8 @@ from simulation.disk import SimulatedDisk
 from simulation.heap import Action, EventHeap
 from simulation.network import Connection, Faults
 from simulation.server import ServerProcess
-from simulation.trainer import Plan, TrainerProcess
+from simulation.trainer import TrainerProcess
+from simulation.training import Plan
 
 _MAX_EVENTS = 400_000
 _MAX_SECONDS = 50_000.0  # of virtual time; a schedule that takes longer hangs
@@ -69,13 +70,17 @@ def digest(adapter: Adapter, step: int) -> str:
     return total.hexdigest()
 
 
+def undisturbed(plan: Plan) -> tuple[str, dict[int, str]]:
+    """The digest of the plan's training if nothing happens to it, and what it reads on its way."""
+    return _undisturbed(replace(plan, rank=0, replay=False, cancels=0.0, extras=0.0, piece_bytes=MAX_PAYLOAD_BYTES))
+
+
 @cache
-def undisturbed(run: int, world_size: int, steps: int, micro_batches: int) -> str:
-    """The digest of a training to which nothing happens."""
-    plans = [Plan(run, rank, world_size, steps, micro_batches, replay=False) for rank in range(world_size)]
+def _undisturbed(plan: Plan) -> tuple[str, dict[int, str]]:
+    plans = [replace(plan, rank=rank) for rank in range(plan.world_size)]
     world = World(random.Random(0), plans, _LIMITS)
     world.run_to_end()
-    return world.digests[run]
+    return world.digests[plan.run], world.trainers[0].reads
 
 
 class World:
@@ -156,6 +161,7 @@ def choose_plans(rng: random.Random) -> list[Plan]:
         replay = rng.random() < 0.6
         first = Plan(
             len(plans), 0, world_size, rng.choices(LENGTHS, _OFTEN)[0], rng.choice(MICRO_BATCHES), replay,
+            drops=rng.random() < 0.3, edits=world_size == 1 and rng.random() < 0.4,
             cancels=rng.choice((0.0, 0.0, 0.05)), extras=rng.choice((0.0, 0.1)), piece_bytes=piece_bytes,
         )  # fmt: skip
         plans += [replace(first, rank=rank) for rank in range(world_size)]
@@ -274,9 +280,11 @@ def play(seed: int) -> Result:
 
 def _check_trainer_of(world: World, plan: Plan) -> None:
     """The run ended with the bits of one to which nothing happened, and who could repeat lost nothing."""
-    expected = undisturbed(plan.run, plan.world_size, plan.steps, plan.micro_batches)
+    expected, reads = undisturbed(plan)
     assert world.digests[plan.run] == expected, f"{plan.name}: the adapter differs from the undisturbed one"
     trainer = world.trainers[[each.plan for each in world.trainers].index(plan)]
+    for step, digest_of_step in trainer.reads.items():
+        assert reads[step] == digest_of_step, f"{plan.name}: what was read before step {step + 1} was another state"
     # Only a dead server, or a pause beyond what members are kept for, makes a trainer lose anything.
     unharmed = not world.server.kills and not world.server.stops and not trainer.restarts and not trainer.was_paused_long
     assert not (unharmed and trainer.losses), f"rank {plan.rank} of {plan.name} lost steps although nobody died"

@@ -3,66 +3,23 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Generator
-from dataclasses import dataclass
+from collections.abc import Callable
 
-import numpy as np
-from kt_expert_client.errors import (
-    AlreadyExists,
-    BarrierBroken,
-    Cancelled,
-    KtExpertError,
-    RunStateLost,
-    ServerFault,
-    ServerUnavailable,
-    from_status,
-)
+from kt_expert_client.errors import AlreadyExists, KtExpertError, RunStateLost, ServerFault, ServerUnavailable, from_status
 from kt_expert_client.session.actions import Connect, Disconnect, JoinTerms, Send, Settled
-from kt_expert_client.session.calls import Call, OutTensor
+from kt_expert_client.session.calls import Call
 from kt_expert_client.session.core import SessionCore
 from kt_expert_client.session.journal import Journal
 from kt_expert_proto.codec import Buffer, Decoder, Encoder, Outbound
-from kt_expert_proto.dtypes import ITEM_BYTES, Dtype
-from kt_expert_proto.header import MAX_PAYLOAD_BYTES, FrameError, Header, Op, Tensor
-from kt_expert_proto.lora import LayerLora
+from kt_expert_proto.header import FrameError, Header, Op, Tensor
 from kt_expert_proto.status import STATUS_NUMBERS
-from kt_expert_proto.v1 import service_pb2 as pb
-from kt_expert_proto.v1 import session_pb2 as spb
 
+from simulation.calls import TIMEOUT_S
 from simulation.heap import EventHeap
-from simulation.model import HIDDEN, LAYERS, TOKENS, TOP_K, batch
 from simulation.network import Connection
+from simulation.training import Plan, Script, Training
 
-TIMEOUT_S = 100_000.0  # of every call: a schedule's outages are shorter
-_MAX_NORM = 0.3
-_RETRY_S = 0.5
-_LINGER_S = 20.0
 _REPLAY_BYTES = 1 << 24
-Results = dict[Tensor, np.ndarray]
-Script = Generator[Call, "tuple[Call, KtExpertError | None]", None]
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a trainer does, whatever befalls it."""
-
-    run: int
-    rank: int
-    world_size: int
-    steps: int
-    micro_batches: int
-    replay: bool
-    cancels: float = 0.0  # chance to cancel a pass
-    extras: float = 0.0  # chance of what leaves no trace: a forward whose ticket is released, a new window that is cancelled
-    piece_bytes: int = MAX_PAYLOAD_BYTES
-
-    @property
-    def name(self) -> str:
-        return f"run-{self.run}"
-
-    def config(self) -> pb.RunConfig:
-        lora = [LayerLora(layer, layer % 2 == 0, 2, 2, 2, 1.0, 1.0, 0.5).to_proto() for layer in range(LAYERS)]
-        return pb.RunConfig(world_size=self.world_size, wire_dtype=pb.WIRE_DTYPE_FP32, lora=lora, seed=self.run)
 
 
 class _Memory:
@@ -75,18 +32,6 @@ class _Memory:
 
     def release(self) -> None:
         self._counter.buffers -= 1
-
-
-class _Source:
-    """A tensor of a request. Implements Source; it is not to be read once the session has let go of it."""
-
-    def __init__(self, values: np.ndarray) -> None:
-        self._values = values
-        self.is_released = False
-
-    def view(self) -> memoryview:
-        assert not self.is_released, "a tensor is read after the session has let go of it"
-        return self._values.data.cast("B")
 
 
 class TrainerProcess:
@@ -105,15 +50,20 @@ class TrainerProcess:
         self.generation = 0
         self.paused_until = 0.0
         self.is_done = False
-        self.has_trained = False  # all steps; it leaves when all ranks of its run have
         self.losses = 0  # times the server lost what this trainer had done
         self.restarts = 0
         self.was_paused_long = False
         self.went_ahead = 0  # steps asked for before the outcome of a forward was there
         self.failure: str = ""
         self.buffers = 0
-        self._results: dict[Tensor, Buffer] = {}  # of the latest outcome
+        self.results: dict[Tensor, Buffer] = {}  # of the latest outcome
+        self.reads: dict[int, str] = {}  # what its lives have read of the adapter, by step
         self.start()
+
+    @property
+    def has_trained(self) -> bool:
+        """All steps; it leaves when all ranks of its run have."""
+        return self._training.has_trained
 
     def start(self) -> None:
         """A new process: it knows nothing of the last one."""
@@ -121,8 +71,8 @@ class TrainerProcess:
         self._begin_session()
 
     def _begin_session(self) -> None:
-        self.has_trained = False
         plan, rng = self.plan, self._rng
+        self._training = Training(plan, rng, self, self._may_leave, self.reads)
         instance = f"{rng.getrandbits(128):032x}"
         terms = JoinTerms(plan.name, plan.config(), False, plan.rank, instance)
         journal = Journal(_REPLAY_BYTES if plan.replay else 0)
@@ -183,7 +133,7 @@ class TrainerProcess:
             case Disconnect():
                 self._drop_link()
             case Settled():
-                self._results = action.results
+                self.results = action.results
                 self._resume(action.call, action.error)
 
     def _has_begun_or_ended(self) -> bool:
@@ -192,7 +142,7 @@ class TrainerProcess:
         if self._script is not None or (failure is None and joined is None):
             return False
         if failure is None and joined is not None:
-            self._script = self._train(int(joined.step))
+            self._script = self._training.script(int(joined.step))
             self._advance(None)
             self.carry_out()
         elif isinstance(failure, AlreadyExists) and joined is None:
@@ -304,109 +254,24 @@ class TrainerProcess:
             self.core.cancel(call)
             self.carry_out()
 
-    def _train(self, step: int) -> Script:
-        plan = self.plan
-        while step < plan.steps:
-            accumulated = False
-            while not accumulated:
-                for micro in range(plan.micro_batches):
-                    yield from self._micro_batch(step, micro)
-                accumulated = self._rng.random() >= plan.extras or (yield from self._cancelled_window(step))
-            while True:
-                norm = yield from self._ask(Call(Op.GRAD_NORM, spb.RequestOpen(grad_norm=spb.GradNorm()), TIMEOUT_S))
-                if norm is None:
-                    continue
-                scale = min(1.0, _MAX_NORM / (norm.norm + 1e-6))
-                update = pb.ParamGroup(adamw=pb.Adam(learning_rate=0.02, beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.01))
-                if self._rng.random() < 3 * plan.extras:
-                    self._evaluate_aside(step)
-                opened = spb.RequestOpen(step=spb.Step(step=step + 1, grad_scale=scale, groups=[update]))
-                stepped = yield from self._ask(Call(Op.STEP, opened, TIMEOUT_S))
-                if stepped is not None:
-                    break
-            assert stepped.step == step + 1, f"step {step + 1} was asked for, the run is at {stepped.step}"
-            step = int(stepped.step)
-        self.has_trained = True
-        while not self._may_leave():  # somebody may yet have to repeat steps that need this rank
-            yield Call(Op.NONE, spb.RequestOpen(), -_LINGER_S)
-        yield from self._ask(Call(Op.LEAVE, spb.RequestOpen(leave=spb.Leave()), TIMEOUT_S))
+    # What a training may do beside its calls
 
-    def _ask(self, call: Call) -> Generator[Call, tuple[Call, KtExpertError | None], spb.ResultHead | None]:
-        """None where a barrier broke and the same is to be asked again."""
-        call, error = yield call
-        if isinstance(error, BarrierBroken):
-            yield Call(Op.NONE, spb.RequestOpen(), -_RETRY_S)
-            return None
-        if error is not None:
-            raise AssertionError(f"{call.op.name} failed: {type(error).__name__}: {error}")
-        assert call.head is not None
-        return call.head
+    def cancel_later(self, call: Call, most_s: float) -> None:
+        self.after(most_s * self._rng.random(), self._cancel, call)
 
-    def _micro_batch(self, step: int, micro: int) -> Generator[Call, tuple[Call, KtExpertError | None], None]:
-        plan = self.plan
-        x, ids, weights = batch(plan.run, plan.rank, step, micro)
-        tickets = []
-        for layer in range(LAYERS):
-            if self._rng.random() < plan.extras:
-                yield from self._extra(layer, x, ids, weights)
-            call = yield from self._pass(lambda layer=layer, x=x: _forward(layer, x, ids, weights))
-            x = x + self._array(Tensor.OUTPUT)
-            tickets.append(call.request_id)
-        dy = np.cos(x)
-        for layer in reversed(range(LAYERS)):
-            begins = micro == 0 and layer == LAYERS - 1
-            ticket = tickets[layer]
-            call = yield from self._pass(
-                lambda layer=layer, dy=dy, ticket=ticket, begins=begins: _backward(layer, ticket, dy, begins)
-            )
-            dy = dy + self._array(Tensor.GRAD_HIDDEN_STATES)
-
-    def _pass(self, make: Callable[[], Call]) -> Generator[Call, tuple[Call, KtExpertError | None], Call]:
-        """Asked for again where it was cancelled."""
-        while True:
-            call, error = yield make()
-            if error is None:
-                return call
-            assert isinstance(error, Cancelled), f"{call.op.name} failed: {type(error).__name__}: {error}"
-
-    def _cancelled_window(self, step: int) -> Generator[Call, tuple[Call, KtExpertError | None], bool]:
-        """Begins a new window and cancels that. True where it was cancelled in time: the old window then still counts."""
-        x, ids, weights = batch(self.plan.run, self.plan.rank, step, 0)
-        forward = yield from self._pass(lambda: _forward(0, x, ids, weights))
-        backward = _backward(0, forward.request_id, x, True)
-        self.after(0.004 * self._rng.random(), self._cancel, backward)
-        _, error = yield backward
-        assert error is None or isinstance(error, Cancelled), error
-        if error is not None:
-            self.core.release(forward.request_id)
-            self.carry_out_later()
-        return error is not None
-
-    def _extra(
-        self, layer: int, x: np.ndarray, ids: np.ndarray, weights: np.ndarray
-    ) -> Generator[Call, tuple[Call, KtExpertError | None], None]:
-        """What an evaluation does in between: a forward whose ticket nobody uses."""
-        call = yield from self._pass(lambda: _forward(layer, x, ids, weights))
-        # A finalizer runs when it likes: while the forward is being repeated, too.
-        self.after(self._rng.choice((0.0, 0.5, 30.0)), self._release, call.request_id)
+    def release_later(self, ticket: int, delay_s: float) -> None:
+        self.after(delay_s, self._release, ticket)
 
     def _release(self, ticket: int) -> None:
         self.core.release(ticket)
         self.carry_out()
 
-    def _evaluate_aside(self, step: int) -> None:
-        """A forward of the state before the step, whose outcome the step does not wait for."""
-        call = _forward(0, *batch(self.plan.run, self.plan.rank, step, 0), keeps=False)
+    def ask_aside(self, call: Call) -> None:
+        """A forward of the state before a step, whose outcome the step does not wait for."""
         if self._aside is None and self.core.has_room(2 * call.size_bytes):
             self._aside = call
             self.went_ahead += 1
             self.core.submit(call, self._heap.now)
-
-    def _array(self, tensor: Tensor) -> np.ndarray:
-        return np.frombuffer(self._results[tensor].view, np.float32).reshape(-1, HIDDEN)
-
-    def carry_out_later(self) -> None:
-        self.after(0.0, self.carry_out)
 
 
 class _Link:
@@ -447,34 +312,3 @@ def _error_of(reason: str) -> KtExpertError:
         return ServerUnavailable(reason)
     delay, _, text = rest.partition("|")
     return from_status(STATUS_NUMBERS[code], text, float(delay))
-
-
-def _out(tensor: Tensor, dtype: Dtype, values: np.ndarray) -> OutTensor:
-    return OutTensor(tensor, dtype, values.shape[0], values.shape[1], _Source(values))
-
-
-def _forward(layer: int, x: np.ndarray, ids: np.ndarray, weights: np.ndarray, keeps: bool = True) -> Call:
-    sent = (
-        _out(Tensor.EXPERT_IDS, Dtype.INT32, ids),
-        _out(Tensor.ROUTING_WEIGHTS, Dtype.FP32, weights),
-        _out(Tensor.HIDDEN_STATES, Dtype.FP32, x),
-    )
-    opened = spb.RequestOpen(forward=spb.Forward(top_k=TOP_K, save_for_backward=keeps, use_adapter=True))
-    expects = {Tensor.OUTPUT: x.nbytes}
-    return Call(Op.FORWARD, opened, TIMEOUT_S, layer, Dtype.FP32, TOKENS, HIDDEN, sent, expects, on_unneeded=_let_go)
-
-
-def _backward(layer: int, ticket: int, dy: np.ndarray, begins: bool) -> Call:
-    opened = spb.RequestOpen(backward=spb.Backward(ticket=ticket, begin_window=begins))
-    expects = {
-        Tensor.GRAD_HIDDEN_STATES: dy.nbytes,
-        Tensor.GRAD_ROUTING_WEIGHTS: TOKENS * TOP_K * ITEM_BYTES[Dtype.FP32],
-    }
-    sent = (_out(Tensor.GRAD_OUTPUT, Dtype.FP32, dy),)
-    return Call(Op.BACKWARD, opened, TIMEOUT_S, layer, Dtype.FP32, TOKENS, HIDDEN, sent, expects, on_unneeded=_let_go)
-
-
-def _let_go(call: Call) -> None:
-    for each in call.tensors:
-        assert isinstance(each.source, _Source)
-        each.source.is_released = True

@@ -337,15 +337,13 @@ class ServerCore:
     def _answer_join(self, state: _Stream, member: Member, join: Join, *, resumed: bool) -> None:
         run, limits, exchange = member.run, self.limits, state.exchange
         assert exchange is not None  # noqa: S101
-        mark = run.marks.get(member.rank)
-        included = mark.request_id if mark is not None and mark.instance == member.instance and not resumed else 0
         answer = Joined(
             credit_requests=limits.credit_requests,
             credit_bytes=limits.credit_bytes,
             lease_s=limits.lease_s,
             resumed=resumed,
             received=member.log.received if resumed else 0,
-            included=included,
+            included=0 if resumed else member.included,
             step=run.step,
             created=run.opened_by == member.instance,
             durable=member.durable,

@@ -38,6 +38,7 @@ class Member:
     is_gone: bool = False
     lapse_was_told: bool = False  # to those who wait for it
     durable: int = 0  # its requests up to here survive the server's death
+    included: int = 0  # the run's state held its requests up to here when this member was made
 
     @property
     def trained(self) -> Trained:

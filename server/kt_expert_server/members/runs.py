@@ -10,6 +10,7 @@ from kt_expert_proto.lora import LayerLora
 from kt_expert_server.adapters.adapter import Adapter, check_lora, optimizer_bytes, parameter_bytes, step_bytes
 from kt_expert_server.adapters.run_config import RunConfig, describe_differences, require_same_lora
 from kt_expert_server.adapters.window import GradientWindow
+from kt_expert_server.checkpoints.manifest import MemberMark
 from kt_expert_server.checkpoints.work import ApplyWork
 from kt_expert_server.engine.budget import Holdings, MemoryBudget, Reservation
 from kt_expert_server.engine.kinds import Kind
@@ -322,9 +323,8 @@ class Runs:
             GradientWindow(),
             wanted.epoch,
         )
-        mark = run.durable_marks.get(wanted.rank)
-        if mark is not None and mark.instance == wanted.instance:
-            member.durable = mark.request_id
+        member.durable = _of_instance(run.durable_marks.get(wanted.rank), wanted.instance)
+        member.included = _of_instance(run.marks.get(wanted.rank), wanted.instance)
         run.members[wanted.rank] = member
         run.empty_since = None
         return member
@@ -433,3 +433,8 @@ def _new_run(wanted: Wanted, adapter: Adapter, held: Holdings, now: float, resto
         run.durable_marks = dict(run.marks)
         run.opened_by = ""  # it is not new to anybody
     return run
+
+
+def _of_instance(mark: MemberMark | None, instance: str) -> int:
+    """The request that a mark names, where it is that instance's; else 0."""
+    return mark.request_id if mark is not None and mark.instance == instance else 0

@@ -376,6 +376,8 @@ def _is_acknowledged(pending: _Pending) -> bool:
     """Whether no member lacks an outcome that could not be computed again from this checkpoint."""
     for rank, mark in pending.about.members.items():
         member = pending.run.members.get(int(rank))
-        if member is not None and member.instance == mark.instance and member.log.acknowledged < mark.request_id:
+        if member is None or member.instance != mark.instance:
+            continue
+        if max(member.log.acknowledged, member.included) < mark.request_id:
             return False
     return True

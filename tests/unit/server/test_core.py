@@ -241,6 +241,18 @@ def test_a_server_that_stops_finishes_and_saves_and_leaves_the_rest_to_the_next(
     assert (again.joined.step, again.joined.received, again.joined.included) == (1, 0, step)
 
 
+def test_the_first_request_after_a_restart_may_be_a_checkpoint() -> None:
+    server = CoreServer(Limits(checkpoint_every_steps=1))
+    member = CoreMember(server)
+    assert member.train() == ""
+    step = member.ask_step(1)
+    assert member.take(step) == ""
+    following = CoreServer(disk=server.disk)
+    again = CoreMember(following, epoch=2, born=1)
+    again.next_id = step + 1
+    assert again.call(Op.SAVE_CHECKPOINT, **save("kept")) == ""
+
+
 @pytest.mark.parametrize("held", ["engine", "disk", "acknowledgement"])
 def test_a_server_that_stops_ends_in_time_whatever_holds_it_up(held: str) -> None:
     server = CoreServer()
