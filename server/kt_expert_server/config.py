@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ DEFAULT_METRICS_LISTEN = "127.0.0.1:9464"
 WEIGHT_FORMATS = tuple(native.list_weight_formats())
 SERVED_FORMATS = (AUTO_FORMAT, *WEIGHT_FORMATS)
 DEFAULT_LIMITS = Limits()
+# A trainer makes two when it begins and then none; at this rate they cost the server well below a tenth of one core.
+DEFAULT_CALLS_PER_SECOND = 20.0
 ISA_VARIABLE = "KT_EXPERT_ISA"  # forces an instruction set
 _ADDRESS = re.compile(r"^(?P<host>[^:\s]+|\[[0-9a-fA-F:]+\]):(?P<port>\d{1,5})$")
 _MAX_PORT = 65535
@@ -89,6 +92,7 @@ class ServerConfig:
     placement: Placement
     limits: Limits = DEFAULT_LIMITS
     security: Security = NO_SECURITY
+    calls_per_second: float = DEFAULT_CALLS_PER_SECOND  # of one identity: streams opened, control calls, refused requests
 
     def __post_init__(self) -> None:
         if self.weight_format not in SERVED_FORMATS:
@@ -97,6 +101,8 @@ class ServerConfig:
             )
         if self.threads < 1:
             raise InvalidRequest(f"threads is {self.threads}, expected at least 1")
+        if not (math.isfinite(self.calls_per_second) and self.calls_per_second > 0):
+            raise InvalidRequest(f"--calls-per-second is {self.calls_per_second}, expected a number above 0")
 
 
 def available_cores() -> int:

@@ -24,9 +24,12 @@ from kt_expert_server.config import Address, ServerConfig
 from kt_expert_server.edge.auth import Authenticator
 from kt_expert_server.edge.control import ControlService
 from kt_expert_server.edge.driver import Driver
+from kt_expert_server.edge.entrance import Entrance
 from kt_expert_server.edge.grpc_stream import SessionStreams
 from kt_expert_server.edge.http import ObserveServer
 from kt_expert_server.edge.listening import bind, check_security, is_loopback
+from kt_expert_server.edge.pace import Pace
+from kt_expert_server.edge.parsing import Parsing
 from kt_expert_server.edge.status import CallGuard
 from kt_expert_server.engine.budget import MemoryBudget
 from kt_expert_server.engine.buffers import BufferPool
@@ -75,7 +78,8 @@ class Server:
         self._driver = Driver(self._core, self._metrics)
         check_security(config.listen, config.security)
         tokens = config.security.token_file
-        self._authenticator = Authenticator() if tokens is None else Authenticator.from_file(tokens)
+        authenticator = Authenticator() if tokens is None else Authenticator.from_file(tokens)
+        self._entrance = Entrance(authenticator, Pace(config.calls_per_second, self._metrics.paced))
         self._observe = ObserveServer(
             lambda: self._core.state, lambda: self._metrics.render(self._core, self._budget, engine.threads)
         )
@@ -118,14 +122,14 @@ class Server:
         self._stop_loading.set()
 
     async def _start_grpc(self) -> tuple[grpc.aio.Server, Address]:
-        server = grpc.aio.server(options=SERVER_OPTIONS)
+        server = grpc.aio.server(options=SERVER_OPTIONS, interceptors=(Parsing(self._entrance.pace),))
         guard = CallGuard(self._metrics)
         service_pb2_grpc.add_ExpertServicer_to_server(self._control_service(guard), server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         if self._config.security.reflection or is_loopback(self._config.listen):
             names = (SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME)
             reflection.enable_server_reflection(names, server)
-        streams = SessionStreams(self._driver, self._authenticator, self._metrics)
+        streams = SessionStreams(self._driver, self._entrance, self._metrics)
         server.add_generic_rpc_handlers((streams,))
         bound = bind(server, self._config.listen, self._config.security)
         await self._set_health(serving=False)
@@ -138,7 +142,7 @@ class Server:
             self._tools.engine,
             self._budget,
             self._store,
-            self._authenticator,
+            self._entrance,
             guard,
             self._version,
             lambda: self._loaded_bytes / max(1, self._plan.bf16_bytes),

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import random
 import uuid
+from collections import Counter, deque
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import grpc
+import pytest
 from kt_expert_proto.dtypes import Dtype
 from kt_expert_proto.header import PREFIX, FrameError, FrameType, Header, Op, Tensor, pack
+from kt_expert_proto.v1 import service_pb2 as pb
 from kt_expert_server.members.limits import Limits
 from kt_expert_server.members.wire import check_instance
 from simulation.disk import SimulatedDisk
@@ -18,8 +24,11 @@ from simulation.training import Plan
 from support.raw import RawMember
 from support.server import ServerProcess
 
+SERVICE = pb.DESCRIPTOR.services_by_name["Expert"]
+TOKEN = "0123456789abcdef"  # noqa: S105  # of the attacker
 INPUTS = 100_000
-LIVE_STREAMS = 300
+LIVE_STREAMS = 20_000
+CONTROL_CALLS = 80_000
 
 
 class _Nobody:
@@ -83,13 +92,26 @@ def _join(server: SimulatedServer, stream: object, plan: Plan, instance: str, *,
         heap.step()
 
 
-def test_a_live_server_survives_hostile_streams(server: ServerProcess) -> None:
+@pytest.fixture(scope="module")
+def hostile_server(qwen3_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    """Takes calls as fast as they come, from somebody who may train and not administer."""
+    directory = tmp_path_factory.mktemp("fuzz")
+    tokens = directory / "tokens"
+    tokens.write_text(f"attacker train {TOKEN}\n")
+    tokens.chmod(0o600)
+    options = ("--calls-per-second", "1e6", "--token-file", str(tokens), "--state-dir", str(directory / "state"))
+    with ServerProcess(qwen3_checkpoint, directory / "log", *options) as process:
+        yield process
+        assert "Traceback" not in process.log.read_text(encoding="utf-8")
+
+
+def test_a_live_server_survives_hostile_streams(hostile_server: ServerProcess) -> None:
     rng = random.Random(2)
     codes = {grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.DATA_LOSS}
-    with RawMember(server.address, f"fuzz-{uuid.uuid4().hex}") as raw:
+    with RawMember(hostile_server.address, f"fuzz-{uuid.uuid4().hex}", token=TOKEN) as raw:
         for _ in range(LIVE_STREAMS):
             raw.rejoin(resume=False)
-            for sequence in range(1, 40):
+            for sequence in range(1, rng.randrange(2, 12)):
                 raw.send_bytes(frame(rng, sequence, raw.epoch))
             raw.send_bytes(b"the end")
             try:
@@ -98,3 +120,36 @@ def test_a_live_server_survives_hostile_streams(server: ServerProcess) -> None:
                 raise AssertionError("the server sent a malformed frame") from error
         raw.rejoin(resume=False)
         raw.leave()
+
+
+def control_message(rng: random.Random, request: Any) -> bytes:
+    """Random bytes, or a message with hostile text in it, whole or damaged."""
+    if rng.random() < 0.2:
+        return rng.randbytes(rng.randrange(200))
+    message = request()
+    for field in message.DESCRIPTOR.fields:
+        text = rng.choice(("", "a", "../../etc/passwd", "\x00", "run\n", "\U0001f4a5" * 40, "a" * 5000, "fuzz"))
+        setattr(message, field.name, text if field.type == field.TYPE_STRING else rng.getrandbits(31))
+    encoded = bytearray(message.SerializeToString() + rng.randbytes(rng.choice((0, 0, 3))))
+    for _ in range(rng.choice((0, 0, 1, 4))):
+        if encoded:
+            encoded[rng.randrange(len(encoded))] = rng.randrange(256)
+    return bytes(encoded[: rng.randrange(len(encoded) + 1)] if rng.random() < 0.2 else encoded)
+
+
+def test_a_live_server_survives_hostile_control_calls(hostile_server: ServerProcess) -> None:
+    rng, seen = random.Random(3), Counter[grpc.StatusCode]()
+    metadata = [("authorization", f"Bearer {TOKEN}")]
+    with grpc.insecure_channel(hostile_server.address) as channel:
+        waiting: deque[grpc.Future] = deque()
+        methods = [
+            (channel.unary_unary(f"/{SERVICE.full_name}/{method.name}"), getattr(pb, method.input_type.name))
+            for method in SERVICE.methods
+        ]
+        for _ in range(CONTROL_CALLS):
+            call, request = rng.choice(methods)
+            waiting.append(call.future(control_message(rng, request), metadata=metadata, timeout=60.0))
+            if len(waiting) > 32:
+                seen[waiting.popleft().code()] += 1
+        seen.update(call.code() for call in waiting)
+    assert {code.name for code in seen} == {"OK", "INVALID_ARGUMENT", "NOT_FOUND", "FAILED_PRECONDITION", "PERMISSION_DENIED"}

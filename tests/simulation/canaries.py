@@ -386,15 +386,6 @@ def _step_kept(original: Any) -> Any:
     return loaded
 
 
-def _marks_kept(original: Any) -> Any:
-    def loaded(run: Any, manifest: Any, loader: Any) -> None:
-        marks = dict(run.marks)
-        original(run, manifest, loader)
-        run.marks = marks
-
-    return loaded
-
-
 CANARIES = (
     Canary("a lost acknowledgement gives its credits back twice", _patched(Exchange, "_acknowledge", _credits_twice)),
     Canary("a backward closes the window before it can fail", _patched(BackwardWork, "prepare", _window_closed_early)),
@@ -436,7 +427,6 @@ CANARIES = (
     Canary("a repeated forward drops other values", _patched(Call, "frames", _other_masks)),
     Canary("a checkpoint waits for what a restart has settled", _patched(saving, "_is_acknowledged", _only_its_own), 3000),
     Canary("a run that goes back keeps its step count", _patched(saving, "_loaded", _step_kept)),
-    Canary("a run that goes back keeps its marks", _patched(saving, "_loaded", _marks_kept), 3000),
     Canary("a read tensor is not the adapter's", _nothing(ReadWork, "run")),
     Canary("a checkpoint is loaded without its moments", _patched(saving, "ApplyWork", _moments_not_loaded)),
 )  # fmt: skip

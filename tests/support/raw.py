@@ -50,8 +50,10 @@ class RawMember:
     """Opens a run and joins it, then sends whatever it is told to."""
 
     def __init__(
-        self, address: str, run: str = "raw", *, world_size: int = 1, rank: int = 0, ephemeral: bool = True, join: bool = True
-    ) -> None:
+        self, address: str, run: str = "raw", *, world_size: int = 1, rank: int = 0, ephemeral: bool = True, join: bool = True,
+        token: str = "",
+    ) -> None:  # fmt: skip
+        self._metadata = [("authorization", f"Bearer {token}")] if token else []
         self.channel = grpc.insecure_channel(
             address, options=(("grpc.max_send_message_length", -1), ("grpc.use_local_subchannel_pool", 1))
         )
@@ -73,7 +75,7 @@ class RawMember:
         """Opens a stream, and says nothing on it."""
         self._outgoing: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         exchange = self.channel.stream_stream(SESSION_METHOD, request_serializer=None, response_deserializer=None)
-        self.call: Any = exchange(iter(self._outgoing.get, None), timeout=TIMEOUT_S)
+        self.call: Any = exchange(iter(self._outgoing.get, None), timeout=TIMEOUT_S, metadata=self._metadata)
         self._encoder = Encoder()
         self._incoming = self._frames()
 

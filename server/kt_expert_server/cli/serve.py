@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from kt_expert_server.config import (
+    DEFAULT_CALLS_PER_SECOND,
     DEFAULT_LIMITS,
     DEFAULT_LISTEN,
     DEFAULT_METRICS_LISTEN,
@@ -145,6 +146,13 @@ def _parser() -> argparse.ArgumentParser:
         metavar="WHAT=GIB",
         help=f"what one identity may have, over all its runs, of {', '.join(QUOTAS)}; may be given for each",
     )
+    parser.add_argument(
+        "--calls-per-second",
+        type=float,
+        default=DEFAULT_CALLS_PER_SECOND,
+        metavar="N",
+        help="streams opened, control calls and refused requests of one identity; faster ones wait their turn",
+    )
     _add_security(parser)
     parser.add_argument("--log-level", default="info", choices=("debug", "info", "warning", "error"))
     return parser
@@ -197,6 +205,7 @@ def _config(options: argparse.Namespace) -> ServerConfig:
         isa=os.environ.get(ISA_VARIABLE, ""),
         memory_limit_bytes=limit,
         shutdown_timeout_s=options.shutdown_timeout,
+        calls_per_second=options.calls_per_second,
     )
 
 

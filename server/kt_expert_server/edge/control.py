@@ -13,8 +13,8 @@ from kt_expert_proto.v1 import service_pb2 as pb
 from kt_expert_proto.v1 import service_pb2_grpc
 
 from kt_expert_server.checkpoints.store import CheckpointStore
-from kt_expert_server.edge.auth import Authenticator
 from kt_expert_server.edge.driver import Driver
+from kt_expert_server.edge.entrance import Entrance
 from kt_expert_server.edge.status import CallGuard
 from kt_expert_server.engine.budget import MemoryBudget
 from kt_expert_server.engine.kinds import Kind
@@ -44,7 +44,7 @@ class ControlService(service_pb2_grpc.ExpertServicer):
         engine: native.Engine,
         budget: MemoryBudget,
         store: CheckpointStore | None,
-        authenticator: Authenticator,
+        entrance: Entrance,
         guard: CallGuard,
         version: str,
         load_progress: Callable[[], float],
@@ -52,7 +52,7 @@ class ControlService(service_pb2_grpc.ExpertServicer):
     ) -> None:
         self._driver, self._core = driver, driver.core
         self._engine, self._budget, self._store = engine, budget, store
-        self._authenticator, self._guard, self._version = authenticator, guard, version
+        self._entrance, self._guard, self._version = entrance, guard, version
         self._progress, self._on_drain = load_progress, on_drain
         self._begun = time.monotonic()
 
@@ -63,7 +63,7 @@ class ControlService(service_pb2_grpc.ExpertServicer):
                     f"the client speaks protocol {request.protocol_version}, this server {PROTOCOL_VERSION}; install "
                     "matching versions of kt-expert"
                 )
-            self._trainer(context)
+            await self._entrance.trainer(context)
             model, limits = self._core.model, self._core.limits
             return pb.HelloResponse(
                 protocol_version=PROTOCOL_VERSION,
@@ -82,7 +82,7 @@ class ControlService(service_pb2_grpc.ExpertServicer):
 
     async def CloseRun(self, request: pb.CloseRunRequest, context: Context) -> pb.CloseRunResponse:  # noqa: N802
         async def body() -> pb.CloseRunResponse:
-            identity = self._trainer(context)
+            identity = await self._entrance.trainer(context)
             self._driver.do(lambda now: self._core.close_run(request.run, identity, now))
             return pb.CloseRunResponse()
 
@@ -94,7 +94,7 @@ class ControlService(service_pb2_grpc.ExpertServicer):
         del request
 
         async def body() -> pb.ListCheckpointsResponse:
-            identity, store = self._trainer(context), self._store
+            identity, store = await self._entrance.trainer(context), self._store
             if store is None:
                 raise WrongPhase("this server has no place for checkpoints; start it with --state-dir DIR")
             found = await self._driver.on_disk(lambda: store.of_owner(identity))
@@ -117,7 +117,7 @@ class ControlService(service_pb2_grpc.ExpertServicer):
         del request
 
         async def body() -> pb.DrainResponse:
-            self._authenticator.admin(context.invocation_metadata() or (), context.peer())
+            await self._entrance.admin(context)
             self._driver.do(lambda _: self._core.drain())
             self._on_drain()
             return pb.DrainResponse()
@@ -128,7 +128,7 @@ class ControlService(service_pb2_grpc.ExpertServicer):
         del request
 
         async def body() -> pb.GetStatusResponse:
-            return self._status(self._trainer(context))
+            return self._status(await self._entrance.trainer(context))
 
         return await self._answer("GetStatus", context, body)
 
@@ -183,9 +183,6 @@ class ControlService(service_pb2_grpc.ExpertServicer):
             ephemeral=run.ephemeral,
             idle_s=0.0 if run.empty_since is None else now - run.empty_since,
         )
-
-    def _trainer(self, context: Context) -> str:
-        return self._authenticator.trainer(context.invocation_metadata() or (), context.peer())
 
     async def _answer(self, method: str, context: Context, body: Callable[[], Awaitable[Response]]) -> Response:
         return await self._guard.unary(method, context, body)

@@ -11,10 +11,13 @@ from typing import Any
 import grpc
 from kt_expert_proto.channel import SESSION_METHOD
 from kt_expert_proto.codec import Decoder, Encoder, Memory, Outbound
-from kt_expert_proto.header import Header, Op
+from kt_expert_proto.header import FrameType, Header, Op
+from kt_expert_proto.status import STATUS_NUMBERS
+from kt_expert_proto.v1.session_pb2 import ErrorDetail
 
-from kt_expert_server.edge.auth import Authenticator
 from kt_expert_server.edge.driver import Driver, StreamReceiver
+from kt_expert_server.edge.entrance import Entrance
+from kt_expert_server.edge.pace import Pace
 from kt_expert_server.edge.status import abort, abort_fault
 from kt_expert_server.engine.buffers import PooledBuffer
 from kt_expert_server.errors import OutOfCapacity, ServerError
@@ -23,6 +26,10 @@ from kt_expert_server.observe.metrics import Metrics
 Context = grpc.aio.ServicerContext[bytes, bytes]
 _METHOD = "Exchange"
 _PASSES = (Op.FORWARD, Op.BACKWARD)
+# What a trainer that makes no mistake hardly gets; a request that it cancels is none of these.
+_REFUSALS = {
+    STATUS_NUMBERS[name] for name in ("INVALID_ARGUMENT", "NOT_FOUND", "FAILED_PRECONDITION", "RESOURCE_EXHAUSTED")
+}  # fmt: skip
 _LAST_WORDS_S = 2.0  # for what was queued before an end to leave
 _MAX_QUEUED_FRAMES = 4096  # a trainer that acknowledges has at most some dozens; about 1 MiB where tensors are not counted
 
@@ -30,8 +37,8 @@ _MAX_QUEUED_FRAMES = 4096  # a trainer that acknowledges has at most some dozens
 class SessionStreams(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # generic in the stubs only
     """Serves /kt_expert.v1.Session/Exchange with identity serializers."""
 
-    def __init__(self, driver: Driver, authenticator: Authenticator, metrics: Metrics) -> None:
-        self._driver, self._authenticator, self._metrics = driver, authenticator, metrics
+    def __init__(self, driver: Driver, entrance: Entrance, metrics: Metrics) -> None:
+        self._driver, self._entrance, self._metrics = driver, entrance, metrics
 
     def service(self, handler_call_details: Any) -> Any:
         if handler_call_details.method != SESSION_METHOD:
@@ -42,8 +49,8 @@ class SessionStreams(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # gener
         begun, code = time.monotonic(), "OK"
         self._metrics.call_started(_METHOD)
         try:
-            identity = self._authenticator.trainer(context.invocation_metadata() or (), context.peer())
-            await GrpcStream(self._driver, self._metrics).run(messages, context, identity)
+            identity = await self._entrance.trainer(context)
+            await GrpcStream(self._driver, self._metrics, self._entrance.pace).run(messages, context, identity)
         except ServerError as error:
             code = error.code
             await abort(context, error)
@@ -112,8 +119,9 @@ class _Outgoing:
 class GrpcStream:
     """Implements Transport: a reader that feeds the decoder and a writer that drains what the core has to say."""
 
-    def __init__(self, driver: Driver, metrics: Metrics) -> None:
-        self._driver, self._metrics = driver, metrics
+    def __init__(self, driver: Driver, metrics: Metrics, pace: Pace) -> None:
+        self._driver, self._metrics, self._pace = driver, metrics, pace
+        self._refused = 0  # requests whose turns are still to be waited for
         self._outgoing = _Outgoing()
         self._has_outgoing = asyncio.Event()
         self._ended: asyncio.Future[ServerError | None] = asyncio.get_running_loop().create_future()
@@ -124,6 +132,8 @@ class GrpcStream:
         if len(self._outgoing) >= _MAX_QUEUED_FRAMES:
             self.end(OutOfCapacity(f"{len(self._outgoing)} frames wait to be read by this trainer; read them as they come"))
             return
+        if header.type is FrameType.ERROR and isinstance(payload, bytes):
+            self._refused += ErrorDetail.FromString(payload).code in _REFUSALS
         self._outgoing.add(header, payload)
         self._has_outgoing.set()
 
@@ -139,7 +149,7 @@ class GrpcStream:
         """Returns when the peer has ended the stream. Raises the error the core ended it with."""
         stream = self._driver.open_stream(self, identity)
         decoder = Decoder(StreamReceiver(self._driver, stream))
-        reader = asyncio.ensure_future(self._read(stream, decoder, messages))
+        reader = asyncio.ensure_future(self._read(stream, decoder, messages, identity))
         writer = asyncio.ensure_future(self._write(context))
         try:
             await asyncio.wait((self._ended, reader, writer), return_when=asyncio.FIRST_COMPLETED)
@@ -171,8 +181,13 @@ class GrpcStream:
         while (self._outgoing or self._has_outgoing.is_set()) and not writer.done() and time.monotonic() < deadline:
             await asyncio.wait((writer,), timeout=0.01)
 
-    async def _read(self, stream: int, decoder: Decoder[PooledBuffer], messages: AsyncIterator[bytes]) -> None:
+    async def _read(
+        self, stream: int, decoder: Decoder[PooledBuffer], messages: AsyncIterator[bytes], identity: str
+    ) -> None:  # fmt: skip
         async for message in messages:
+            while self._refused:
+                self._refused -= 1
+                await self._pace.turn(identity)
             self._driver.feed(stream, lambda message=message: decoder.feed(message))  # type: ignore[misc]
             if self._ended.done():
                 return

@@ -35,6 +35,9 @@ class Metrics:
         self._inflight_bytes = self._gauge("inflight_bytes", "Tensors of those requests", [])
         self._rejected = self._counter("rejected", "Requests that ended in an error, by status code", ["reason"])
         self._duplicates = self._counter("duplicate_requests", "Requests sent again and answered from memory", [])
+        self._paced = self._counter(
+            "paced_calls", "Calls that came faster than --calls-per-second: they waited or were refused", []
+        )
         self._memory = self._gauge("memory_bytes", "Memory reserved", ["kind"])
         self._limit = self._gauge("memory_budget_bytes", "The limit all reservations share", [])
         self._runs = self._gauge("run_active", "Runs that are open", [])
@@ -88,6 +91,9 @@ class Metrics:
 
     def duplicate(self) -> None:
         self._duplicates.inc()
+
+    def paced(self) -> None:
+        self._paced.inc()
 
     def step(self, seconds: float) -> None:
         self._steps.observe(seconds)
