@@ -16,7 +16,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # Bochs and a kernel, built once from Debian's packages and named after what went in.
 EMULATOR_CACHE ?= build/emulator
 
-.PHONY: setup demo test check format native-test mca sanitize fuzz emulated simulate soak neighbours python-test bench clean system-packages
+.PHONY: setup demo test check format native-test mca sanitize hostile-inputs fuzz emulated simulate soak neighbours python-test bench clean system-packages
 
 setup: $(STAMP)
 
@@ -36,7 +36,7 @@ $(STAMP): pyproject.toml $(NATIVE_SOURCES) $(PROTO_SOURCES) | $(VENV)/.torch
 demo: $(STAMP)
 	$(BIN)/python deploy/demo/run.py $(DEMO_FLAGS)
 
-test: check native-test mca sanitize emulated simulate soak python-test
+test: check native-test mca sanitize hostile-inputs emulated simulate soak python-test
 	$(MAKE) demo DEMO_FLAGS="--out build/demo-small --base-steps 40 --steps 6"
 
 check: $(STAMP)
@@ -69,6 +69,14 @@ sanitize: $(STAMP) system-packages
 	    -DKT_EXPERT_SANITIZE=$$kinds > /dev/null && cmake --build build/native-$$kinds && \
 	  UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 build/native-$$kinds/tests/kt_expert_native_tests || exit 1; \
 	done
+
+# INPUTS hostile inputs to what parses bytes and computes with them, as a checkpoint and a trainer could send them, under the
+# sanitizers: half from one seed, half from another.
+INPUTS ?= 1000000
+HOSTILE_INPUTS := build/native-address,undefined/tests/kt_expert_hostile_inputs
+hostile-inputs: sanitize
+	export UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1; half=$$(($(INPUTS) / 2)); \
+	$(HOSTILE_INPUTS) $$half 1 & first=$$!; $(HOSTILE_INPUTS) $$half 2 && wait $$first
 
 # Coverage-guided fuzzing of what parses bytes, for FUZZ_SECONDS; needs Debian's clang-19.
 FUZZ_SECONDS ?= 60

@@ -15,6 +15,7 @@ _MAX_PORT = 65535
 _HOST_PORT = re.compile(r"(?P<host>[^\[\]:/\s]+|\[[0-9A-Fa-f:.%\w]+\]):(?P<port>\d{1,5})")
 _FORMS = f"expected host:port, [IPv6]:port, grpcs://host:port or unix:/path (the server's default port is {DEFAULT_PORT})"
 _PROXY_VARIABLES = ("grpc_proxy", "https_proxy", "http_proxy")
+_EXCEPTIONS_VARIABLES = ("no_grpc_proxy", "no_proxy")  # the first that is set counts
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,10 +58,20 @@ class ServerAddress:
         except ValueError:
             return self.host == "localhost" or self.host.endswith(".localhost")
 
+    @property
+    def proxy_variable(self) -> str | None:
+        """The variable that names the proxy gRPC goes through to this address; None where it goes there itself."""
+        if self.is_local:
+            return None
+        exceptions = next((os.environ[name] for name in _EXCEPTIONS_VARIABLES if os.environ.get(name)), "")
+        if any(_covers(entry.strip(), self.host) for entry in exceptions.split(",") if entry.strip()):
+            return None
+        return next((name for name in _PROXY_VARIABLES if os.environ.get(name)), None)
+
     def describe_failure(self, details: str) -> str:
         """What most likely is the matter, where gRPC could not connect and said `details`."""
-        proxy = next((name for name in _PROXY_VARIABLES if os.environ.get(name)), None)
-        if proxy is not None and not self.is_local:
+        proxy = self.proxy_variable
+        if proxy is not None:
             return (
                 f"connections to {self.text} go through the proxy that {proxy} names ({os.environ[proxy]}); if that is not "
                 f"meant, set no_proxy={self.host} ({details})"
@@ -70,7 +81,9 @@ class ServerAddress:
         return details
 
     def find(self) -> None:
-        """Raises ServerUnavailable for a host name nobody knows or a socket that is not there."""
+        """Raises ServerUnavailable for an unknown host name or a socket that is not there. A proxy looks names up itself."""
+        if self.proxy_variable is not None:
+            return
         if not self.host:
             path = self.target.removeprefix("unix:")
             if not os.path.exists(path):
@@ -85,8 +98,8 @@ class ServerAddress:
 
 
 def is_refused(address: ServerAddress, timeout_s: float = 2.0) -> bool:
-    """Whether the host answers that nothing listens on the port."""
-    if not address.host:
+    """Whether the host answers that nothing listens on the port. Behind a proxy nobody can tell."""
+    if not address.host or address.proxy_variable is not None:
         return False
     try:
         with socket.create_connection((address.host, address.port), timeout_s):
@@ -95,3 +108,11 @@ def is_refused(address: ServerAddress, timeout_s: float = 2.0) -> bool:
         return True
     except OSError:
         return False
+
+
+def _covers(exception: str, host: str) -> bool:
+    """Whether an entry of no_proxy goes for a host, as gRPC reads it: an ending of names, or a network of addresses."""
+    try:
+        return ipaddress.ip_address(host) in ipaddress.ip_network(exception, strict=False)
+    except ValueError:
+        return host.endswith(exception)

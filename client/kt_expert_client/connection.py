@@ -21,7 +21,7 @@ from kt_expert_proto.v1 import service_pb2_grpc
 
 from kt_expert_client.address import ServerAddress, is_refused
 from kt_expert_client.credentials import Credentials, open_channel
-from kt_expert_client.errors import DeadlineExceeded, InvalidRequest, KtExpertError, ServerUnavailable, from_rpc
+from kt_expert_client.errors import DeadlineExceeded, InvalidRequest, KtExpertError, OutOfCapacity, ServerUnavailable, from_rpc
 from kt_expert_client.options import RunOptions
 from kt_expert_client.run import Run, memory_of
 from kt_expert_client.session.actions import JoinTerms
@@ -179,12 +179,16 @@ def _wait_until_loaded(
     request = pb.HelloRequest(protocol_version=PROTOCOL_VERSION, client_version=version("kt-expert"))
     refused_until = time.monotonic() + min(timeout_s, _REFUSED_PATIENCE_S)
     while True:
+        pause_s = _LOADING_POLL_S
         try:
             hello: pb.HelloResponse = stub.Hello(
                 request, timeout=max(0.01, min(_CALL_TIMEOUT_S, deadline - time.monotonic())), metadata=metadata
             )
         except grpc.RpcError as error:
-            failure = _why_no_answer(address, error, refused_until, final=time.monotonic() + _LOADING_POLL_S >= deadline)
+            told = from_rpc(error, f"no kt-expert-server answered at {address.text}")
+            if isinstance(told, OutOfCapacity):  # it has too many callers just now
+                pause_s = max(pause_s, told.retry_delay_s)
+            failure = _why_no_answer(address, told, refused_until, final=time.monotonic() + pause_s >= deadline)
             if failure is not None:
                 raise failure from error
         else:
@@ -195,12 +199,15 @@ def _wait_until_loaded(
                     f"the server at {address.text} is still loading its model ({100 * hello.load_progress:.0f} %) after "
                     f"{timeout_s:g} s"
                 )
-        time.sleep(_LOADING_POLL_S)
+        time.sleep(pause_s)
 
 
-def _why_no_answer(address: ServerAddress, error: grpc.RpcError, refused_until: float, *, final: bool) -> KtExpertError | None:
-    """What to raise; None where the server may still come."""
-    failure = from_rpc(error, f"no kt-expert-server answered at {address.text}")
+def _why_no_answer(
+    address: ServerAddress, failure: KtExpertError, refused_until: float, *, final: bool
+) -> KtExpertError | None:  # fmt: skip
+    """What to raise; None where the server may still come, or has said when to ask again."""
+    if isinstance(failure, OutOfCapacity) and failure.retry_delay_s and not final:
+        return None
     if failure.is_answer or not isinstance(failure, ServerUnavailable | DeadlineExceeded):
         return failure
     address.find()

@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable
 
 from kt_expert_server.errors import OutOfCapacity
 
-BURST_S = 10.0  # calls of that many seconds may come at once: all trainers of a full server come back together
+BURST_S = 4.0  # calls of that many seconds may come at once: a trainer with many ranks, or a few that come back together
 _MOST_WAIT_S = 10.0  # well below the time a client gives a server to answer
 
 

@@ -90,6 +90,26 @@ def test_a_proxy_is_named_where_it_is_in_the_way(monkeypatch: pytest.MonkeyPatch
     assert ServerAddress.parse("127.0.0.1:7443").describe_failure("failed") == "failed"
 
 
+@pytest.mark.parametrize(
+    ("exceptions", "address", "goes_through"),
+    [
+        ("", "gpu.company.test:7443", True),
+        (".company.test", "gpu.company.test:7443", False),
+        ("other.test, gpu.company.test", "gpu.company.test:7443", False),
+        ("10.0.0.0/8", "10.1.2.3:7443", False),
+        ("10.0.0.0/8", "11.1.2.3:7443", True),
+        ("10.0.0.0/8", "gpu.company.test:7443", True),
+        ("fd00::/8", "[fd00::2]:7443", False),
+    ],
+)
+def test_exceptions_of_a_proxy(
+    monkeypatch: pytest.MonkeyPatch, exceptions: str, address: str, *, goes_through: bool
+) -> None:  # fmt: skip
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    monkeypatch.setenv("no_proxy", exceptions)
+    assert (ServerAddress.parse(address).proxy_variable == "http_proxy") is goes_through
+
+
 def test_an_unknown_variable_names_the_nearest(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KT_EXPERT_DROPOT", "0.1")
     with pytest.raises(
