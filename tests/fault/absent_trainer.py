@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import os
 import signal
@@ -17,7 +18,7 @@ from kt_expert_client import AdamW, Run
 from support.batches import LORA, train_step
 
 STEPS = 3
-MODES = ("before", "between", "within", "after", "stopped")
+MODES = ("before", "between", "within", "after", "busy", "stopped")
 
 
 def digest(run: Run) -> str:
@@ -32,6 +33,8 @@ def be_away(mode: str, seconds: float) -> None:
     if mode == "stopped":
         subprocess.Popen(["sh", "-c", f"sleep {seconds}; kill -CONT {os.getpid()}"])
         os.kill(os.getpid(), signal.SIGSTOP)
+    elif mode == "busy":  # in C code that does not let go of the interpreter's lock
+        ctypes.PyDLL(None).sleep(int(seconds))
     else:
         time.sleep(seconds)
 
@@ -44,7 +47,7 @@ def main() -> None:
             be_away(mode, seconds)
         for step in range(STEPS):
             train_step(run, step)
-            if step == 1 and mode in ("within", "stopped"):  # with gradients that count
+            if step == 1 and mode in ("within", "busy", "stopped"):  # with gradients that count
                 be_away(mode, seconds)
             train_step(run, 10 + step)
             run.step(AdamW(1e-2))

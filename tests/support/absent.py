@@ -11,7 +11,10 @@ from support.server import ServerProcess
 IDLE_S = 240.0
 _SLACK_S = 90.0
 _SCRIPT = Path(__file__).resolve().parent.parent / "fault" / "absent_trainer.py"
-_HOW = (("before", IDLE_S), ("between", IDLE_S), ("within", IDLE_S), ("after", IDLE_S), ("stopped", 40.0), ("stopped", 110.0))
+_HOW = (
+    ("before", IDLE_S), ("between", IDLE_S), ("within", IDLE_S), ("after", IDLE_S),
+    ("busy", 100.0), ("stopped", 40.0), ("stopped", 110.0),
+)  # fmt: skip
 
 
 class AbsentTrainers:

@@ -28,6 +28,7 @@ from kt_expert_client.session.attempts import Attempts
 from kt_expert_client.session.calls import Call
 from kt_expert_client.session.inflight import InFlight
 from kt_expert_client.session.journal import Journal
+from kt_expert_client.session.recovery import loss_of, requests_to_repeat
 
 _FAREWELL_S = 2.0  # for the server to take a rank back
 # For a repeated request: its caller waits no more, but others whose outcomes come after it may.
@@ -265,19 +266,14 @@ class SessionCore:
         for call in self._in_flight.take_replays():
             self._let_go(call)
         overtaken = [call for call in self._in_flight if call.request_id <= joined.included]
-        overtaken = [call for call in overtaken if not self._settle_step(call, joined)]
-        replays: list[Call] = []
-        # Without a request of this trainer's in it, the state must be the one that was there when it came.
-        is_other = not joined.included and joined.step != self._origin_step
-        if self._journal.lost(joined.included) or overtaken or is_other:
-            if overtaken or is_other or not self._journal.can_repeat(joined.included):
-                self._in_flight.begin_afresh(())
-                self._end_politely(self._loss(joined), now)
-                return False
-            replays = self._journal.to_repeat(joined.included)
-            self._actions.append(Note(f"the server began anew from step {joined.step}; repeating {len(replays)} requests"))
-        self._in_flight.begin_afresh(replays)
-        return True
+        are_known = [self._settle_step(call, joined) for call in overtaken]
+        repeated = requests_to_repeat(joined, self._journal, self._origin_step, is_beyond=not all(are_known))
+        self._in_flight.begin_afresh(repeated or ())
+        if repeated is None:
+            self._end_politely(loss_of(joined, self._journal, self._terms.rank, self._terms.run), now)
+        elif repeated:
+            self._actions.append(Note(f"the server began anew from step {joined.step}; repeating {len(repeated)} requests"))
+        return repeated is not None
 
     def _settle_step(self, call: Call, joined: Joined) -> bool:
         """A step whose outcome was lost with the member, but which the state holds: what became of it is known all the same."""
@@ -289,17 +285,6 @@ class SessionCore:
         if not call.is_given_up:
             self._settled(call, None)
         return True
-
-    def _loss(self, joined: Joined) -> RunStateLost:
-        if self._journal.overflowed:
-            why = "more came since its last checkpoint than replay_window may keep"
-        else:
-            why = "with replay_window this trainer would have repeated it"
-        return RunStateLost(
-            f"the server lost what rank {self._terms.rank} of run {self._terms.run!r} did after step {joined.step}; go on from "
-            f"step {joined.step} ({why})",
-            step=joined.step,
-        )
 
     def _left(self) -> None:
         """The server does not know this trainer any more, and that was the purpose."""

@@ -10,7 +10,7 @@ from kt_expert_proto.lora import LayerLora
 from kt_expert_server.adapters.run_config import RunConfig
 from kt_expert_server.errors import InvalidRequest
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3  # 3: model_digest is of the weights, where it was of file names and the config's bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +28,7 @@ class Manifest:
     format_version: int
     run: str
     owner: str  # identity that opened the run
-    model_digest: str
+    model_digest: str  # of the base model's experts
     step: int
     sequence: int  # counts the snapshots of a run
     automatic: bool  # made by the server on its own, and pruned by it

@@ -166,7 +166,7 @@ class Saving:
                 return
             name, manifest = cast("tuple[str, Manifest]", result)
             try:
-                self.require_usable(run, manifest, owner)
+                self.require_usable(name, manifest, owner)
                 held.add(self._reserve_reading(run, name, manifest))
             except ServerError as error:
                 done(error)
@@ -184,7 +184,10 @@ class Saving:
         if manifest.owner != owner:
             raise NotPermitted(f"checkpoint {name!r} belongs to another identity")
         if manifest.model_digest != self._model_digest():
-            raise InvalidRequest(f"checkpoint {name!r} belongs to another base model than the one this server has loaded")
+            raise InvalidRequest(
+                f"checkpoint {name!r} belongs to another base model than the one this server has loaded: the experts' weights "
+                "differ; start the server with the model it was made on, or choose another name for the run"
+            )
 
     def forget(self, run: Run) -> None:
         """The run is closed; automatic checkpoints of an ephemeral one serve nobody any more."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Mapping
@@ -20,6 +19,7 @@ from kt_expert_server.model.architecture import (
     layer_pattern,
     top_k_of,
 )
+from kt_expert_server.model.content import content_digest
 from kt_expert_server.model.quantised import MXFP4_GROUP, scale_shape
 from kt_expert_server.model.safetensors_file import FLOAT_BYTES, SafetensorsFile, TensorInfo
 
@@ -52,6 +52,12 @@ class LayerPlan:
         return "fp8" if any(name.endswith(FP8_SCALE_SUFFIX) for name in self.tensors) else "bf16"
 
     @property
+    def about(self) -> str:
+        """What it computes, but for the weights."""
+        sizes = f"{self.num_experts} experts of {self.hidden_size} x {self.intermediate_size}"
+        return f"layer {self.layer}: {sizes}, {self.activation}, bias {self.has_bias}"
+
+    @property
     def bf16_bytes(self) -> int:
         """Bytes of its matrices in bf16 and its biases in fp32: what the progress of a load counts."""
         matrices = 3 * self.num_experts * self.hidden_size * self.intermediate_size * BF16_BYTES
@@ -65,7 +71,7 @@ class ModelPlan:
 
     directory: Path
     model_type: str
-    digest: str
+    digest: str  # of the experts' weights; see content.py
     layers: tuple[LayerPlan, ...]
 
     @property
@@ -79,7 +85,7 @@ class ModelPlan:
 
 
 def plan_model(directory: Path) -> ModelPlan:
-    """Reads config and headers only. Raises ModelError that says what is missing or not supported."""
+    """Reads config, headers and samples of the weights. Raises ModelError that says what is missing or not supported."""
     if not directory.is_dir():
         raise ModelError(f"model directory {directory} does not exist; give a directory with config.json and safetensors")
     config = _read_json(directory / "config.json")
@@ -91,7 +97,8 @@ def plan_model(directory: Path) -> ModelPlan:
             f"{directory} has no expert tensors: {len(index)} tensors were seen and none is named like the experts of "
             f"{config['model_type']}; was the checkpoint saved without them?"
         )
-    return ModelPlan(directory, str(config["model_type"]), _digest(directory, index), layers)
+    digest = content_digest(directory, {layer.about: layer.tensors for layer in layers})
+    return ModelPlan(directory, str(config["model_type"]), digest, layers)
 
 
 def _read_json(path: Path) -> dict[str, object]:
@@ -272,11 +279,3 @@ def _shape(
     if len(info.shape) != dimensions:
         raise ModelError(f"{prefix}{name} has {len(info.shape)} dimensions, expected {dimensions}")
     return info.shape
-
-
-def _digest(directory: Path, index: Mapping[str, tuple[str, TensorInfo]]) -> str:
-    digest = hashlib.sha256((directory / "config.json").read_bytes())
-    for name in sorted(index):
-        file, info = index[name]
-        digest.update(f"{name}\0{file}\0{info.dtype}\0{info.shape}\n".encode())
-    return digest.hexdigest()
