@@ -33,10 +33,10 @@ ON_TOP = {
 # The cores of both sides do no I/O, know no clock and draw no random numbers.
 CORES = (
     *(ROOT / "server" / "kt_expert_server" / part for part in ("members", "adapters", "engine", "checkpoints")),
-    ROOT / "client" / "kt_expert_client" / "session" / "core.py",
-    ROOT / "client" / "kt_expert_client" / "session" / "journal.py",
-    ROOT / "client" / "kt_expert_client" / "session" / "calls.py",
-    ROOT / "client" / "kt_expert_client" / "session" / "actions.py",
+    *(
+        ROOT / "client" / "kt_expert_client" / "session" / f"{name}.py"
+        for name in ("core", "actions", "attempts", "calls", "inflight", "journal", "recovery")
+    ),
 )
 NOT_IN_CORES = {"asyncio", "grpc", "prometheus_client", "random", "secrets", "select", "socket", "time", "uuid"}
 HAS_DISK = {"filesystem.py"}  # what a simulator replaces
