@@ -7,6 +7,7 @@ import os
 import re
 import socket
 from dataclasses import dataclass
+from urllib.parse import urlsplit
 
 from kt_expert_client.errors import InvalidRequest, ServerUnavailable
 
@@ -15,7 +16,7 @@ _MAX_PORT = 65535
 _HOST_PORT = re.compile(r"(?P<host>[^\[\]:/\s]+|\[[0-9A-Fa-f:.%\w]+\]):(?P<port>\d{1,5})")
 _FORMS = f"expected host:port, [IPv6]:port, grpcs://host:port or unix:/path (the server's default port is {DEFAULT_PORT})"
 _PROXY_VARIABLES = ("grpc_proxy", "https_proxy", "http_proxy")
-_EXCEPTIONS_VARIABLES = ("no_grpc_proxy", "no_proxy")  # the first that is set counts
+_EXCEPTIONS_VARIABLES = ("no_grpc_proxy", "no_proxy")  # of both kinds, gRPC takes the first that is set, though it be empty
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,18 +64,20 @@ class ServerAddress:
         """The variable that names the proxy gRPC goes through to this address; None where it goes there itself."""
         if self.is_local:
             return None
-        exceptions = next((os.environ[name] for name in _EXCEPTIONS_VARIABLES if os.environ.get(name)), "")
+        exceptions = next((os.environ[name] for name in _EXCEPTIONS_VARIABLES if name in os.environ), "")
         if any(_covers(entry.strip(), self.host) for entry in exceptions.split(",") if entry.strip()):
             return None
-        return next((name for name in _PROXY_VARIABLES if os.environ.get(name)), None)
+        name = next((name for name in _PROXY_VARIABLES if name in os.environ), None)
+        return name if name is not None and urlsplit(os.environ[name]).scheme == "http" else None
 
     def describe_failure(self, details: str) -> str:
         """What most likely is the matter, where gRPC could not connect and said `details`."""
         proxy = self.proxy_variable
         if proxy is not None:
+            url = _without_password(os.environ[proxy])
             return (
-                f"connections to {self.text} go through the proxy that {proxy} names ({os.environ[proxy]}); if that is not "
-                f"meant, set no_proxy={self.host} ({details})"
+                f"connections to {self.text} go through the proxy that {proxy} names ({url}); if that is not meant, set "
+                f"no_proxy={self.host} ({details})"
             )
         if "http1" in details.lower() or "http/1" in details.lower():
             return f"what answers at {self.text} speaks HTTP/1; is it the metrics port? ({details})"
@@ -112,7 +115,14 @@ def is_refused(address: ServerAddress, timeout_s: float = 2.0) -> bool:
 
 def _covers(exception: str, host: str) -> bool:
     """Whether an entry of no_proxy goes for a host, as gRPC reads it: an ending of names, or a network of addresses."""
+    if host.lower().endswith(exception.lower()):
+        return True
     try:
         return ipaddress.ip_address(host) in ipaddress.ip_network(exception, strict=False)
     except ValueError:
-        return host.endswith(exception)
+        return False
+
+
+def _without_password(proxy: str) -> str:
+    parts = urlsplit(proxy)
+    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()

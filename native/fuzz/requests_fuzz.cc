@@ -139,6 +139,7 @@ class Trainer {
     args.token = &token;
     try {
       engine_.backward(args);
+      require(!token.fired());  // what was cancelled before it began has not counted
     } catch (const Error&) {
       require(copy_of(gradients_) == before);
     }

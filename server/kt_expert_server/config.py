@@ -21,7 +21,8 @@ DEFAULT_METRICS_LISTEN = "127.0.0.1:9464"
 WEIGHT_FORMATS = tuple(native.list_weight_formats())
 SERVED_FORMATS = (AUTO_FORMAT, *WEIGHT_FORMATS)
 DEFAULT_LIMITS = Limits()
-# A trainer makes two when it begins and then none. A stream that opens a run costs 5 ms of a core.
+# A trainer makes two when it begins, some while the server loads, and one for each time it connects again. A stream that opens
+# a run costs 5 ms of a core.
 DEFAULT_CALLS_PER_SECOND = 10.0
 ISA_VARIABLE = "KT_EXPERT_ISA"  # forces an instruction set
 _ADDRESS = re.compile(r"^(?P<host>[^:\s]+|\[[0-9a-fA-F:]+\]):(?P<port>\d{1,5})$")

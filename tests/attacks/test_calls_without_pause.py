@@ -19,7 +19,7 @@ TOKENS = "attacker train 0123456789abcdef-attacker\nother train 0123456789abcdef
 
 @pytest.fixture(scope="module")
 def slow_server(qwen3_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
-    """One call a second, after ten."""
+    """One call a second, after four."""
     directory = tmp_path_factory.mktemp("slow")
     tokens = directory / "tokens"
     tokens.write_text(TOKENS)
@@ -43,9 +43,19 @@ def test_many_at_once(slow_server: ServerProcess, identity: str, answer: str) ->
         answered = [call for call in calls if call.code() is grpc.StatusCode[answer]]
         assert len(refused) + len(answered) == len(calls)
         assert refused
-        assert len(answered) < 100  # ten at once, ten that wait, and what time has given meanwhile
+        assert len(answered) < 100  # four at once, ten that wait, and what time has given meanwhile
         assert int(dict(refused[0].trailing_metadata())[RETRY_DELAY_KEY]) > 0
         assert status(channel, "other").code() is grpc.StatusCode.OK
+
+
+def test_another_protocol_is_told_to_those_who_may_come_in(slow_server: ServerProcess) -> None:
+    with grpc.insecure_channel(slow_server.address) as channel:
+        call = channel.unary_unary("/kt_expert.v1.Expert/Hello", pb.HelloRequest.SerializeToString)
+        codes = {
+            identity: call.future(pb.HelloRequest(), metadata=[("authorization", f"Bearer 0123456789abcdef-{identity}")]).code()
+            for identity in ("other", "stranger")
+        }
+    assert codes == {"other": grpc.StatusCode.FAILED_PRECONDITION, "stranger": grpc.StatusCode.UNAUTHENTICATED}
 
 
 def test_refused_requests_are_slowed_down_too(qwen3_checkpoint: Path, tmp_path: Path) -> None:

@@ -105,6 +105,7 @@ def hostile_server(qwen3_checkpoint: Path, tmp_path_factory: pytest.TempPathFact
         assert "Traceback" not in process.log.read_text(encoding="utf-8")
 
 
+@pytest.mark.timeout(900)
 def test_a_live_server_survives_hostile_streams(hostile_server: ServerProcess) -> None:
     rng = random.Random(2)
     codes = {grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.DATA_LOSS}
@@ -137,6 +138,7 @@ def control_message(rng: random.Random, request: Any) -> bytes:
     return bytes(encoded[: rng.randrange(len(encoded) + 1)] if rng.random() < 0.2 else encoded)
 
 
+@pytest.mark.timeout(900)
 def test_a_live_server_survives_hostile_control_calls(hostile_server: ServerProcess) -> None:
     rng, seen = random.Random(3), Counter[grpc.StatusCode]()
     metadata = [("authorization", f"Bearer {TOKEN}")]

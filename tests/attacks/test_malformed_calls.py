@@ -22,6 +22,14 @@ def test_one_message(server: ServerProcess, method: str) -> None:
     assert server.log.stat().st_size == written
 
 
+def test_a_call_that_is_generated_and_not_implemented(server: ServerProcess) -> None:
+    written = server.log.stat().st_size
+    with grpc.insecure_channel(server.address) as channel, pytest.raises(grpc.RpcError) as caught:
+        channel.unary_unary("/grpc.health.v1.Health/List")(b"", timeout=30.0)
+    assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
+    assert server.log.stat().st_size == written
+
+
 def test_a_watch(server: ServerProcess) -> None:
     written = server.log.stat().st_size
     with grpc.insecure_channel(server.address) as channel:

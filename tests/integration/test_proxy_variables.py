@@ -49,7 +49,7 @@ def test_a_server_on_this_machine_is_not(
     assert not proxy.asked
 
 
-def test_a_proxy_that_refuses_is_named_at_once(proxy: ConnectProxy, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_proxy_that_refuses_is_named(proxy: ConnectProxy, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("http_proxy", proxy.url)
     with pytest.raises(kt.ServerUnavailable) as caught:
         kt.connect("127.0.0.1.company.test:7443", timeout_s=60.0)

@@ -10,7 +10,7 @@ import time
 import traceback
 
 from simulation.canaries import CANARIES, planted
-from simulation.schedule import LENGTHS, MICRO_BATCHES, Result, SimulationError, play, undisturbed
+from simulation.schedule import LENGTHS, MICRO_BATCHES, Result, SimulationError, count_undisturbed, play, undisturbed
 from simulation.training import Plan
 
 _CHUNK = 20
@@ -30,13 +30,16 @@ def _play(seed: int) -> Result | str:
 def _hunt(index: int) -> tuple[int, int]:
     """How many seeds a canary took to be caught; 0 where it survived its budget."""
     canary = CANARIES[index]
+    known, taken = count_undisturbed(), 0
     with planted(canary):
         for count in range(canary.budget):
             try:
                 play(_CANARY_FIRST + count)
             except Exception:  # caught, by an assertion or by falling over
-                return index, count + 1
-    return index, 0
+                taken = count + 1
+                break
+    assert count_undisturbed() == known, "an undisturbed training was computed with a canary in it"
+    return index, taken
 
 
 def _prepare() -> None:

@@ -75,6 +75,11 @@ def undisturbed(plan: Plan) -> tuple[str, dict[int, str]]:
     return _undisturbed(replace(plan, rank=0, replay=False, cancels=0.0, extras=0.0, piece_bytes=MAX_PAYLOAD_BYTES))
 
 
+def count_undisturbed() -> int:
+    """How many of them are known."""
+    return _undisturbed.cache_info().currsize
+
+
 @cache
 def _undisturbed(plan: Plan) -> tuple[str, dict[int, str]]:
     plans = [replace(plan, rank=rank) for rank in range(plan.world_size)]
@@ -156,11 +161,11 @@ class _Nobody:
 def choose_plans(rng: random.Random) -> list[Plan]:
     plans: list[Plan] = []
     piece_bytes = rng.choice((MAX_PAYLOAD_BYTES, MAX_PAYLOAD_BYTES, MAX_PAYLOAD_BYTES, 160))  # a small one cuts tensors
-    for _ in range(rng.choice((1, 1, 1, 2))):
+    for run in range(rng.choice((1, 1, 1, 2))):
         world_size = rng.choice((1, 1, 1, 2, 3)) if not plans else rng.choice((1, 2))
         replay = rng.random() < 0.6
         first = Plan(
-            len(plans), 0, world_size, rng.choices(LENGTHS, _OFTEN)[0], rng.choice(MICRO_BATCHES), replay,
+            run, 0, world_size, rng.choices(LENGTHS, _OFTEN)[0], rng.choice(MICRO_BATCHES), replay,
             drops=rng.random() < 0.3, edits=world_size == 1 and rng.random() < 0.4,
             cancels=rng.choice((0.0, 0.0, 0.05)), extras=rng.choice((0.0, 0.1)), piece_bytes=piece_bytes,
         )  # fmt: skip

@@ -67,15 +67,18 @@ class RawMember:
         self.next_id = 1
         self.acknowledged = 0
         self.joined = spb.Joined()
+        self.call: Any = None
         self.open()
         if join:
             self.join()
 
     def open(self) -> None:
         """Opens a stream, and says nothing on it."""
+        if self.call is not None and not self.call.is_active():
+            self._outgoing.put(None)  # or the thread that sends on a stream that has ended waits for ever
         self._outgoing: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         exchange = self.channel.stream_stream(SESSION_METHOD, request_serializer=None, response_deserializer=None)
-        self.call: Any = exchange(iter(self._outgoing.get, None), timeout=TIMEOUT_S, metadata=self._metadata)
+        self.call = exchange(iter(self._outgoing.get, None), timeout=TIMEOUT_S, metadata=self._metadata)
         self._encoder = Encoder()
         self._incoming = self._frames()
 

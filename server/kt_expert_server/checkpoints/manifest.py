@@ -10,7 +10,7 @@ from kt_expert_proto.lora import LayerLora
 from kt_expert_server.adapters.run_config import RunConfig
 from kt_expert_server.errors import InvalidRequest
 
-FORMAT_VERSION = 3  # 3: model_digest is of the weights, where it was of file names and the config's bytes
+FORMAT_VERSION = 2
 
 
 @dataclass(frozen=True, slots=True)

@@ -58,12 +58,12 @@ class ControlService(service_pb2_grpc.ExpertServicer):
 
     async def Hello(self, request: pb.HelloRequest, context: Context) -> pb.HelloResponse:  # noqa: N802
         async def body() -> pb.HelloResponse:
+            await self._entrance.trainer(context)
             if request.protocol_version != PROTOCOL_VERSION:
                 raise WrongPhase(
                     f"the client speaks protocol {request.protocol_version}, this server {PROTOCOL_VERSION}; install "
                     "matching versions of kt-expert"
                 )
-            await self._entrance.trainer(context)
             model, limits = self._core.model, self._core.limits
             return pb.HelloResponse(
                 protocol_version=PROTOCOL_VERSION,
@@ -82,7 +82,7 @@ class ControlService(service_pb2_grpc.ExpertServicer):
 
     async def CloseRun(self, request: pb.CloseRunRequest, context: Context) -> pb.CloseRunResponse:  # noqa: N802
         async def body() -> pb.CloseRunResponse:
-            identity = await self._entrance.trainer(context)
+            identity = (await self._entrance.trainer(context)).identity
             self._driver.do(lambda now: self._core.close_run(request.run, identity, now))
             return pb.CloseRunResponse()
 
@@ -94,7 +94,7 @@ class ControlService(service_pb2_grpc.ExpertServicer):
         del request
 
         async def body() -> pb.ListCheckpointsResponse:
-            identity, store = await self._entrance.trainer(context), self._store
+            identity, store = (await self._entrance.trainer(context)).identity, self._store
             if store is None:
                 raise WrongPhase("this server has no place for checkpoints; start it with --state-dir DIR")
             found = await self._driver.on_disk(lambda: store.of_owner(identity))
@@ -128,7 +128,7 @@ class ControlService(service_pb2_grpc.ExpertServicer):
         del request
 
         async def body() -> pb.GetStatusResponse:
-            return self._status(await self._entrance.trainer(context))
+            return self._status((await self._entrance.trainer(context)).identity)
 
         return await self._answer("GetStatus", context, body)
 

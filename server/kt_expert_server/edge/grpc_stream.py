@@ -16,7 +16,7 @@ from kt_expert_proto.status import STATUS_NUMBERS
 from kt_expert_proto.v1.session_pb2 import ErrorDetail
 
 from kt_expert_server.edge.driver import Driver, StreamReceiver
-from kt_expert_server.edge.entrance import Entrance
+from kt_expert_server.edge.entrance import Caller, Entrance
 from kt_expert_server.edge.pace import Pace
 from kt_expert_server.edge.status import abort, abort_fault
 from kt_expert_server.engine.buffers import PooledBuffer
@@ -49,8 +49,8 @@ class SessionStreams(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # gener
         begun, code = time.monotonic(), "OK"
         self._metrics.call_started(_METHOD)
         try:
-            identity = await self._entrance.trainer(context)
-            await GrpcStream(self._driver, self._metrics, self._entrance.pace).run(messages, context, identity)
+            caller = await self._entrance.trainer(context)
+            await GrpcStream(self._driver, self._metrics, self._entrance.pace, caller).run(messages, context)
         except ServerError as error:
             code = error.code
             await abort(context, error)
@@ -119,9 +119,9 @@ class _Outgoing:
 class GrpcStream:
     """Implements Transport: a reader that feeds the decoder and a writer that drains what the core has to say."""
 
-    def __init__(self, driver: Driver, metrics: Metrics, pace: Pace) -> None:
-        self._driver, self._metrics, self._pace = driver, metrics, pace
-        self._refused = 0  # requests whose turns are still to be waited for
+    def __init__(self, driver: Driver, metrics: Metrics, pace: Pace, caller: Caller) -> None:
+        self._driver, self._metrics, self._pace, self._caller = driver, metrics, pace, caller
+        self._was_refused = False  # a request, since the reader last waited
         self._outgoing = _Outgoing()
         self._has_outgoing = asyncio.Event()
         self._ended: asyncio.Future[ServerError | None] = asyncio.get_running_loop().create_future()
@@ -132,8 +132,9 @@ class GrpcStream:
         if len(self._outgoing) >= _MAX_QUEUED_FRAMES:
             self.end(OutOfCapacity(f"{len(self._outgoing)} frames wait to be read by this trainer; read them as they come"))
             return
-        if header.type is FrameType.ERROR and isinstance(payload, bytes):
-            self._refused += ErrorDetail.FromString(payload).code in _REFUSALS
+        if header.type is FrameType.ERROR and _is_refusal(payload):
+            self._pace.charge(self._caller.paced_as)
+            self._was_refused = True
         self._outgoing.add(header, payload)
         self._has_outgoing.set()
 
@@ -145,11 +146,11 @@ class GrpcStream:
             self._outgoing.clear()
             self._has_outgoing.set()  # the writer is to see that it has ended
 
-    async def run(self, messages: AsyncIterator[bytes], context: Context, identity: str) -> None:
+    async def run(self, messages: AsyncIterator[bytes], context: Context) -> None:
         """Returns when the peer has ended the stream. Raises the error the core ended it with."""
-        stream = self._driver.open_stream(self, identity)
+        stream = self._driver.open_stream(self, self._caller.identity)
         decoder = Decoder(StreamReceiver(self._driver, stream))
-        reader = asyncio.ensure_future(self._read(stream, decoder, messages, identity))
+        reader = asyncio.ensure_future(self._read(stream, decoder, messages))
         writer = asyncio.ensure_future(self._write(context))
         try:
             await asyncio.wait((self._ended, reader, writer), return_when=asyncio.FIRST_COMPLETED)
@@ -181,13 +182,11 @@ class GrpcStream:
         while (self._outgoing or self._has_outgoing.is_set()) and not writer.done() and time.monotonic() < deadline:
             await asyncio.wait((writer,), timeout=0.01)
 
-    async def _read(
-        self, stream: int, decoder: Decoder[PooledBuffer], messages: AsyncIterator[bytes], identity: str
-    ) -> None:  # fmt: skip
+    async def _read(self, stream: int, decoder: Decoder[PooledBuffer], messages: AsyncIterator[bytes]) -> None:
         async for message in messages:
-            while self._refused:
-                self._refused -= 1
-                await self._pace.turn(identity)
+            if self._was_refused:
+                self._was_refused = False
+                await self._pace.settle(self._caller.paced_as)
             self._driver.feed(stream, lambda message=message: decoder.feed(message))  # type: ignore[misc]
             if self._ended.done():
                 return
@@ -208,3 +207,8 @@ class GrpcStream:
                 self._metrics.stage(first.op.name.lower(), "send", time.monotonic() - begun)
             if not self._outgoing:
                 self._has_outgoing.clear()
+
+
+def _is_refusal(payload: bytes | PooledBuffer) -> bool:
+    """Of an ERROR frame."""
+    return isinstance(payload, bytes) and ErrorDetail.FromString(payload).code in _REFUSALS

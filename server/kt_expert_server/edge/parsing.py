@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 import grpc
 from google.protobuf.message import DecodeError
 
-from kt_expert_server.edge.pace import Pace
+from kt_expert_server.edge.pace import STRANGERS, Pace
 from kt_expert_server.edge.status import abort
 from kt_expert_server.errors import InvalidRequest, OutOfCapacity
 
@@ -32,7 +32,7 @@ class _Malformed:
 
 
 class Parsing(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in the stubs only
-    """Answers malformed requests of every service with INVALID_ARGUMENT, at the pace of those who name no identity."""
+    """Answers malformed requests of every service with INVALID_ARGUMENT, at the pace of strangers."""
 
     def __init__(self, pace: Pace) -> None:
         self._pace = pace
@@ -61,7 +61,7 @@ class Parsing(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic 
 
     async def _refuse(self, request: _Malformed, context: Context) -> NoReturn:
         try:
-            await self._pace.turn(None)
+            await self._pace.turn(STRANGERS)
         except OutOfCapacity as error:
             await abort(context, error)
         await abort(context, InvalidRequest(f"the request cannot be read: {request.reason}"))
@@ -78,7 +78,12 @@ def _behind(check: Check, behaviour: Callable[[Any, Context], Any]) -> Callable[
         return generate
 
     async def answer(request: Any, context: Context) -> Any:
-        return await behaviour(await check(request, context), context)
+        checked = await check(request, context)
+        try:
+            result = behaviour(checked, context)
+            return await result if inspect.isawaitable(result) else result
+        except NotImplementedError:  # what grpcio-health-checking generates for Health.List and leaves so
+            await context.abort(grpc.StatusCode.UNIMPLEMENTED, "this server does not implement the call")
 
     return answer
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import secrets
 import time
@@ -49,6 +50,9 @@ class CallGuard:
         except ServerError as error:
             code = error.code
             await abort(context, error)
+        except asyncio.CancelledError:
+            code = "CANCELLED"
+            raise
         except Exception:  # the last place that can turn it into a status
             code = "INTERNAL"
             await abort_fault(context, method)

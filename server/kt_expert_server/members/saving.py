@@ -27,7 +27,7 @@ from kt_expert_server.engine.work import Outcome
 from kt_expert_server.errors import AlreadyExists, InvalidRequest, NotFound, NotPermitted, ServerError, WrongPhase
 from kt_expert_server.members.dispatch import Dispatch
 from kt_expert_server.members.limits import Limits
-from kt_expert_server.members.run import Run
+from kt_expert_server.members.run import Member, Run
 from kt_expert_server.members.scheduler import Job
 from kt_expert_server.names import check_name
 from kt_expert_server.observe.observer import Observer
@@ -364,7 +364,7 @@ def _loaded(run: Run, manifest: Manifest, loader: MemberMark) -> None:
     for rank, member in run.members.items():
         member.window.close()
         is_loader = member.instance == loader.instance
-        run.marks[rank] = MemberMark(member.instance, loader.request_id if is_loader else member.log.last_settled)
+        run.marks[rank] = MemberMark(member.instance, loader.request_id if is_loader else _settled(member))
 
 
 def _note_durable(run: Run, about: SnapshotAbout) -> None:
@@ -384,3 +384,8 @@ def _is_acknowledged(pending: _Pending) -> bool:
         if max(member.log.acknowledged, member.included) < mark.request_id:
             return False
     return True
+
+
+def _settled(member: Member) -> int:
+    """The last of its requests whose effects the run's state has held."""
+    return max(member.included, member.log.last_settled)

@@ -1,55 +1,65 @@
-"""Which weights a model has: a digest of samples of every expert tensor.
+"""Which weights a model has: a digest of samples of every matrix of every expert.
 
-Two checkpoints of the same weights have the same one, however they are cut into files and whatever else their config says;
-a base model and its instruct version do not. The samples are far apart and few, so that it takes less than a second for 100 GB.
-It finds mistakes: somebody who changes weights on purpose can keep to what lies between the samples.
+Two checkpoints of the same tensors have the same one, however they are cut into files and whatever else their config says; a
+base model and its instruct version do not. The samples are few, so that it takes less than a second for 100 GB. It finds
+mistakes: somebody who changes weights on purpose can keep to what lies between the samples.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from kt_expert_server.model.safetensors_file import SafetensorsFile, TensorInfo
 
 _SAMPLE_BYTES = 4096  # a page is what a disk gives at least
-_BYTES_PER_SAMPLE = 64 * 1024**2  # one for each matrix of an expert, some for a tensor of all experts
-Tensors = Mapping[str, tuple[str, TensorInfo]]  # file and place by name
+_BYTES_PER_SAMPLE = 64 * 1024**2  # of one matrix: most have one sample
 
 
-def content_digest(directory: Path, layers: Mapping[str, Tensors]) -> str:
-    """Of expert tensors, in hexadecimal. `layers` maps what a layer computes, in words, to its tensors. Raises ModelError for a
-    file that ends early."""
+@dataclass(frozen=True, slots=True)
+class LayerContent:
+    """`about` says what the layer computes, but for the weights; `tensors` maps names to file and place."""
+
+    about: str
+    experts: int
+    tensors: Mapping[str, tuple[str, TensorInfo]]
+
+
+def content_digest(directory: Path, layers: Sequence[LayerContent]) -> str:
+    """Of expert tensors, in hexadecimal. Raises ModelError for a file that ends early."""
     by_file: dict[str, list[tuple[int, str, TensorInfo]]] = {}
-    for number, tensors in enumerate(layers.values()):
-        for name, (file_name, info) in tensors.items():
+    for number, layer in enumerate(layers):
+        for name, (file_name, info) in layer.tensors.items():
             by_file.setdefault(file_name, []).append((number, name, info))
     samples = {}
     for file_name, found in sorted(by_file.items()):
         with SafetensorsFile(directory / file_name) as file:
             for number, name, info in sorted(found, key=lambda entry: entry[2].begin):
-                samples[number, name] = _sampled(file, info)
+                # A tensor of all experts has a sample of each, as tensors of one expert have.
+                matrices = info.shape[0] if info.shape[0] == layers[number].experts else 1
+                samples[number, name] = _sampled(file, info, matrices)
     total = hashlib.sha256()
-    for number, (about, tensors) in enumerate(layers.items()):
-        total.update(f"{about}\n".encode())
-        for name, (_, info) in sorted(tensors.items()):
+    for number, layer in enumerate(layers):
+        total.update(f"{layer.about}\n".encode())
+        for name, (_, info) in sorted(layer.tensors.items()):
             total.update(f"{name}\0{info.dtype}\0{info.shape}\n".encode() + samples[number, name])
     return total.hexdigest()
 
 
-def _sampled(file: SafetensorsFile, info: TensorInfo) -> bytes:
+def _sampled(file: SafetensorsFile, info: TensorInfo, matrices: int) -> bytes:
     digest = hashlib.sha256()
-    for begin, size in _places(info.size_bytes):
+    for begin, size in _places(info.size_bytes, matrices):
         sample = bytearray(size)
         file.read_into(info, begin, memoryview(sample))
         digest.update(sample)
     return digest.digest()
 
 
-def _places(size_bytes: int) -> Iterable[tuple[int, int]]:
-    """Begin and size of each sample: in the middle of equal parts of the tensor."""
-    parts = 1 + size_bytes // _BYTES_PER_SAMPLE
+def _places(size_bytes: int, matrices: int) -> Iterable[tuple[int, int]]:
+    """Begin and size of each sample: in the middle of equal parts of the tensor, at least one a matrix."""
+    parts = matrices * (1 + size_bytes // matrices // _BYTES_PER_SAMPLE)
     for part in range(parts):
         begin, end = part * size_bytes // parts, (part + 1) * size_bytes // parts
         size = min(_SAMPLE_BYTES, end - begin)

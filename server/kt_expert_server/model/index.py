@@ -19,7 +19,7 @@ from kt_expert_server.model.architecture import (
     layer_pattern,
     top_k_of,
 )
-from kt_expert_server.model.content import content_digest
+from kt_expert_server.model.content import LayerContent, content_digest
 from kt_expert_server.model.quantised import MXFP4_GROUP, scale_shape
 from kt_expert_server.model.safetensors_file import FLOAT_BYTES, SafetensorsFile, TensorInfo
 
@@ -55,7 +55,8 @@ class LayerPlan:
     def about(self) -> str:
         """What it computes, but for the weights."""
         sizes = f"{self.num_experts} experts of {self.hidden_size} x {self.intermediate_size}"
-        return f"layer {self.layer}: {sizes}, {self.activation}, bias {self.has_bias}"
+        activation = f"{self.activation.kind} {self.activation.alpha:g} {self.activation.limit:g}"
+        return f"layer {self.layer}: {sizes}, {activation}, bias {self.has_bias}"
 
     @property
     def bf16_bytes(self) -> int:
@@ -97,7 +98,7 @@ def plan_model(directory: Path) -> ModelPlan:
             f"{directory} has no expert tensors: {len(index)} tensors were seen and none is named like the experts of "
             f"{config['model_type']}; was the checkpoint saved without them?"
         )
-    digest = content_digest(directory, {layer.about: layer.tensors for layer in layers})
+    digest = content_digest(directory, [LayerContent(each.about, each.num_experts, each.tensors) for each in layers])
     return ModelPlan(directory, str(config["model_type"]), digest, layers)
 
 

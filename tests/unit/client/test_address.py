@@ -83,6 +83,7 @@ def test_something_that_speaks_http_is_named() -> None:
             kt.connect(f"127.0.0.1:{listener.getsockname()[1]}", timeout_s=10)
 
 
+@pytest.mark.usefixtures("no_proxies")
 def test_a_proxy_is_named_where_it_is_in_the_way(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
     described = ServerAddress.parse("10.0.0.1:7443").describe_failure("failed")
@@ -90,6 +91,39 @@ def test_a_proxy_is_named_where_it_is_in_the_way(monkeypatch: pytest.MonkeyPatch
     assert ServerAddress.parse("127.0.0.1:7443").describe_failure("failed") == "failed"
 
 
+@pytest.fixture
+def no_proxies(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("grpc_proxy", "https_proxy", "http_proxy", "no_grpc_proxy", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.mark.usefixtures("no_proxies")
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({"https_proxy": "http://one:1", "http_proxy": "http://two:2"}, "https_proxy"),
+        ({"grpc_proxy": "", "http_proxy": "http://two:2"}, None),
+        ({"https_proxy": "https://one:1"}, None),
+        ({"http_proxy": "http://one:1", "no_grpc_proxy": "", "no_proxy": "10.0.0.1"}, "http_proxy"),
+    ],
+)
+def test_which_variable_counts(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], expected: str | None
+) -> None:  # fmt: skip
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert ServerAddress.parse("10.0.0.1:7443").proxy_variable == expected
+
+
+@pytest.mark.usefixtures("no_proxies")
+def test_a_proxys_password_is_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("http_proxy", "http://me:secret@proxy:3128")
+    described = ServerAddress.parse("10.0.0.1:7443").describe_failure("failed")
+    assert "(http://proxy:3128)" in described
+    assert "secret" not in described
+
+
+@pytest.mark.usefixtures("no_proxies")
 @pytest.mark.parametrize(
     ("exceptions", "address", "goes_through"),
     [
@@ -100,6 +134,8 @@ def test_a_proxy_is_named_where_it_is_in_the_way(monkeypatch: pytest.MonkeyPatch
         ("10.0.0.0/8", "11.1.2.3:7443", True),
         ("10.0.0.0/8", "gpu.company.test:7443", True),
         ("fd00::/8", "[fd00::2]:7443", False),
+        (".Company.Test", "gpu.company.test:7443", False),
+        (".2.3", "10.1.2.3:7443", False),
     ],
 )
 def test_exceptions_of_a_proxy(

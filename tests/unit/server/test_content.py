@@ -10,7 +10,7 @@ import torch
 from kt_expert_server.model.content import _places
 from kt_expert_server.model.index import plan_model
 from safetensors.torch import save_file
-from support.checkpoints import expert_weights, per_expert, write
+from support.checkpoints import PREFIX, expert_weights, per_expert, write
 
 CONFIG = {"model_type": "qwen3_moe", "hidden_act": "silu"}
 
@@ -54,11 +54,29 @@ def test_experts_in_another_order(tmp_path: Path) -> None:
     assert digest(write(tmp_path / "second", per_expert(turned), **CONFIG)) != first
 
 
+def fused(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A tensor of all experts, as transformers holds them."""
+    gate_up = torch.cat([weights["gate"], weights["up"]], dim=1)
+    return {f"{PREFIX}mlp.experts.gate_up_proj": gate_up, f"{PREFIX}mlp.experts.down_proj": weights["down"]}
+
+
+@pytest.mark.parametrize("expert", range(8))
+@pytest.mark.parametrize("name", ["gate", "down"])
+def test_one_expert_of_a_tensor_of_all(tmp_path: Path, name: str, expert: int) -> None:
+    weights = {"gate": torch.randn(8, 64, 64), "up": torch.randn(8, 64, 64), "down": torch.randn(8, 64, 64)}
+    config = {**CONFIG, "hidden_size": 64}
+    first = digest(write(tmp_path / "first", fused(weights), **config))
+    weights[name][expert] += 0.1
+    assert digest(write(tmp_path / "second", fused(weights), **config)) != first
+
+
+@pytest.mark.parametrize("matrices", [1, 3, 128])
 @pytest.mark.parametrize("size", [1, 100, 4096, 10_000, 64 * 1024**2, 64 * 1024**2 - 1, 10**9 + 7])
-def test_samples_lie_within_the_tensor(size: int) -> None:
-    places = list(_places(size))
+def test_samples_lie_within_the_tensor(size: int, matrices: int) -> None:
+    size *= matrices
+    places = list(_places(size, matrices))
     assert all(length > 0 for _, length in places)
     ends = [edge for begin, length in places for edge in (begin, begin + length)]
     assert ends == sorted(ends)
     assert 0 <= ends[0] <= ends[-1] <= size
-    assert len(places) == 1 + size // (64 * 1024**2)
+    assert len(places) == matrices * (1 + size // matrices // (64 * 1024**2))

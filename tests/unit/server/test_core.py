@@ -253,6 +253,24 @@ def test_the_first_request_after_a_restart_may_be_a_checkpoint() -> None:
     assert again.call(Op.SAVE_CHECKPOINT, **save("kept")) == ""
 
 
+def test_a_checkpoint_that_another_rank_loads_does_not_undo_what_a_rank_is_known_to_have_done() -> None:
+    server = CoreServer(Limits(checkpoint_every_steps=1))
+    first, second = pair(server)
+    steps = [first.ask_step(1), second.ask_step(1)]
+    assert [first.take(steps[0]), second.take(steps[1])] == ["", ""]
+    assert first.call(Op.SAVE_CHECKPOINT, **save("kept")) == ""
+    for epoch in (2, 3):  # killed twice
+        server = CoreServer(Limits(checkpoint_every_steps=1), disk=server.disk)
+        again = CoreMember(server, world_size=2, epoch=epoch, born=epoch - 1)
+        other = CoreMember(server, world_size=2, rank=1, instance=OTHER, epoch=epoch, born=epoch - 1)
+        assert other.joined.included == steps[1]
+        if epoch == 2:
+            again.next_id = steps[0] + 2
+            assert again.call(Op.LOAD_CHECKPOINT, load_checkpoint=spb.CheckpointName(name="kept")) == ""
+            server.core.stop(server.now, 60.0)
+            server.carry_out()
+
+
 @pytest.mark.parametrize("held", ["engine", "disk", "acknowledgement"])
 def test_a_server_that_stops_ends_in_time_whatever_holds_it_up(held: str) -> None:
     server = CoreServer()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 
 import pytest
-from kt_expert_server.edge.pace import BURST_S, Pace
+from kt_expert_server.edge.pace import BURST_S, MOST_WAIT_S, Pace
 from kt_expert_server.errors import OutOfCapacity
 
 PER_SECOND = 4.0
@@ -69,6 +69,36 @@ def test_identities_do_not_wait_for_each_other(other: str | None) -> None:
     assert len(clock.slept) == 1
 
 
+def test_calls_that_were_made_already_are_paid_for_by_the_next() -> None:
+    clock = Clock()
+    pace = clock.pace()
+    for _ in range(BURST + 8):
+        pace.charge("one")
+    assert not clock.slept
+    asyncio.run(pace.settle("one"))
+    assert clock.now == pytest.approx(100.0 + 8 / PER_SECOND)
+    for _ in range(100_000):
+        pace.charge("one")
+    clock.now += MOST_WAIT_S
+    call(pace, 1)  # however many they were
+
+
+def test_the_first_call_is_free_at_any_rate() -> None:
+    clock = Clock()
+    pace = Pace(0.01, clock.waits, lambda: clock.now, clock.sleep)
+    call(pace, 1)
+    assert not clock.slept
+
+
+def test_callers_that_have_gone_are_forgotten() -> None:
+    clock = Clock()
+    pace = clock.pace()
+    for number in range(20_000):
+        pace.charge(f"host {number}")
+        clock.now += 0.01
+    assert len(pace._used_up_at) < 5000
+
+
 def test_who_does_not_wait_is_refused_with_a_time_to_come_back() -> None:
     clock = Clock()
     waits: list[float] = []
@@ -77,7 +107,7 @@ def test_who_does_not_wait_is_refused_with_a_time_to_come_back() -> None:
         waits.append(seconds)  # all at the same time
 
     pace = Pace(PER_SECOND, clock.waits, lambda: clock.now, wait)
-    with pytest.raises(OutOfCapacity, match="more than 4 times a second") as caught:
+    with pytest.raises(OutOfCapacity, match="more than 4 calls a second") as caught:
         call(pace, 1000)
     assert caught.value.retry_delay_s > 0
     assert max(waits) <= caught.value.retry_delay_s
