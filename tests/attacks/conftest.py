@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Iterator
+from pathlib import Path
 
 import grpc
 import pytest
-from support.raw import RawMember
+from support.raw import RawMember, token_of
 from support.server import ServerProcess
 
 
@@ -15,6 +16,19 @@ from support.server import ServerProcess
 def attacker(server: ServerProcess) -> Iterator[RawMember]:
     with RawMember(server.address, f"attack-{uuid.uuid4().hex}") as member:
         yield member
+
+
+@pytest.fixture(scope="session")
+def guarded_server(qwen3_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    """Knows tokens of two trainers and of an administrator: token_of() gives them."""
+    directory = tmp_path_factory.mktemp("guarded")
+    tokens = directory / "tokens"
+    lines = [f"{name} {scope} {token_of(name)}\n" for name, scope in (("alice", "train"), ("bob", "train"), ("root", "admin"))]
+    tokens.write_text("".join(lines))
+    tokens.chmod(0o600)
+    options = ("--token-file", str(tokens), "--state-dir", str(directory / "state"), "--calls-per-second", "1000")
+    with ServerProcess(qwen3_checkpoint, directory / "log", *options) as process:
+        yield process
 
 
 @pytest.fixture(autouse=True)

@@ -23,6 +23,11 @@ TOKENS = 3
 Frame = tuple[Header, bytes]
 
 
+def token_of(name: str) -> str:
+    """A token such as servers of tests know."""
+    return f"{name}-0123456789abcdef"
+
+
 class _Bytes:
     """A received tensor."""
 
