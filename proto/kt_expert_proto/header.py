@@ -67,7 +67,8 @@ class FrameType(enum.IntEnum):
     RESULT = 5  # server: a result begins, its tensors follow; payload ResultHead
     ERROR = 6  # server: the request's outcome is an error; payload ErrorDetail
     CANCEL = 7  # client: the request's outcome is no longer wanted
-    ACK = 8  # client: the outcomes of all requests up to request_id have been received; gives their credits back
+    ACK = 8  # client: the outcomes of all requests up to request_id have been received; gives their credits back.
+    # Said again, it asks for the same frame from the server: whether all messages of both directions arrive
     RELEASE = 9  # client: the ticket request_id will not be consumed
 
 

@@ -33,6 +33,9 @@ from kt_expert_client.session.recovery import loss_of, requests_to_repeat
 _FAREWELL_S = 2.0  # for the server to take a rank back
 # For a repeated request: its caller waits no more, but others whose outcomes come after it may.
 _REPEAT_TIMEOUT_S = 3600.0
+# A message may be lost on a connection that lives. While an outcome is waited for, one more message at least every so often
+# shows the gap to the server, and the server's answer shows one to this side.
+_PROBE_S = 10.0
 _MS_PER_S = 1000
 
 
@@ -61,6 +64,7 @@ class SessionCore:
         self._in_flight = InFlight()
         self._receiving: Call | None = None
         self._postponed: tuple[float, Call] | None = None  # refused for want of memory; asked for again at that time
+        self._probe_at = now
         self._is_leaving = False
         # Why the session is about to end, once the server has let go of the rank or cannot be told.
         self._farewell: KtExpertError | None = None
@@ -172,6 +176,8 @@ class SessionCore:
                     self._result(header, ResultHead.FromString(payload), now)
                 case FrameType.ERROR:
                     self._error(header, ErrorDetail.FromString(payload), now)
+                case FrameType.ACK:
+                    pass  # the answer to a probe: nothing is missing before it
                 case _:
                     raise FrameError(f"frame type {header.type.name} only travels to the server")
         except DecodeError as error:
@@ -206,8 +212,14 @@ class SessionCore:
         if self._postponed is not None and now >= self._postponed[0]:
             call, self._postponed = self._postponed[1], None
             self._enter(call, now)
+        if self._is_probing() and now >= self._probe_at:
+            self._control(FrameType.ACK, self._acknowledged)
+            self._probe_at = now + _PROBE_S
         if self._phase is Phase.APART and now >= self._attempts.at:
             self._connect()
+
+    def _is_probing(self) -> bool:
+        return self._phase is Phase.JOINED and self._in_flight.has_sent
 
     def next_deadline(self) -> float | None:
         """When tick() is due, if nothing else happens."""
@@ -216,6 +228,8 @@ class SessionCore:
         times = [self._in_flight.next_deadline(), None if self._postponed is None else self._postponed[0]]
         if self._phase is Phase.APART:
             times.append(self._attempts.at)
+        if self._is_probing():
+            times.append(self._probe_at)
         if self._farewell_call is not None:
             times.append(self._farewell_call.deadline)
         return min((each for each in times if each is not None), default=None)
@@ -310,6 +324,7 @@ class SessionCore:
             self._send(call, now)
 
     def _send(self, call: Call, now: float) -> None:
+        self._probe_at = now + _PROBE_S
         left_s = _REPEAT_TIMEOUT_S if call.is_replay else call.deadline - now
         if call.is_replay and call.op is Op.STEP:
             call.opened.step.patient = True  # others may be on their way back, too

@@ -29,6 +29,11 @@ class InFlight:
         used = sum(call.size_bytes for call in waiting)
         return len(waiting) < joined.credit_requests and used + size_bytes <= joined.credit_bytes
 
+    @property
+    def has_sent(self) -> bool:
+        """Some outcome is on its way, as far as this side knows."""
+        return any(call.is_sent for call in self.calls.values())
+
     def add(self, call: Call) -> None:
         self.calls[call.request_id] = call
         self.unsent.append(call)

@@ -88,6 +88,8 @@ class Exchange:
             case FrameType.CANCEL:
                 self._cancel(header.request_id)
             case FrameType.ACK:
+                if header.request_id <= self.member.log.acknowledged:
+                    self._requests.answer_probe(self.member, header.request_id)
                 self._require_sent(header.request_id)
                 self._acknowledge(header.request_id)
                 if self.member.is_leaving and not len(self.member.log):

@@ -113,6 +113,12 @@ class Requests:
             header = replace(about, request_id=entry.request_id, epoch=member.epoch)
             self._dispatch.emit(Send(member.stream, header, buffer))
 
+    def answer_probe(self, member: Member, request_id: int) -> None:
+        """An acknowledgement came again: its trainer waits for an outcome, and asks whether anything was lost on its way. The
+        numbers of the two messages tell."""
+        if member.stream is not None:
+            self._dispatch.emit(Send(member.stream, Header(FrameType.ACK, request_id, epoch=member.epoch), b""))
+
     def _begin(self, member: Member, entry: Entry, model: BaseModel) -> None:
         run, opened = member.run, entry.opened
         match entry.header.op:

@@ -177,11 +177,13 @@ def test_an_overdue_call_is_given_up_and_its_outcome_still_acknowledged() -> Non
     trainer.submit(Op.GRAD_NORM, timeout_s=10.0, grad_norm=spb.GradNorm())
     trainer.actions()
     trainer.core.tick(10.0 + ANSWER_SLACK_S)
-    settled, cancel = trainer.actions()
+    settled, cancel, probe = trainer.actions()
     assert isinstance(settled, Settled)
     assert isinstance(settled.error, DeadlineExceeded)
     assert isinstance(cancel, Send)
     assert cancel.header.type is FrameType.CANCEL
+    assert isinstance(probe, Send)
+    assert probe.header.type is FrameType.ACK
     trainer.result(1, now=20.0)
     assert trainer.sent() == [("ACK", 1)]
 
@@ -348,6 +350,26 @@ def test_a_repetition_has_time_whatever_its_caller_had_left() -> None:
     trainer.joined(1.0)
     (request,) = [each for each in trainer.actions() if isinstance(each, Send)]
     assert request.header.deadline_ms > 60_000
+
+
+def test_while_an_outcome_is_waited_for_a_probe_shows_whether_messages_arrive() -> None:
+    trainer = connected()
+    trainer.core.tick(1000.0)
+    assert not trainer.actions()  # nothing is waited for
+    trainer.submit(Op.ZERO_GRAD, now=1000.0, timeout_s=300.0, zero_grad=spb.ZeroGrad())
+    assert trainer.sent() == [("REQUEST", 1)]
+    for _ in range(3):
+        due = trainer.core.next_deadline()
+        assert due is not None
+        trainer.core.tick(due - 0.1)
+        assert not trainer.actions()
+        trainer.core.tick(due)
+        assert trainer.sent() == [("ACK", 0)]
+        trainer.core.received(Header(FrameType.ACK, 0, epoch=trainer.epoch), b"", due)
+    trainer.result(1)
+    trainer.actions()
+    trainer.core.tick(2000.0)
+    assert not trainer.actions()
 
 
 def test_a_ticket_of_an_older_adapter_is_no_loss() -> None:

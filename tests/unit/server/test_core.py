@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from kt_expert_proto.header import Op
+from kt_expert_proto.header import FrameType, Header, Op
 from kt_expert_proto.v1 import session_pb2 as spb
 from kt_expert_server.engine.budget import Reservation
 from kt_expert_server.engine.kinds import Kind
@@ -239,6 +239,17 @@ def test_a_server_that_stops_finishes_and_saves_and_leaves_the_rest_to_the_next(
     following = CoreServer(disk=server.disk)
     again = CoreMember(following, epoch=2, born=1)
     assert (again.joined.step, again.joined.received, again.joined.included) == (1, 0, step)
+
+
+def test_an_acknowledgement_that_comes_again_is_answered() -> None:
+    server = CoreServer()
+    member = CoreMember(server)
+    member.call(Op.ZERO_GRAD, zero_grad=spb.ZeroGrad())
+    before = len(member.frames)
+    for _ in range(2):
+        member._receive(Header(FrameType.ACK, 1, epoch=member.epoch), b"")
+        server.carry_out()
+    assert [header.type for header, _ in member.frames[before:]] == [FrameType.ACK, FrameType.ACK]
 
 
 def test_the_first_request_after_a_restart_may_be_a_checkpoint() -> None:
