@@ -8,8 +8,9 @@ from pathlib import Path
 
 import grpc
 import pytest
-from support.raw import RawMember, token_of
+from support.raw import RawMember
 from support.server import ServerProcess
+from support.tokens import write_tokens
 
 
 @pytest.fixture
@@ -20,12 +21,9 @@ def attacker(server: ServerProcess) -> Iterator[RawMember]:
 
 @pytest.fixture(scope="session")
 def guarded_server(qwen3_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
-    """Knows tokens of two trainers and of an administrator: token_of() gives them."""
+    """Knows tokens of two trainers, alice and bob, and of an administrator, root."""
     directory = tmp_path_factory.mktemp("guarded")
-    tokens = directory / "tokens"
-    lines = [f"{name} {scope} {token_of(name)}\n" for name, scope in (("alice", "train"), ("bob", "train"), ("root", "admin"))]
-    tokens.write_text("".join(lines))
-    tokens.chmod(0o600)
+    tokens = write_tokens(directory / "tokens", alice="train", bob="train", root="admin")
     options = ("--token-file", str(tokens), "--state-dir", str(directory / "state"), "--calls-per-second", "1000")
     with ServerProcess(qwen3_checkpoint, directory / "log", *options) as process:
         yield process

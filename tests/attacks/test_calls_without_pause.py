@@ -13,17 +13,14 @@ from kt_expert_proto.v1 import service_pb2 as pb
 from kt_expert_proto.v1 import session_pb2 as spb
 from support.raw import RawMember
 from support.server import ServerProcess
-
-TOKENS = "attacker train 0123456789abcdef-attacker\nother train 0123456789abcdef-other\n"
+from support.tokens import bearer, write_tokens
 
 
 @pytest.fixture(scope="module")
 def slow_server(qwen3_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     """One call a second, after four."""
     directory = tmp_path_factory.mktemp("slow")
-    tokens = directory / "tokens"
-    tokens.write_text(TOKENS)
-    tokens.chmod(0o600)
+    tokens = write_tokens(directory / "tokens", attacker="train", other="train")
     options = ("--calls-per-second", "1", "--token-file", str(tokens))
     with ServerProcess(qwen3_checkpoint, directory / "log", *options) as process:
         yield process
@@ -31,8 +28,7 @@ def slow_server(qwen3_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
 
 def status(channel: grpc.Channel, identity: str) -> grpc.Future:
     call = channel.unary_unary("/kt_expert.v1.Expert/GetStatus", pb.GetStatusRequest.SerializeToString)
-    metadata = [("authorization", f"Bearer 0123456789abcdef-{identity}")]
-    return call.future(pb.GetStatusRequest(), metadata=metadata, timeout=60.0)
+    return call.future(pb.GetStatusRequest(), metadata=bearer(identity), timeout=60.0)
 
 
 @pytest.mark.parametrize(("identity", "answer"), [("attacker", "OK"), ("stranger", "UNAUTHENTICATED")])
@@ -52,8 +48,7 @@ def test_another_protocol_is_told_to_those_who_may_come_in(slow_server: ServerPr
     with grpc.insecure_channel(slow_server.address) as channel:
         call = channel.unary_unary("/kt_expert.v1.Expert/Hello", pb.HelloRequest.SerializeToString)
         codes = {
-            identity: call.future(pb.HelloRequest(), metadata=[("authorization", f"Bearer 0123456789abcdef-{identity}")]).code()
-            for identity in ("other", "stranger")
+            identity: call.future(pb.HelloRequest(), metadata=bearer(identity)).code() for identity in ("other", "stranger")
         }
     assert codes == {"other": grpc.StatusCode.FAILED_PRECONDITION, "stranger": grpc.StatusCode.UNAUTHENTICATED}
 

@@ -10,13 +10,17 @@ import pytest
 from kt_expert_proto.header import Op
 from kt_expert_proto.v1 import service_pb2 as pb
 from kt_expert_proto.v1 import session_pb2 as spb
-from support.raw import RawMember, token_of
+from support.raw import RawMember
 from support.server import ServerProcess
+from support.tokens import bearer
+
+NAMED = spb.CheckpointName(name="her-own")
+SAVE, LOAD = spb.RequestOpen(save_checkpoint=NAMED), spb.RequestOpen(load_checkpoint=NAMED)
 
 
 @pytest.fixture
 def hers(guarded_server: ServerProcess) -> Iterator[RawMember]:
-    with RawMember(guarded_server.address, "hers", token=token_of("alice")) as member:
+    with RawMember(guarded_server.address, "hers", identity="alice") as member:
         yield member
         assert member.ask(member.forward_frames(member.take_id()))[0] is grpc.StatusCode.OK  # she goes on as before
         member.leave()
@@ -24,7 +28,7 @@ def hers(guarded_server: ServerProcess) -> Iterator[RawMember]:
 
 @pytest.fixture
 def mallory(guarded_server: ServerProcess) -> Iterator[RawMember]:
-    with RawMember(guarded_server.address, "his", token=token_of("bob"), join=False) as member:
+    with RawMember(guarded_server.address, "his", identity="bob", join=False) as member:
         yield member
 
 
@@ -48,35 +52,25 @@ def test_joining_it(hers: RawMember, mallory: RawMember, fields: dict[str, Any],
 
 
 def test_closing_it(guarded_server: ServerProcess, hers: RawMember) -> None:
-    metadata = [("authorization", f"Bearer {token_of('bob')}")]
     with pytest.raises(grpc.RpcError) as caught:
-        hers.stub.CloseRun(pb.CloseRunRequest(run="hers"), metadata=metadata, timeout=60.0)
+        hers.stub.CloseRun(pb.CloseRunRequest(run="hers"), metadata=bearer("bob"), timeout=60.0)
     assert caught.value.code() is grpc.StatusCode.PERMISSION_DENIED
 
 
 def test_looking_at_it(guarded_server: ServerProcess, hers: RawMember) -> None:
-    metadata = [("authorization", f"Bearer {token_of('bob')}")]
-    status = hers.stub.GetStatus(pb.GetStatusRequest(), metadata=metadata, timeout=60.0)
+    status = hers.stub.GetStatus(pb.GetStatusRequest(), metadata=bearer("bob"), timeout=60.0)
     assert "hers" not in {run.run for run in status.runs}
     assert "hers" not in guarded_server.get("/metrics")[1]
 
 
-def checkpoint(op: Op, name: str) -> spb.RequestOpen:
-    asked = spb.CheckpointName(name=name)
-    return spb.RequestOpen(save_checkpoint=asked) if op is Op.SAVE_CHECKPOINT else spb.RequestOpen(load_checkpoint=asked)
-
-
 def test_its_checkpoints(hers: RawMember, mallory: RawMember) -> None:
-    name = "her-own"
-    assert hers.ask(hers.call_frames(Op.SAVE_CHECKPOINT, checkpoint(Op.SAVE_CHECKPOINT, name)))[0] is grpc.StatusCode.OK
+    assert hers.ask(hers.call_frames(Op.SAVE_CHECKPOINT, SAVE))[0] is grpc.StatusCode.OK
     mallory.join()
-    loaded = mallory.ask(mallory.call_frames(Op.LOAD_CHECKPOINT, checkpoint(Op.LOAD_CHECKPOINT, name)))
+    loaded = mallory.ask(mallory.call_frames(Op.LOAD_CHECKPOINT, LOAD))
     assert loaded[0] is grpc.StatusCode.PERMISSION_DENIED
-    saved = mallory.ask(mallory.call_frames(Op.SAVE_CHECKPOINT, checkpoint(Op.SAVE_CHECKPOINT, name)))
+    saved = mallory.ask(mallory.call_frames(Op.SAVE_CHECKPOINT, SAVE))
     assert saved[0] is grpc.StatusCode.ALREADY_EXISTS
-    listed = mallory.stub.ListCheckpoints(
-        pb.ListCheckpointsRequest(), metadata=[("authorization", f"Bearer {token_of('bob')}")], timeout=60.0
-    )
+    listed = mallory.stub.ListCheckpoints(pb.ListCheckpointsRequest(), metadata=bearer("bob"), timeout=60.0)
     assert not listed.checkpoints
     mallory.leave()
-    assert hers.ask(hers.call_frames(Op.LOAD_CHECKPOINT, checkpoint(Op.LOAD_CHECKPOINT, name)))[0] is grpc.StatusCode.OK
+    assert hers.ask(hers.call_frames(Op.LOAD_CHECKPOINT, LOAD))[0] is grpc.StatusCode.OK

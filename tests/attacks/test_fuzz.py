@@ -23,9 +23,9 @@ from simulation.server import ServerProcess as SimulatedServer
 from simulation.training import Plan
 from support.raw import RawMember
 from support.server import ServerProcess
+from support.tokens import bearer, write_tokens
 
 SERVICE = pb.DESCRIPTOR.services_by_name["Expert"]
-TOKEN = "0123456789abcdef"  # noqa: S105  # of the attacker
 INPUTS = 100_000
 LIVE_STREAMS = 20_000
 CONTROL_CALLS = 80_000
@@ -96,9 +96,7 @@ def _join(server: SimulatedServer, stream: object, plan: Plan, instance: str, *,
 def hostile_server(qwen3_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     """Takes calls as fast as they come, from somebody who may train and not administer."""
     directory = tmp_path_factory.mktemp("fuzz")
-    tokens = directory / "tokens"
-    tokens.write_text(f"attacker train {TOKEN}\n")
-    tokens.chmod(0o600)
+    tokens = write_tokens(directory / "tokens", attacker="train")
     options = ("--calls-per-second", "1e6", "--token-file", str(tokens), "--state-dir", str(directory / "state"))
     with ServerProcess(qwen3_checkpoint, directory / "log", *options) as process:
         yield process
@@ -109,7 +107,7 @@ def hostile_server(qwen3_checkpoint: Path, tmp_path_factory: pytest.TempPathFact
 def test_a_live_server_survives_hostile_streams(hostile_server: ServerProcess) -> None:
     rng = random.Random(2)
     codes = {grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.DATA_LOSS}
-    with RawMember(hostile_server.address, f"fuzz-{uuid.uuid4().hex}", token=TOKEN) as raw:
+    with RawMember(hostile_server.address, f"fuzz-{uuid.uuid4().hex}", identity="attacker") as raw:
         for _ in range(LIVE_STREAMS):
             raw.rejoin(resume=False)
             for sequence in range(1, rng.randrange(2, 12)):
@@ -141,7 +139,7 @@ def control_message(rng: random.Random, request: Any) -> bytes:
 @pytest.mark.timeout(900)
 def test_a_live_server_survives_hostile_control_calls(hostile_server: ServerProcess) -> None:
     rng, seen = random.Random(3), Counter[grpc.StatusCode]()
-    metadata = [("authorization", f"Bearer {TOKEN}")]
+    metadata = bearer("attacker")
     with grpc.insecure_channel(hostile_server.address) as channel:
         waiting: deque[grpc.Future] = deque()
         methods = [

@@ -8,16 +8,14 @@ import kt_expert_client as kt
 import pytest
 from kt_expert_client import Credentials
 from support.connect_proxy import ConnectProxy
-from support.raw import token_of
 from support.server import ServerProcess
+from support.tokens import token_of, write_tokens
 
 ELSEWHERE = "experts.company.test:7443"
 
 
 def test_a_server_that_would_take_one_does_not_start(qwen3_checkpoint: Path, tmp_path: Path) -> None:
-    tokens = tmp_path / "tokens"
-    tokens.write_text(f"alice train {token_of('alice')}\n")
-    tokens.chmod(0o600)
+    tokens = write_tokens(tmp_path / "tokens", alice="train")
     options = ("--listen", "0.0.0.0:0", "--token-file", str(tokens))
     for more in ((), ("--insecure-allow-remote",)):
         with pytest.raises(AssertionError, match=r"(?s)the server ended with 2: .*tokens would travel in the clear"):

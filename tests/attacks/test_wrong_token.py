@@ -6,8 +6,9 @@ import grpc
 import pytest
 from kt_expert_proto.channel import SESSION_METHOD
 from kt_expert_proto.v1 import service_pb2
-from support.raw import RawMember, token_of
+from support.raw import RawMember
 from support.server import ServerProcess
+from support.tokens import bearer, token_of
 
 SERVICE = service_pb2.DESCRIPTOR.services_by_name["Expert"]
 METHODS = [method.name for method in SERVICE.methods]
@@ -15,7 +16,7 @@ WRONG = {
     "none": [],
     "another scheme": [("authorization", f"Basic {token_of('alice')}")],
     "no scheme": [("authorization", token_of("alice"))],
-    "unknown": [("authorization", f"Bearer {token_of('mallory')}")],
+    "unknown": bearer("mallory"),
     "half": [("authorization", f"Bearer {token_of('alice')[:-1]}")],
     "with more behind it": [("authorization", f"Bearer {token_of('alice')} ")],
     "the identity": [("authorization", "Bearer alice")],
@@ -39,7 +40,7 @@ def test_every_door(guarded_server: ServerProcess, method: str, metadata: list[t
 
 @pytest.mark.parametrize("method", [method for method in METHODS if method != "Drain"])
 def test_a_token_that_may_not_train(guarded_server: ServerProcess, method: str) -> None:
-    metadata = [("authorization", f"Bearer {token_of('root')}")]
+    metadata = bearer("root")
     with grpc.insecure_channel(guarded_server.address) as channel, pytest.raises(grpc.RpcError) as caught:
         channel.unary_unary(f"/{SERVICE.full_name}/{method}")(b"", metadata=metadata, timeout=60.0)
     assert caught.value.code() is grpc.StatusCode.PERMISSION_DENIED
@@ -47,16 +48,16 @@ def test_a_token_that_may_not_train(guarded_server: ServerProcess, method: str) 
 
 @pytest.mark.parametrize(("name", "code"), [("root", "PERMISSION_DENIED"), ("mallory", "UNAUTHENTICATED")])
 def test_joining(guarded_server: ServerProcess, name: str, code: str) -> None:
-    with RawMember(guarded_server.address, join=False, token=token_of(name)) as raw:
+    with RawMember(guarded_server.address, join=False, identity=name) as raw:
         with pytest.raises(grpc.RpcError) as caught:
             raw.join()
         assert caught.value.code() is grpc.StatusCode[code]
 
 
 def test_a_token_that_may_not_administer(guarded_server: ServerProcess) -> None:
-    metadata = [("authorization", f"Bearer {token_of('alice')}")]
+    metadata = bearer("alice")
     with grpc.insecure_channel(guarded_server.address) as channel, pytest.raises(grpc.RpcError) as caught:
         channel.unary_unary(f"/{SERVICE.full_name}/Drain")(b"", metadata=metadata, timeout=60.0)
     assert caught.value.code() is grpc.StatusCode.PERMISSION_DENIED
-    with RawMember(guarded_server.address, "still-open", token=token_of("alice")) as raw:
+    with RawMember(guarded_server.address, "still-open", identity="alice") as raw:
         raw.leave()

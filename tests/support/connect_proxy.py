@@ -6,6 +6,8 @@ import socket
 import threading
 from contextlib import suppress
 
+from support.sockets import connections
+
 _CHUNK = 65536
 _MOST_HEADER_BYTES = 8192
 
@@ -28,11 +30,7 @@ class ConnectProxy:
         self._listener.close()
 
     def _accept(self) -> None:
-        while True:
-            try:
-                inner, _ = self._listener.accept()
-            except OSError:
-                return
+        for inner in connections(self._listener):
             threading.Thread(target=self._serve, args=(inner,), daemon=True).start()
 
     def _serve(self, inner: socket.socket) -> None:

@@ -7,6 +7,8 @@ import socket
 import threading
 from contextlib import suppress
 
+from support.sockets import connections
+
 _CHUNK = 65536
 
 
@@ -55,11 +57,7 @@ class FaultProxy:
         self._damage = random.Random(seed)
 
     def _accept(self) -> None:
-        while True:
-            try:
-                inner, _ = self._listener.accept()
-            except OSError:
-                return
+        for inner in connections(self._listener):
             try:
                 outer = socket.create_connection(self._target, timeout=5)
             except OSError:

@@ -17,15 +17,12 @@ from kt_expert_proto.v1 import service_pb2 as pb
 from kt_expert_proto.v1 import service_pb2_grpc
 from kt_expert_proto.v1 import session_pb2 as spb
 
+from support.tokens import bearer
+
 TIMEOUT_S = 30.0
 HIDDEN, TOP_K, EXPERTS = 32, 2, 8  # of the tiny qwen3_moe
 TOKENS = 3
 Frame = tuple[Header, bytes]
-
-
-def token_of(name: str) -> str:
-    """A token such as servers of tests know."""
-    return f"{name}-0123456789abcdef"
 
 
 class _Bytes:
@@ -56,9 +53,9 @@ class RawMember:
 
     def __init__(
         self, address: str, run: str = "raw", *, world_size: int = 1, rank: int = 0, ephemeral: bool = True, join: bool = True,
-        token: str = "",
+        identity: str = "",
     ) -> None:  # fmt: skip
-        self._metadata = [("authorization", f"Bearer {token}")] if token else []
+        self._metadata = bearer(identity) if identity else []
         self.channel = grpc.insecure_channel(
             address, options=(("grpc.max_send_message_length", -1), ("grpc.use_local_subchannel_pool", 1))
         )

@@ -10,6 +10,7 @@ import kt_expert_client as kt
 import pytest
 from kt_expert_client.address import ServerAddress
 from kt_expert_client.credentials import Credentials, open_channel
+from support.sockets import connections
 
 GOOD = {
     "host:7443": ("host:7443", "host", False, False),
@@ -69,11 +70,7 @@ def test_something_that_speaks_http_is_named() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
 
         def answer() -> None:
-            while True:
-                try:
-                    connection, _ = listener.accept()
-                except OSError:
-                    return
+            for connection in connections(listener):
                 with connection:
                     connection.recv(1000)
                     connection.sendall(b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\n\r\n")
