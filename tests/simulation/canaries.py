@@ -27,6 +27,7 @@ from kt_expert_server.members.dispatch import Dispatch
 from kt_expert_server.members.exchange import Exchange
 from kt_expert_server.members.replay_log import Entry
 from kt_expert_server.members.requests import Requests
+from kt_expert_server.members.run import Member
 from kt_expert_server.members.runs import Runs
 
 Plant = Callable[[ExitStack], None]
@@ -359,15 +360,7 @@ def _other_masks(original: Any) -> Any:
 
 
 def _only_its_own(_: Any) -> Any:
-    def is_acknowledged(pending: Any) -> bool:
-        members = {str(rank): member for rank, member in pending.run.members.items()}
-        marks = {rank: mark for rank, mark in pending.about.members.items() if rank in members}
-        return all(
-            members[rank].instance != mark.instance or members[rank].log.acknowledged >= mark.request_id
-            for rank, mark in marks.items()
-        )
-
-    return is_acknowledged
+    return property(lambda self: self.log.acknowledged)
 
 
 def _moments_not_loaded(original: Any) -> Any:
@@ -425,7 +418,7 @@ CANARIES = (
     Canary("what waited is not sent again after a restart", _patched(SessionCore, "_begin_afresh", _unlogged_forward)),
     Canary("the journal forgets tensors that were written", _patched(Journal, "settled", _written_forgotten), 3000),
     Canary("a repeated forward drops other values", _patched(Call, "frames", _other_masks)),
-    Canary("a checkpoint waits for what a restart has settled", _patched(saving, "_is_acknowledged", _only_its_own), 3000),
+    Canary("a checkpoint waits for what a restart has settled", _patched(Member, "acknowledged", _only_its_own), 3000),
     Canary("a run that goes back keeps its step count", _patched(saving, "_loaded", _step_kept)),
     Canary("a read tensor is not the adapter's", _nothing(ReadWork, "run")),
     Canary("a checkpoint is loaded without its moments", _patched(saving, "ApplyWork", _moments_not_loaded)),

@@ -41,6 +41,16 @@ class Member:
     included: int = 0  # the run's state held its requests up to here when this member was made
 
     @property
+    def acknowledged(self) -> int:
+        """No outcome up to here is needed any more: its trainer has them, or they went with a state that was restored."""
+        return max(self.included, self.log.acknowledged)
+
+    @property
+    def last_settled(self) -> int:
+        """The run's state has held the effects of its requests up to here."""
+        return max(self.included, self.log.last_settled)
+
+    @property
     def trained(self) -> Trained:
         return Trained(self.run.name, self.run.adapter, self.window, self.tickets, self.run.config.tickets)
 

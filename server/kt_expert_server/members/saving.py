@@ -27,7 +27,7 @@ from kt_expert_server.engine.work import Outcome
 from kt_expert_server.errors import AlreadyExists, InvalidRequest, NotFound, NotPermitted, ServerError, WrongPhase
 from kt_expert_server.members.dispatch import Dispatch
 from kt_expert_server.members.limits import Limits
-from kt_expert_server.members.run import Member, Run
+from kt_expert_server.members.run import Run
 from kt_expert_server.members.scheduler import Job
 from kt_expert_server.names import check_name
 from kt_expert_server.observe.observer import Observer
@@ -364,7 +364,7 @@ def _loaded(run: Run, manifest: Manifest, loader: MemberMark) -> None:
     for rank, member in run.members.items():
         member.window.close()
         is_loader = member.instance == loader.instance
-        run.marks[rank] = MemberMark(member.instance, loader.request_id if is_loader else _settled(member))
+        run.marks[rank] = MemberMark(member.instance, loader.request_id if is_loader else member.last_settled)
 
 
 def _note_durable(run: Run, about: SnapshotAbout) -> None:
@@ -379,13 +379,6 @@ def _is_acknowledged(pending: _Pending) -> bool:
     """Whether no member lacks an outcome that could not be computed again from this checkpoint."""
     for rank, mark in pending.about.members.items():
         member = pending.run.members.get(int(rank))
-        if member is None or member.instance != mark.instance:
-            continue
-        if max(member.log.acknowledged, member.included) < mark.request_id:
+        if member is not None and member.instance == mark.instance and member.acknowledged < mark.request_id:
             return False
     return True
-
-
-def _settled(member: Member) -> int:
-    """The last of its requests whose effects the run's state has held."""
-    return max(member.included, member.log.last_settled)
