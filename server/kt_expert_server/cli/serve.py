@@ -109,6 +109,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--shutdown-timeout", type=float, default=_DEFAULT_SHUTDOWN_TIMEOUT_S, metavar="S", help="time to finish work"
     )
+    _add_runs(parser)
+    _add_security(parser)
+    parser.add_argument("--log-level", default="info", choices=("debug", "info", "warning", "error"))
+    return parser
+
+
+def _add_runs(parser: argparse.ArgumentParser) -> None:
+    """What runs and their trainers may have, and for how long."""
     parser.add_argument(
         "--checkpoint-every",
         default="0",
@@ -153,9 +161,6 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="streams opened, control calls and refused requests of one identity; faster ones wait their turn",
     )
-    _add_security(parser)
-    parser.add_argument("--log-level", default="info", choices=("debug", "info", "warning", "error"))
-    return parser
 
 
 def _add_security(parser: argparse.ArgumentParser) -> None:
