@@ -186,8 +186,7 @@ def _wait_until_loaded(
             )
         except grpc.RpcError as error:
             told = from_rpc(error, f"no kt-expert-server answered at {address.text}")
-            if isinstance(told, OutOfCapacity):  # it has too many callers just now
-                pause_s = max(pause_s, told.retry_delay_s)
+            pause_s = max(pause_s, told.retry_delay_s)
             failure = _why_no_answer(address, told, refused_until, final=time.monotonic() + pause_s >= deadline)
             if failure is not None:
                 raise failure from error

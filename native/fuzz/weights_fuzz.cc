@@ -1,7 +1,7 @@
 // Bytes of a checkpoint become weights, and weights are multiplied; routes come from a trainer. No input may crash,
 // read outside its buffers, decode to what is no number, or make a row's result depend on the rows beside it.
 //
-// The input is a byte that picks the target and then its numbers.
+// The input is a byte that picks the target, of which requests_fuzz.cc holds one more, and then its numbers.
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>

@@ -233,9 +233,7 @@ class Training:
     def _until_disk_works(self, op: Op, opened: spb.RequestOpen) -> Generator[Call, Outcome, spb.ResultHead | None]:
         """None where the checkpoint is there already."""
         while True:
-            asked = spb.RequestOpen()
-            asked.CopyFrom(opened)
-            call, error = yield Call(op, asked, TIMEOUT_S)
+            call, error = yield Call(op, opened, TIMEOUT_S)
             is_being_written = isinstance(error, AlreadyExists) and "is being written" in str(error)
             if isinstance(error, AlreadyExists) and not is_being_written:
                 return None
@@ -250,9 +248,8 @@ class Training:
         moment = generator.standard_normal((EXPERTS * RANK, HIDDEN)).astype(np.float32)
         yield from self._ask(write_tensor(0, "b_down", "parameter", parameter, 0))
         yield from self._ask(write_tensor(1, "a_gate", "exp_avg", moment, step + 1))
-        head = yield from self._ask(
-            Call(Op.SET_STEP, spb.RequestOpen(set_step=spb.SetStep(step=step + 1)), TIMEOUT_S)
-        )  # fmt: skip
+        opened = spb.RequestOpen(set_step=spb.SetStep(step=step + 1))
+        head = yield from self._ask(Call(Op.SET_STEP, opened, TIMEOUT_S))
         assert head.step == step + 1, head.step
         return step + 1
 
