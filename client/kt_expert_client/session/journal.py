@@ -24,6 +24,7 @@ class Journal:
         self._consumers: dict[int, int] = {}  # forward -> the backward that consumed its ticket
         self._size_bytes = 0
         self._gone_through = 0  # requests up to here are not kept any more, and not durable either
+        self._durable = 0  # the server has said that requests up to here survive its death
         self._anchor = 0  # the last request that changed the adapter, its moments or the step
         self._has_gradients = False  # backwards after the anchor count
         self.tickets: set[int] = set()  # forwards whose tickets are wanted
@@ -84,6 +85,7 @@ class Journal:
     def durable(self, through: int) -> None:
         """Requests up to there survive the server's death. A ticket does not: its forward is kept while a backward that does
         not survive needs it."""
+        self._durable = max(self._durable, through)
         if self._gone_through <= through:
             self._gone_through = 0
         needed = self.tickets | {forward for forward, backward in self._consumers.items() if backward > through}
@@ -96,7 +98,8 @@ class Journal:
         return self._anchor > included or self._has_gradients or valid
 
     def can_repeat(self, included: int) -> bool:
-        return self.is_on and self._gone_through <= included
+        # What was durable is not kept. A server that has lost it all the same cannot be brought back.
+        return self.is_on and max(self._gone_through, self._durable) <= included
 
     def to_repeat(self, included: int) -> list[Call]:
         """What brings such a server to where this trainer is, in order."""

@@ -307,9 +307,13 @@ class Saving:
         keep = max(1, self._limits.keep_checkpoints)
 
         def prune() -> None:
-            automatic = [name for name, manifest in store.of_run(run) if manifest.automatic]
-            for name in automatic[:-keep]:
-                store.remove(name)
+            automatic = [(name, manifest.restart_point) for name, manifest in store.of_run(run) if manifest.automatic]
+            restart_points = [name for name, is_restart_point in automatic if is_restart_point]
+            # Trainers count on the newest restart point, and newer states that are none do not take its place.
+            kept = {name for name, _ in automatic[-keep:]} | set(restart_points[-keep:])
+            for name, _ in automatic:
+                if name not in kept:
+                    store.remove(name)
 
         self._dispatch.on_disk(prune, self._report("old checkpoints could not be removed"))
 

@@ -372,6 +372,19 @@ def test_while_an_outcome_is_waited_for_a_probe_shows_whether_messages_arrive() 
     assert not trainer.actions()
 
 
+def test_a_server_that_lost_what_it_had_called_durable_cannot_be_brought_back() -> None:
+    trainer = connected(1 << 20)
+    train_one_step(trainer, 1, 1)
+    train_one_step(trainer, 4, 2)
+    trainer.submit(Op.GRAD_NORM, grad_norm=spb.GradNorm())
+    trainer.result(7, durable=6)  # what led there is not kept
+    killed_and_back(trainer, included=3, step=1, durable=3)
+    assert not [each for each in trainer.actions() if isinstance(each, Send) and each.header.op is Op.FORWARD]
+    trainer.core.disconnected(ServerUnavailable("gone"), 2.0)
+    assert isinstance(trainer.core.failure, RunStateLost)
+    assert trainer.core.failure.step == 1
+
+
 def test_a_ticket_of_an_older_adapter_is_no_loss() -> None:
     trainer = connected()
     forward(trainer)

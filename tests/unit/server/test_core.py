@@ -241,6 +241,24 @@ def test_a_server_that_stops_finishes_and_saves_and_leaves_the_rest_to_the_next(
     assert (again.joined.step, again.joined.received, again.joined.included) == (1, 0, step)
 
 
+@pytest.mark.parametrize("keep", [1, 2])
+def test_a_last_state_that_is_no_restart_point_does_not_push_one_out(keep: int) -> None:
+    server = CoreServer(Limits(checkpoint_every_steps=1, keep_checkpoints=keep))
+    member = CoreMember(server)
+    for number in range(1, 4):
+        assert member.train() == ""
+        step = member.ask_step(number)
+        assert member.take(step) == ""
+    assert member.call(Op.SET_STEP, set_step=spb.SetStep(step=3)) == ""
+    assert member.take(member.forward()) == ""  # its ticket is of what was set: no trainer could go on from here
+    server.core.stop(server.now, 60.0)
+    server.carry_out()
+    assert server.core.has_stopped
+    assert [manifest.restart_point for _, manifest in server.store.of_run("run")] == [True] * keep + [False]
+    again = CoreMember(CoreServer(disk=server.disk), epoch=2, born=1)
+    assert (again.joined.step, again.joined.included) == (3, step)
+
+
 def test_an_acknowledgement_that_comes_again_is_answered() -> None:
     server = CoreServer()
     member = CoreMember(server)
