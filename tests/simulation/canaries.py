@@ -243,17 +243,6 @@ def _commits_failures(_: Any) -> Any:
     return done
 
 
-def _any_newest_kept(_: Any) -> Any:
-    def prune(self: saving.Saving, store: CheckpointStore, run: str) -> None:
-        def job() -> None:
-            for name in [name for name, manifest in store.of_run(run) if manifest.automatic][: -self._limits.keep_checkpoints]:
-                store.remove(name)
-
-        self._dispatch.on_disk(job, lambda _: None)
-
-    return prune
-
-
 def _oldest_restored(_: Any) -> Any:
     def find(self: saving.Saving, run: str, owner: str, held: Any, done: Any) -> None:
         del owner, held
@@ -431,7 +420,6 @@ CANARIES = (
     Canary("a repeated forward drops other values", _patched(Call, "frames", _other_masks)),
     Canary("a checkpoint waits for what a restart has settled", _patched(Member, "acknowledged", _only_its_own), 3000),
     Canary("a run that goes back keeps its step count", _patched(saving, "_loaded", _step_kept)),
-    Canary("a state that is no restart point pushes one out", _patched(saving.Saving, "_prune", _any_newest_kept), 9000),
     Canary("a read tensor is not the adapter's", _nothing(ReadWork, "run")),
     Canary("a checkpoint is loaded without its moments", _patched(saving, "ApplyWork", _moments_not_loaded)),
 )  # fmt: skip
