@@ -267,14 +267,6 @@ def _birth_ignored(original: Any) -> Any:
     return take_rank
 
 
-def _origin_ignored(original: Any) -> Any:
-    def joined(self: SessionCore, answer: Any, now: float) -> None:
-        self._origin_step = int(answer.step)
-        original(self, answer, now)
-
-    return joined
-
-
 def _same_epoch(original: Any) -> Any:
     def connect(self: SessionCore) -> None:
         self._epoch = 0
@@ -406,7 +398,6 @@ CANARIES = (
     Canary("what failed or was cancelled is committed", _patched(Dispatch, "work_done", _commits_failures)),
     Canary("the oldest checkpoint is restored", _patched(saving.Saving, "find_restart_point", _oldest_restored)),
     Canary("a join whose answer was lost is taken for known", _patched(Runs, "take_rank", _birth_ignored), 3000),
-    Canary("a restored run is taken for the one it was", _patched(SessionCore, "_on_joined", _origin_ignored), 9000),
     Canary("a trainer joins again under the same epoch", _patched(SessionCore, "_connect", _same_epoch)),
     Canary("a trainer does not name its tickets", _patched(SessionCore, "_connect", _tickets_not_named)),
     Canary("outcomes are not sent again", _patched(Exchange, "resume", _outcomes_not_sent_again)),

@@ -195,7 +195,7 @@ def plan_faults(world: World, rng: random.Random) -> None:
             away = rng.choice((0.1, 40.0, 110.0))
             heap.at(within(60.0), lambda trainer=trainer, away=away: _kill_trainer(heap, trainer, away))
         if rng.random() < 0.25:
-            length = rng.choice((1.0, 40.0, 110.0, 1500.0))
+            length = rng.choice((1.0, 40.0, 110.0, 1000.0))
             heap.at(within(30.0), lambda trainer=trainer, length=length: _pause(world, trainer, length))
 
 
