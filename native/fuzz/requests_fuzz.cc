@@ -113,6 +113,8 @@ class Trainer {
     const CancelToken token(bytes_.next() % 8 == 0 ? bytes_.any_float() : 60.0);
     args.token = &token;
     args.dropout = {bytes_.next(), bytes_.next()};
+    if (bytes_.next() % 4 == 0)
+      args.scales = LoraScales{bytes_.likely_float(), bytes_.likely_float(), bytes_.likely_float()};
     uses_adapter_ = args.lora != nullptr;
     ticket_ = engine_.forward(args);
   }
@@ -131,7 +133,8 @@ class Trainer {
     args.weights = &layer_weights();
     args.lora = uses_adapter_ ? &parameters_ : nullptr;
     args.gradients = uses_adapter_ ? &gradients_ : nullptr;
-    args.replace_gradients = bytes_.next() % 2 == 0;
+    args.wanted = bytes_.next() % 2 == 0 ? kAllLoraTensors : bytes_.next() & kAllLoraTensors;
+    args.replaced = bytes_.next() & kAllLoraTensors;
     args.ticket = ticket_.get();
     args.dy = dy.in();
     args.dx = dx.out();
@@ -150,20 +153,22 @@ class Trainer {
     const OptimizerKind kind = static_cast<OptimizerKind>(bytes_.next() % 4);
     OptimizerState state(layer_weights().spec(), parameters_.lora(), kind,
                          static_cast<MomentType>(bytes_.next() % kMomentTypes));
-    OptimizerStep step;
-    for (OptimizerUpdate& update : step.updates) {
+    LayerUpdate layer;
+    for (std::optional<TensorStep>& step : layer.step.tensors) {
+      if (bytes_.next() % 8 == 0) continue;
+      step.emplace();
+      step->grad_scale = bytes_.likely_float();
+      OptimizerUpdate& update = step->update;
       update.kind = bytes_.next() % 64 == 0 ? OptimizerKind::kSgd : kind;
       update.learning_rate = bytes_.next() % 64 == 0 ? bytes_.any_float() : 0.01;
       update.weight_decay = bytes_.next() % 64 == 0 ? bytes_.any_float() : 0.0;
       update.momentum = bytes_.next() % 64 == 0 ? bytes_.any_float() : 0.5;
     }
-    step.grad_scale = bytes_.likely_float();
-    LayerUpdate update;
-    update.gradients = {&gradients_};
-    update.parameters = &parameters_;
-    update.state = &state;
+    layer.gradients = {&gradients_};
+    layer.parameters = &parameters_;
+    layer.state = &state;
     try {
-      engine_.step(step, {update});
+      engine_.step({layer});
     } catch (const Error&) {
       require(copy_of(parameters_) == before);
     }

@@ -4,10 +4,12 @@
 // past tickets are kept for later ones until they are dropped.
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <functional>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -98,6 +100,7 @@ class Ticket {
 struct ForwardArgs {
   const LayerWeights* weights = nullptr;
   const LoraTensors* lora = nullptr;  // null: base weights alone
+  std::optional<LoraScales> scales;   // in place of the adapter's own
   TokensIn x;
   Routing routing;
   TokensOut y;
@@ -108,9 +111,10 @@ struct ForwardArgs {
 
 struct BackwardArgs {
   const LayerWeights* weights = nullptr;
-  const LoraTensors* lora = nullptr;  // as in the forward
-  LoraTensors* gradients = nullptr;   // added to; null where `lora` is null
-  bool replace_gradients = false;     // forgets what they held, with the same promise as adding to them
+  const LoraTensors* lora = nullptr;       // as in the forward
+  LoraTensors* gradients = nullptr;        // null where none are wanted
+  LoraTensorSet wanted = kAllLoraTensors;  // those that are added to
+  LoraTensorSet replaced = 0;              // of these, those that forget what they held, with the same promise
   const Ticket* ticket = nullptr;
   TokensIn dy;
   TokensOut dx;
@@ -120,10 +124,14 @@ struct BackwardArgs {
 
 // One layer's part in an optimizer step.
 struct LayerUpdate {
+  LayerStep step;
   std::vector<const LoraTensors*> gradients;  // by rank
   LoraTensors* parameters = nullptr;
   OptimizerState* state = nullptr;
 };
+
+// What a norm is made of. kPowers: the sum of |g|^p; kLargest, kSmallest: of |g|; kNonzeros: how many are not zero.
+enum class NormKind { kPowers, kLargest, kSmallest, kNonzeros };
 
 class Engine {
  public:
@@ -150,13 +158,15 @@ class Engine {
   // Of every layer, gradients are summed in rank order, scaled, and applied. Throws InvalidArgument where shapes differ
   // or a tensor's update is of another kind than the state. Everything is checked and all memory taken before the first
   // write: a step counts whole or not at all.
-  void step(const OptimizerStep& step, const std::vector<LayerUpdate>& layers);
+  void step(const std::vector<LayerUpdate>& layers);
   // Memory kept for operations to come: scratch of past ones and of tickets that are gone.
   std::int64_t kept_bytes() const;
   // Gives it back to the system, but for scratch while an operation runs.
   void drop_kept();
-  // Sum of squares of scale * (sum over ranks of gradients).
-  double gradient_square_sum(double scale, const std::vector<const LoraTensors*>& gradients);
+  // For each of the six tensors, of scale * (sum over ranks of gradients); 0 for one that is not there. `power` is for
+  // kPowers.
+  std::array<double, kLoraTensors> gradient_norms(NormKind kind, double power, double scale,
+                                                  const std::vector<const LoraTensors*>& gradients);
 
   // What this machine gives the engine's threads together, measured now: the peak of the ISA's multiply-adds
   // (flop per second), of reading memory, and of changing it in place (bytes per second read and written, of 256 MiB).

@@ -10,6 +10,12 @@
 
 namespace kt_expert {
 
+struct LoraScales {
+  float gate = 0.0f;
+  float up = 0.0f;
+  float down = 0.0f;
+};
+
 // Rank 0 leaves a projection without LoRA. Tied: gate and up share A_gate (PEFT's form for a fused gate_up parameter),
 // so their ranks are equal. scale is alpha / r, or alpha / sqrt(r) for rank-stabilised LoRA.
 struct LoraSpec {
@@ -24,10 +30,16 @@ struct LoraSpec {
 
   void validate() const;
   bool any() const { return rank_gate > 0 || rank_up > 0 || rank_down > 0; }
+  // The same with other scales. Throws InvalidArgument where tied projections get two.
+  LoraSpec scaled(const LoraScales& scales) const;
 };
 
 enum class LoraTensor { kAGate = 0, kBGate = 1, kAUp = 2, kBUp = 3, kADown = 4, kBDown = 5 };
 constexpr int kLoraTensors = 6;
+// A set of them: one bit each.
+using LoraTensorSet = unsigned;
+constexpr LoraTensorSet kAllLoraTensors = (1u << kLoraTensors) - 1;
+constexpr bool contains(LoraTensorSet set, LoraTensor tensor) { return ((set >> static_cast<int>(tensor)) & 1u) != 0; }
 const char* lora_tensor_name(LoraTensor tensor);  // a_gate, b_gate, a_up, b_up, a_down, b_down
 // Throws InvalidArgument for a name that is not one of those.
 LoraTensor lora_tensor_from_name(const std::string& name);

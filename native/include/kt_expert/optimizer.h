@@ -3,6 +3,7 @@
 
 #include <array>
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -48,10 +49,16 @@ struct OptimizerUpdate {
   void validate() const;
 };
 
-// Hyper-parameters of a whole step: a group may be any set of the six tensors.
-struct OptimizerStep {
-  std::array<OptimizerUpdate, kLoraTensors> updates;
+struct TensorStep {
+  OptimizerUpdate update;
   double grad_scale = 1.0;  // clip coefficient and averaging, applied to the gradient first
+};
+
+// What becomes of each of a layer's six tensors; those without an entry stay as they are.
+struct LayerStep {
+  std::array<std::optional<TensorStep>, kLoraTensors> tensors;
+
+  const std::optional<TensorStep>& of(LoraTensor tensor) const { return tensors[static_cast<std::size_t>(tensor)]; }
 };
 
 // Of all experts together.

@@ -1,6 +1,10 @@
 #include <pybind11/numpy.h>
 #include <pybind11/stl.h>
 
+#include <array>
+#include <cmath>
+#include <map>
+#include <optional>
 #include <tuple>
 #include <vector>
 
@@ -55,7 +59,8 @@ TokensOut tokens_out(py::array& array, const char* name, py::ssize_t tokens, py:
 std::unique_ptr<Ticket> forward(Engine& engine, const LayerWeights& weights, const LoraTensors* adapter,
                                 const py::array& x, const IdArray& expert_ids, const FloatArray& routing_weights,
                                 py::array y, const std::string& save, const CancelToken* token,
-                                std::uint64_t dropout_seed, std::uint32_t dropout_layer) {
+                                std::uint64_t dropout_seed, std::uint32_t dropout_layer,
+                                const std::optional<std::array<float, 3>>& scales) {
   if (expert_ids.ndim() != 2 || routing_weights.ndim() != 2 || routing_weights.shape(0) != expert_ids.shape(0) ||
       routing_weights.shape(1) != expert_ids.shape(1)) {
     throw InvalidArgument("expert_ids has shape " + shape_text(expert_ids) + " and routing_weights " +
@@ -66,6 +71,7 @@ std::unique_ptr<Ticket> forward(Engine& engine, const LayerWeights& weights, con
   ForwardArgs args;
   args.weights = &weights;
   args.lora = adapter;
+  if (scales) args.scales = LoraScales{(*scales)[0], (*scales)[1], (*scales)[2]};
   args.x = tokens_in(x, "x", tokens, spec.hidden);
   args.y = tokens_out(y, "y", tokens, spec.hidden);
   args.save = save_policy_from(save);
@@ -79,9 +85,15 @@ std::unique_ptr<Ticket> forward(Engine& engine, const LayerWeights& weights, con
   return engine.forward(args);
 }
 
+LoraTensorSet tensor_set(const std::vector<std::string>& names) {
+  LoraTensorSet set = 0;
+  for (const std::string& name : names) set |= 1u << static_cast<int>(lora_tensor_from_name(name));
+  return set;
+}
+
 void backward(Engine& engine, const LayerWeights& weights, const LoraTensors* adapter, LoraTensors* gradients,
               const Ticket& ticket, const py::array& dy, py::array dx, FloatArray d_weights, const CancelToken* token,
-              bool replace_gradients) {
+              const std::optional<std::vector<std::string>>& wanted, const std::vector<std::string>& replaced) {
   const py::ssize_t tokens = ticket.routing().tokens;
   const py::ssize_t top_k = ticket.routing().top_k;
   BackwardArgs args;
@@ -97,18 +109,44 @@ void backward(Engine& engine, const LayerWeights& weights, const LoraTensors* ad
   }
   args.d_weights = d_weights.mutable_data();
   args.token = token;
-  args.replace_gradients = replace_gradients;
+  if (wanted) args.wanted = tensor_set(*wanted);
+  args.replaced = tensor_set(replaced);
   py::gil_scoped_release release;
   engine.backward(args);
 }
 
-using LayerTuple = std::tuple<std::vector<const LoraTensors*>, LoraTensors*, OptimizerState*>;
+using LayerTuple = std::tuple<const LayerStep*, std::vector<const LoraTensors*>, LoraTensors*, OptimizerState*>;
 
-void take_step(Engine& engine, const OptimizerStep& step, const std::vector<LayerTuple>& layers) {
+void take_step(Engine& engine, const std::vector<LayerTuple>& layers) {
   py::gil_scoped_release release;
   std::vector<LayerUpdate> updates;
-  for (const auto& [gradients, parameters, state] : layers) updates.push_back({gradients, parameters, state});
-  engine.step(step, updates);
+  for (const auto& [step, gradients, parameters, state] : layers) {
+    updates.push_back({*step, gradients, parameters, state});
+  }
+  engine.step(updates);
+}
+
+NormKind norm_kind_from(double order) {
+  if (std::isinf(order)) return order > 0.0 ? NormKind::kLargest : NormKind::kSmallest;
+  if (std::isnan(order)) throw InvalidArgument("the order of a norm is not a number");
+  return order == 0.0 ? NormKind::kNonzeros : NormKind::kPowers;
+}
+
+// Of the tensors that are there: for a finite order but 0 the sum of powers, whose root the caller takes.
+std::map<std::string, double> gradient_norms(Engine& engine, double order, double scale,
+                                             const std::vector<const LoraTensors*>& gradients) {
+  std::array<double, kLoraTensors> norms;
+  {
+    const py::gil_scoped_release release;
+    norms = engine.gradient_norms(norm_kind_from(order), order, scale, gradients);
+  }
+  std::map<std::string, double> found;
+  for (int t = 0; t < kLoraTensors; ++t) {
+    const LoraTensor tensor = static_cast<LoraTensor>(t);
+    if (!gradients.front()->tensor(tensor).empty())
+      found[lora_tensor_name(tensor)] = norms[static_cast<std::size_t>(t)];
+  }
+  return found;
 }
 
 }  // namespace
@@ -144,13 +182,13 @@ void bind_engine(py::module_& module) {
       .def("forward", &forward, py::arg("weights"), py::arg("adapter").none(true), py::arg("x"),
            py::arg("expert_ids").noconvert(), py::arg("routing_weights").noconvert(), py::arg("y"),
            py::arg("save") = "nothing", py::arg("token").none(true) = nullptr, py::arg("dropout_seed") = 0,
-           py::arg("dropout_layer") = 0)
+           py::arg("dropout_layer") = 0, py::arg("scales") = py::none())
       .def("backward", &backward, py::arg("weights"), py::arg("adapter").none(true), py::arg("gradients").none(true),
            py::arg("ticket"), py::arg("dy"), py::arg("dx"), py::arg("d_weights").noconvert(),
-           py::arg("token").none(true) = nullptr, py::arg("replace_gradients") = false)
-      .def("step", &take_step, py::arg("step"), py::arg("layers"))
-      .def("gradient_square_sum", &Engine::gradient_square_sum, py::arg("scale"), py::arg("gradients"),
-           py::call_guard<py::gil_scoped_release>())
+           py::arg("token").none(true) = nullptr, py::arg("wanted") = py::none(),
+           py::arg("replaced") = std::vector<std::string>{})
+      .def("step", &take_step, py::arg("layers"))
+      .def("gradient_norms", &gradient_norms, py::arg("order"), py::arg("scale"), py::arg("gradients"))
       .def("scratch_bytes", &Engine::scratch_bytes, py::arg("layer"), py::arg("lora"), py::arg("tokens"),
            py::arg("top_k"))
       .def_static(

@@ -39,15 +39,10 @@ OptimizerUpdate make_update(const std::string& kind, double learning_rate, doubl
   return update;
 }
 
-OptimizerStep make_step(const std::map<std::string, OptimizerUpdate>& updates, double grad_scale) {
-  OptimizerStep made;
-  made.grad_scale = grad_scale;
-  for (int t = 0; t < kLoraTensors; ++t) {
-    const auto found = updates.find(lora_tensor_name(static_cast<LoraTensor>(t)));
-    if (found == updates.end()) {
-      throw InvalidArgument(std::string("the step has no update for ") + lora_tensor_name(static_cast<LoraTensor>(t)));
-    }
-    made.updates[static_cast<std::size_t>(t)] = found->second;
+LayerStep make_step(const std::map<std::string, std::pair<OptimizerUpdate, double>>& tensors) {
+  LayerStep made;
+  for (const auto& [name, step] : tensors) {
+    made.tensors[static_cast<std::size_t>(lora_tensor_from_name(name))] = TensorStep{step.first, step.second};
   }
   return made;
 }
@@ -90,8 +85,7 @@ void bind_optimizer(py::module_& module) {
            py::arg("momentum") = 0.0, py::arg("dampening") = 0.0, py::arg("nesterov") = false,
            py::arg("beta2_decay") = -0.8, py::arg("eps1") = OptimizerUpdate{}.eps1, py::arg("eps2") = 1e-3,
            py::arg("clip_threshold") = 1.0);
-  py::class_<OptimizerStep>(module, "OptimizerStep")
-      .def(py::init(&make_step), py::arg("updates"), py::kw_only(), py::arg("grad_scale"));
+  py::class_<LayerStep>(module, "LayerStep").def(py::init(&make_step), py::arg("tensors"));
   py::class_<OptimizerState>(module, "OptimizerState")
       .def(py::init(
                [](const LayerSpec& layer, const LoraSpec& lora, const std::string& kind, const std::string& moments) {

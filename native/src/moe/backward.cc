@@ -67,8 +67,8 @@ void Engine::BackwardPass::run(Engine& engine, const BackwardArgs& args) {
   HiddenStore saved = ticket.store();
   if (ticket.policy() == SavePolicy::kInputs) {
     saved = buffers.recomputed;
-    HiddenPass hidden(engine, ticket.type(), *args.weights, args.lora, routing, args.token, ticket.dropout(), carver,
-                      saved);
+    HiddenPass hidden(engine, ticket.type(), *args.weights, args.lora, ticket.lora(), routing, args.token,
+                      ticket.dropout(), carver, saved);
     hidden.run(ticket.x());
     saved = hidden.kept();
     BackwardPass(engine, args, saved, buffers).run_phases();
@@ -79,8 +79,8 @@ void Engine::BackwardPass::run(Engine& engine, const BackwardArgs& args) {
 
 Engine::BackwardPass::BackwardPass(Engine& engine, const BackwardArgs& args, const HiddenStore& saved,
                                    const Buffers& buffers)
-    : Pass(engine, args.ticket->type(), *args.weights, args.lora, args.ticket->routing(), args.token,
-           args.ticket->dropout()),
+    : Pass(engine, args.ticket->type(), *args.weights, args.lora, args.ticket->lora(), args.ticket->routing(),
+           args.token, args.ticket->dropout()),
       args_(args),
       saved_(saved),
       buffers_(buffers),
@@ -96,7 +96,8 @@ void Engine::BackwardPass::run_phases() {
   if (token_ != nullptr) token_->check();
   // Nothing below can fail or be cancelled.
   write_d_weights();
-  if (args_.replace_gradients && args_.gradients != nullptr) clear_gradients();
+  if (args_.gradients == nullptr) return;
+  clear_gradients();
   lora_gradients();
 }
 

@@ -142,11 +142,12 @@ std::unique_ptr<Ticket> Engine::forward(const ForwardArgs& args) {
 void Engine::backward(const BackwardArgs& args) {
   require_same_layer(args.weights->spec(), args.ticket->layer(), "the ticket");
   if (args.lora != nullptr) {
-    if (args.gradients == nullptr) throw InvalidArgument("a backward with an adapter needs gradients to add to");
     require_same_layer(args.weights->spec(), args.lora->layer(), "the adapter");
-    require_same_layer(args.weights->spec(), args.gradients->layer(), "the gradients' set");
+    if (args.gradients != nullptr) {
+      require_same_layer(args.weights->spec(), args.gradients->layer(), "the gradients' set");
+    }
     if (!same_adapter(args.lora->lora(), args.ticket->lora()) ||
-        !same_adapter(args.lora->lora(), args.gradients->lora())) {
+        (args.gradients != nullptr && !same_adapter(args.lora->lora(), args.gradients->lora()))) {
       throw InvalidArgument("the ticket or the gradients were made for an adapter of other ranks or another dropout");
     }
   } else if (args.ticket->lora().any()) {

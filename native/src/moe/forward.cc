@@ -3,8 +3,10 @@
 
 namespace kt_expert {
 
-Engine::ForwardPass::ForwardPass(Engine& engine, const ForwardArgs& args, Carver& carver, const HiddenStore& store)
-    : HiddenPass(engine, args.x.type, *args.weights, args.lora, args.routing, args.token, args.dropout, carver, store),
+Engine::ForwardPass::ForwardPass(Engine& engine, const ForwardArgs& args, const LoraSpec& lora, Carver& carver,
+                                 const HiddenStore& store)
+    : HiddenPass(engine, args.x.type, *args.weights, args.lora, lora, args.routing, args.token, args.dropout, carver,
+                 store),
       args_(args) {
   sums_ =
       TokenSums::take(carver, routing_.tokens, layer_.hidden, static_cast<int>(weights_.slices().size()), args.y.type);
@@ -21,7 +23,8 @@ std::int64_t Engine::ForwardPass::scratch_bytes(const KernelTable& kernels, cons
 
 std::unique_ptr<Ticket> Engine::ForwardPass::run(Engine& engine, const ForwardArgs& args) {
   const LayerSpec& layer = args.weights->spec();
-  const LoraSpec lora = args.lora == nullptr ? LoraSpec{} : args.lora->lora();
+  LoraSpec lora;
+  if (args.lora != nullptr) lora = args.scales ? args.lora->lora().scaled(*args.scales) : args.lora->lora();
   const std::int64_t needed =
       scratch_bytes(engine.kernels_for_tokens(args.x.type), layer, lora, args.routing.tokens, args.routing.routes,
                     static_cast<int>(args.weights->slices().size()), engine.threads());
@@ -35,7 +38,7 @@ std::unique_ptr<Ticket> Engine::ForwardPass::run(Engine& engine, const ForwardAr
     store = ticket->store();
     std::copy_n(static_cast<const std::uint8_t*>(args.x.data), ticket->x_.size(), ticket->x_.data());
   }
-  ForwardPass pass(engine, args, carver, store);
+  ForwardPass pass(engine, args, lora, carver, store);
   pass.HiddenPass::run(args.x);
   pass.down();
   return ticket;

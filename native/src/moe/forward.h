@@ -12,7 +12,7 @@ class Engine::ForwardPass : private Engine::HiddenPass {
                                     std::int64_t tokens, std::int64_t routes, int nodes, int workers);
 
  private:
-  ForwardPass(Engine& engine, const ForwardArgs& args, Carver& carver, const HiddenStore& store);
+  ForwardPass(Engine& engine, const ForwardArgs& args, const LoraSpec& lora, Carver& carver, const HiddenStore& store);
   void down();
   void down_block(const BlockTask& at, float* block) const;
 

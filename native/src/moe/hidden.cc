@@ -3,9 +3,9 @@
 namespace kt_expert {
 
 Engine::HiddenPass::HiddenPass(Engine& engine, FloatType type, const LayerWeights& weights, const LoraTensors* adapter,
-                               const Routing& routing, const CancelToken* token, DropoutSeed dropout, Carver& carver,
-                               const HiddenStore& store)
-    : Pass(engine, type, weights, adapter, routing, token, dropout), store_(store) {
+                               const LoraSpec& lora, const Routing& routing, const CancelToken* token,
+                               DropoutSeed dropout, Carver& carver, const HiddenStore& store)
+    : Pass(engine, type, weights, adapter, lora, routing, token, dropout), store_(store) {
   buffers_ = take(carver, kernels_, layer_, lora_, routing.tokens, routing.routes, pool_.size(), store);
 }
 

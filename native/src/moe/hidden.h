@@ -9,8 +9,8 @@ namespace kt_expert {
 class Engine::HiddenPass : protected Engine::Pass {
  public:
   HiddenPass(Engine& engine, FloatType type, const LayerWeights& weights, const LoraTensors* adapter,
-             const Routing& routing, const CancelToken* token, DropoutSeed dropout, Carver& carver,
-             const HiddenStore& store);
+             const LoraSpec& lora, const Routing& routing, const CancelToken* token, DropoutSeed dropout,
+             Carver& carver, const HiddenStore& store);
 
   // Announces what the constructor takes.
   static void reserve(Carver& carver, const KernelTable& kernels, const LayerSpec& layer, const LoraSpec& lora,

@@ -45,6 +45,15 @@ void LoraSpec::validate() const {
   }
 }
 
+LoraSpec LoraSpec::scaled(const LoraScales& scales) const {
+  LoraSpec made = *this;
+  made.scale_gate = scales.gate;
+  made.scale_up = scales.up;
+  made.scale_down = scales.down;
+  made.validate();
+  return made;
+}
+
 LoraShape lora_shape(const LayerSpec& layer, const LoraSpec& lora, LoraTensor tensor) {
   const auto present = [](int rank, LoraShape shape) { return rank > 0 ? shape : LoraShape{}; };
   switch (tensor) {

@@ -12,10 +12,11 @@ OuterRows Engine::BackwardPass::d_hidden_rows(const OperandRows& operands, const
 
 // Of every expert: those without a row in this batch held something too.
 void Engine::BackwardPass::clear_gradients() {
+  if ((args_.wanted & args_.replaced) == 0) return;
   pool_.run(kLoraTensors * std::int64_t{layer_.experts}, [&](std::int64_t task, int) {
     const LoraTensor tensor = static_cast<LoraTensor>(task % kLoraTensors);
     const LoraShape shape = lora_shape(layer_, lora_, tensor);
-    if (shape.rows == 0) return;
+    if (shape.rows == 0 || !contains(args_.wanted & args_.replaced, tensor)) return;
     std::fill_n(args_.gradients->expert(tensor, static_cast<int>(task / kLoraTensors)), shape.rows * shape.columns,
                 0.0f);
   });
@@ -33,7 +34,7 @@ void Engine::BackwardPass::lora_gradients() {
 
 void Engine::BackwardPass::lora_gradient(int expert, LoraTensor tensor) {
   const LoraShape shape = lora_shape(layer_, lora_, tensor);
-  if (shape.rows == 0) return;
+  if (shape.rows == 0 || !contains(args_.wanted, tensor)) return;
   const std::int64_t first = routing_.begin_of(expert);
   const std::int32_t* tokens = routing_.row_token.data() + first;
   const auto kept = [&](const float* rows, int rank) {

@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
+#include <limits>
 #include <vector>
 
 #include "gemm/kernels.h"
@@ -69,10 +70,10 @@ std::int64_t worker_floats(const LayerSpec& layer, const LoraSpec& lora, Optimiz
 struct StepScratch {
   float* floats;  // [threads, worker_floats]
   std::int64_t worker_floats;
-  double* squares;  // [spans]
+  double* parts;  // [spans], of norms
 
   StepScratch(Carver& carver, std::int64_t each, int threads, std::int64_t spans)
-      : floats(carver.take<float>(each * threads)), worker_floats(each), squares(carver.take<double>(spans)) {}
+      : floats(carver.take<float>(each * threads)), worker_floats(each), parts(carver.take<double>(spans)) {}
   float* of(int worker) const { return floats + worker * worker_floats; }
 };
 
@@ -87,6 +88,33 @@ const float* sum_ranks(const KernelTable& kernels, const std::vector<const LoraT
   }
   return buffer;
 }
+
+// One span's part in a norm of scale * gradient, and how two parts make one. NaN stays NaN.
+struct NormPart {
+  NormKind kind;
+  double power;
+  double scale;  // not negative
+
+  double of(const KernelTable& kernels, const float* values, std::int64_t count) const {
+    if (kind == NormKind::kPowers && power == 2.0) return kernels.sum_squares(values, count) * scale * scale;
+    double joined = one(values[0]);
+    for (std::int64_t i = 1; i < count; ++i) joined = join(joined, one(values[i]));
+    return joined;
+  }
+  double join(double a, double b) const {
+    if (kind == NormKind::kPowers || kind == NormKind::kNonzeros) return a + b;
+    if (std::isnan(a) || std::isnan(b)) return std::numeric_limits<double>::quiet_NaN();
+    return kind == NormKind::kLargest ? std::max(a, b) : std::min(a, b);
+  }
+
+ private:
+  double one(float value) const {
+    const double size = std::abs(static_cast<double>(value)) * scale;
+    if (kind == NormKind::kPowers) return power == 1.0 ? size : std::pow(size, power);
+    if (kind == NormKind::kNonzeros) return size != 0.0 ? 1.0 : 0.0;
+    return size;
+  }
+};
 
 // Tells tensors and steps apart in the rounding of bf16 moments.
 std::uint32_t rounding_seed(std::int64_t step, LoraTensor tensor) {
@@ -190,7 +218,7 @@ void check_gradients(const std::vector<const LoraTensors*>& gradients) {
   }
 }
 
-void check_update(const OptimizerStep& step, const LayerUpdate& layer) {
+void check_update(const LayerUpdate& layer) {
   if (layer.parameters == nullptr || layer.state == nullptr) {
     throw InvalidArgument("a layer's update needs parameters and state, got null");
   }
@@ -198,7 +226,9 @@ void check_update(const OptimizerStep& step, const LayerUpdate& layer) {
   const LoraTensors& first = *layer.gradients.front();
   require_shape_of(*layer.parameters, first.layer(), first.lora(), "the gradients");
   require_shape_of(*layer.parameters, layer.state->layer(), layer.state->lora(), "the moments");
-  for (const OptimizerUpdate& update : step.updates) {
+  for (const std::optional<TensorStep>& step : layer.step.tensors) {
+    if (!step) continue;
+    const OptimizerUpdate& update = step->update;
     update.validate();
     const bool both_adam = update.kind <= OptimizerKind::kAdam && layer.state->kind() <= OptimizerKind::kAdam;
     if (update.kind != layer.state->kind() && !both_adam) {
@@ -209,15 +239,15 @@ void check_update(const OptimizerStep& step, const LayerUpdate& layer) {
 }
 
 // Applies one layer's update with scratch that is there already, so that nothing can fail.
-class LayerStep {
+class LayerUpdater {
  public:
-  LayerStep(const KernelTable& kernels, ThreadPool& pool, const OptimizerStep& step, const LayerUpdate& layer,
-            const StepScratch& scratch)
-      : kernels_(kernels), pool_(pool), step_(step), layer_(layer), scratch_(scratch) {
+  LayerUpdater(const KernelTable& kernels, ThreadPool& pool, const LayerUpdate& layer, const StepScratch& scratch)
+      : kernels_(kernels), pool_(pool), layer_(layer), scratch_(scratch) {
     for (int t = 0; t < kLoraTensors; ++t) {
       const LoraTensor tensor = static_cast<LoraTensor>(t);
-      const bool counts = update_of(tensor).kind != OptimizerKind::kSgd || update_of(tensor).momentum != 0.0;
-      if (counts && !layer.parameters->tensor(tensor).empty()) ++layer.state->steps(tensor);
+      if (!is_stepped(tensor)) continue;
+      const OptimizerUpdate& update = step_of(tensor).update;
+      if (update.kind != OptimizerKind::kSgd || update.momentum != 0.0) ++layer.state->steps(tensor);
     }
   }
 
@@ -232,17 +262,20 @@ class LayerStep {
   }
 
  private:
-  const OptimizerUpdate& update_of(LoraTensor tensor) const { return step_.updates[static_cast<std::size_t>(tensor)]; }
+  bool is_stepped(LoraTensor tensor) const {
+    return layer_.step.of(tensor).has_value() && !layer_.parameters->tensor(tensor).empty();
+  }
+  const TensorStep& step_of(LoraTensor tensor) const { return *layer_.step.of(tensor); }
   std::int64_t count_of(LoraTensor tensor) const { return static_cast<std::int64_t>(layer_.state->steps(tensor)); }
 
   void step_matrix(std::int64_t task, int worker) {
     const LoraTensor tensor = static_cast<LoraTensor>(task % kLoraTensors);
     const LoraShape shape = lora_shape(layer_.parameters->layer(), layer_.parameters->lora(), tensor);
     const std::int64_t expert = task / kLoraTensors, size = shape.rows * shape.columns;
-    if (size == 0) return;
+    if (!is_stepped(tensor)) return;
     float* floats = scratch_.of(worker);
     const float* gradient = sum_ranks(kernels_, layer_.gradients, {tensor, expert * size, size}, floats);
-    factored_step(kernels_, update_of(tensor), static_cast<double>(count_of(tensor)), step_.grad_scale,
+    factored_step(kernels_, step_of(tensor).update, static_cast<double>(count_of(tensor)), step_of(tensor).grad_scale,
                   {shape, gradient, layer_.parameters->tensor(tensor).data() + expert * size,
                    reinterpret_cast<float*>(layer_.state->data(0, tensor)) + expert * shape.rows,
                    reinterpret_cast<float*>(layer_.state->data(1, tensor)) + expert * shape.columns},
@@ -250,26 +283,26 @@ class LayerStep {
   }
 
   void step_span(const SpanOf& span, int worker) {
+    if (!is_stepped(span.tensor)) return;
     OptimizerState& state = *layer_.state;
-    const OptimizerUpdate& update = update_of(span.tensor);
+    const TensorStep& step = step_of(span.tensor);
     const int type = static_cast<int>(state.moments()), width = moment_bytes(state.moments());
     const float* gradient = sum_ranks(kernels_, layer_.gradients, span, scratch_.of(worker));
     float* parameter = layer_.parameters->tensor(span.tensor).data() + span.first;
     const std::uint32_t first = static_cast<std::uint32_t>(span.first);
     const auto moment = [&](int slot) { return state.data(slot, span.tensor) + span.first * width; };
     if (state.kind() == OptimizerKind::kSgd) {
-      void* buffer = update.momentum == 0.0 ? nullptr : moment(0);
-      kernels_.sgd[type](sgd_step(update, step_.grad_scale, span.tensor, count_of(span.tensor)), gradient, parameter,
-                         buffer, first, span.count);
+      void* buffer = step.update.momentum == 0.0 ? nullptr : moment(0);
+      kernels_.sgd[type](sgd_step(step.update, step.grad_scale, span.tensor, count_of(span.tensor)), gradient,
+                         parameter, buffer, first, span.count);
     } else {
-      kernels_.adam[type](adam_step(update, step_.grad_scale, span.tensor, count_of(span.tensor)), gradient, parameter,
-                          moment(0), moment(1), first, span.count);
+      kernels_.adam[type](adam_step(step.update, step.grad_scale, span.tensor, count_of(span.tensor)), gradient,
+                          parameter, moment(0), moment(1), first, span.count);
     }
   }
 
   const KernelTable& kernels_;
   ThreadPool& pool_;
-  const OptimizerStep& step_;
   const LayerUpdate& layer_;
   const StepScratch& scratch_;
 };
@@ -283,10 +316,10 @@ std::int64_t Engine::step_bytes(const LayerSpec& layer, const LoraSpec& lora, Op
   return carver.used();
 }
 
-void Engine::step(const OptimizerStep& step, const std::vector<LayerUpdate>& layers) {
+void Engine::step(const std::vector<LayerUpdate>& layers) {
   std::int64_t each = 0;
   for (const LayerUpdate& layer : layers) {
-    check_update(step, layer);
+    check_update(layer);
     each = std::max(each, worker_floats(layer.parameters->layer(), layer.parameters->lora(), layer.state->kind(),
                                         static_cast<std::int64_t>(layer.gradients.size())));
   }
@@ -296,10 +329,11 @@ void Engine::step(const OptimizerStep& step, const std::vector<LayerUpdate>& lay
   const Arena::Lease lease(*arena_, sizes.used());
   Carver carver(lease.data());
   const StepScratch scratch(carver, each, threads(), 0);
-  for (const LayerUpdate& layer : layers) LayerStep(kernels_, pool_, step, layer, scratch).run();
+  for (const LayerUpdate& layer : layers) LayerUpdater(kernels_, pool_, layer, scratch).run();
 }
 
-double Engine::gradient_square_sum(double scale, const std::vector<const LoraTensors*>& gradients) {
+std::array<double, kLoraTensors> Engine::gradient_norms(NormKind kind, double power, double scale,
+                                                        const std::vector<const LoraTensors*>& gradients) {
   check_gradients(gradients);
   const LayerSpec& layer = gradients.front()->layer();
   const LoraSpec& lora = gradients.front()->lora();
@@ -312,13 +346,19 @@ double Engine::gradient_square_sum(double scale, const std::vector<const LoraTen
   const Arena::Lease lease(*arena_, sizes.used());
   Carver carver(lease.data());
   const StepScratch scratch(carver, each, threads(), spans.count());
+  const NormPart part{kind, power, std::abs(scale)};
   pool_.run(spans.count(), [&](std::int64_t task, int worker) {
     const SpanOf span = spans[task];
-    scratch.squares[task] = kernels_.sum_squares(sum_ranks(kernels_, gradients, span, scratch.of(worker)), span.count);
+    scratch.parts[task] = part.of(kernels_, sum_ranks(kernels_, gradients, span, scratch.of(worker)), span.count);
   });
-  double total = 0.0;
-  for (std::int64_t i = 0; i < spans.count(); ++i) total += scratch.squares[i];  // the same for any number of workers
-  return total * scale * scale;
+  std::array<double, kLoraTensors> norms{};
+  std::array<bool, kLoraTensors> begun{};
+  for (std::int64_t i = 0; i < spans.count(); ++i) {  // in order: the same for any number of workers
+    const std::size_t tensor = static_cast<std::size_t>(spans[i].tensor);
+    norms[tensor] = begun[tensor] ? part.join(norms[tensor], scratch.parts[i]) : scratch.parts[i];
+    begun[tensor] = true;
+  }
+  return norms;
 }
 
 }  // namespace kt_expert

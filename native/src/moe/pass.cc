@@ -29,7 +29,7 @@ WorkerScratch WorkerScratch::at(std::uint8_t* base) {
 }
 
 Engine::Pass::Pass(Engine& engine, FloatType type, const LayerWeights& weights, const LoraTensors* adapter,
-                   const Routing& routing, const CancelToken* token, DropoutSeed dropout)
+                   const LoraSpec& lora, const Routing& routing, const CancelToken* token, DropoutSeed dropout)
     : engine_(engine),
       kernels_(engine.kernels_for_tokens(type)),
       pool_(engine.pool_),
@@ -38,7 +38,7 @@ Engine::Pass::Pass(Engine& engine, FloatType type, const LayerWeights& weights, 
       weights_(weights),
       layer_(weights.spec()),
       adapter_(adapter),
-      lora_(adapter == nullptr ? LoraSpec{} : adapter->lora()),
+      lora_(lora),
       routing_(routing),
       row_tasks_(row_tasks(routing)) {
   int most_rows = 0;

@@ -175,8 +175,9 @@ struct WorkerScratch {
 class Engine::Pass {
  protected:
   // `type` is the tokens': it decides the ISA.
-  Pass(Engine& engine, FloatType type, const LayerWeights& weights, const LoraTensors* adapter, const Routing& routing,
-       const CancelToken* token, DropoutSeed dropout);
+  // `lora` has the adapter's ranks, and the scales that count.
+  Pass(Engine& engine, FloatType type, const LayerWeights& weights, const LoraTensors* adapter, const LoraSpec& lora,
+       const Routing& routing, const CancelToken* token, DropoutSeed dropout);
 
   bool drops() const { return dropout_.seed != 0 && lora_.dropout > 0.0f; }
   // What LoRA's scale is multiplied by where its input is a mask of the values alone: 1 / (1 - p), applied in fp32. A

@@ -8,6 +8,7 @@ import kt_expert_native as native
 import numpy as np
 from kt_expert_proto.dtypes import Dtype
 from kt_expert_proto.header import FrameType, Header, Op, Tensor
+from kt_expert_proto.lora import TENSORS
 from kt_expert_proto.v1.session_pb2 import ResultHead
 from numpy.typing import NDArray
 
@@ -176,7 +177,7 @@ class BackwardWork(Work):
             self._dx.array(header.dtype, header.rows, header.columns),
             self._d_weights.array(Dtype.FP32, header.rows, saved.ticket.top_k),
             self.token,
-            replace_gradients=self._begins or not trained.window.counts(header.layer),
+            replaced=list(TENSORS) if self._begins or not trained.window.counts(header.layer) else [],
         )
 
     def commit(self) -> Outcome:

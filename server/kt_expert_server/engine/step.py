@@ -37,7 +37,8 @@ class NormWork(Work):
 
     def run(self) -> None:
         layers = collected(self._adapter, self._windows)
-        self._norm = sum(self._engine.gradient_square_sum(self._scale, gradients) for _, gradients in layers) ** 0.5
+        squares = (self._engine.gradient_norms(2.0, self._scale, gradients) for _, gradients in layers)
+        self._norm = sum(sum(of_layer.values()) for of_layer in squares) ** 0.5
 
     def commit(self) -> Outcome:
         return Outcome(ResultHead(norm=self._norm))
@@ -71,7 +72,8 @@ class StepWork(Work):
         # parameters and moments, as torch does for a parameter without a gradient.
         params, adapter = self._params, self._adapter
         assert params is not None  # noqa: S101
-        step = native.OptimizerStep(params.updates(), grad_scale=params.grad_scale / self._world_size)
+        scale = params.grad_scale / self._world_size
+        step = native.LayerStep({tensor: (update, scale) for tensor, update in params.updates().items()})
         layers = collected(adapter, self._windows)
         if not params.new_optimizer:
             for layer, _ in layers:
@@ -79,8 +81,8 @@ class StepWork(Work):
         else:
             adapter.drop_moments()
         states = [adapter.ensure_state(layer, params.state_kind) for layer, _ in layers]
-        updates = [(gradients, layer.parameters, state) for (layer, gradients), state in zip(layers, states, strict=True)]
-        self._engine.step(step, updates)
+        updates = [(step, gradients, layer.parameters, state) for (layer, gradients), state in zip(layers, states, strict=True)]
+        self._engine.step(updates)
 
     def commit(self) -> Outcome:
         self._adapter.version += 1

@@ -49,9 +49,9 @@ CASES: dict[str, tuple[str, dict[str, float], Make]] = {
 }
 
 
-def make_step(kind: str, numbers: dict[str, float], grad_scale: float = GRAD_SCALE) -> native.OptimizerStep:
+def make_step(kind: str, numbers: dict[str, float], grad_scale: float = GRAD_SCALE) -> native.LayerStep:
     update = native.OptimizerUpdate(kind, **numbers)  # type: ignore[arg-type]  # nesterov is a bool
-    return native.OptimizerStep(dict.fromkeys(TENSORS, update), grad_scale=grad_scale)
+    return native.LayerStep(dict.fromkeys(TENSORS, (update, grad_scale)))
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -75,7 +75,7 @@ def test_equals_torch_over_100_steps(isa: str, case: str) -> None:
                 tensors.tensor(name)[...] = gradients[rank].numpy()
             for expert, parameter in enumerate(theirs[name]):
                 parameter.grad = gradients[:, expert].sum(0) * GRAD_SCALE
-        engine.step(make_step(kind, numbers), [(ranks, parameters, state)])
+        engine.step([(make_step(kind, numbers), ranks, parameters, state)])
         optimizer.step()
     for name in names:
         expected = torch.stack([parameter.detach() for parameter in theirs[name]])
@@ -95,7 +95,7 @@ def test_thread_count_does_not_show(kind: str) -> None:
                 values = generator.standard_normal(gradients.tensor(name).shape)
                 gradients.tensor(name)[...] = values.astype(np.float32)
             momentum = {"momentum": 0.9} if kind == "sgd" else {}
-            engine.step(make_step(kind, {"learning_rate": 1e-2, **momentum}), [([gradients], parameters, state)])
+            engine.step([(make_step(kind, {"learning_rate": 1e-2, **momentum}), [gradients], parameters, state)])
         results.append({name: parameters.tensor(name).copy() for name in parameters.names()})
     for name, first in results[0].items():
         assert np.array_equal(first, results[1][name])
@@ -115,7 +115,7 @@ def test_bf16_moments_follow_fp32_ones(isa: str) -> None:
         noise = generator.standard_normal(gradients.tensor("a_down").shape)
         gradients.tensor("a_down")[...] = (0.3 + noise).astype(np.float32)
         for state, parameters in zip(states, sets, strict=True):
-            engine.step(make_step("adamw", {"learning_rate": 1e-2}), [([gradients], parameters, state)])
+            engine.step([(make_step("adamw", {"learning_rate": 1e-2}), [gradients], parameters, state)])
     ours = (states[1].tensor("exp_avg_sq", "a_down").astype(np.uint32) << 16).view(np.float32)
     assert ours.mean() == pytest.approx(float(states[0].tensor("exp_avg_sq", "a_down").mean()), rel=2e-3)
     error = relative_error(torch.from_numpy(sets[1].tensor("a_down")), torch.from_numpy(sets[0].tensor("a_down")))
@@ -127,11 +127,30 @@ def test_groups_have_their_own_numbers() -> None:
     for name in gradients.names():
         gradients.tensor(name)[...] = 1.0
     slow, fast = (native.OptimizerUpdate("sgd", learning_rate=rate) for rate in (0.5, 8.0))
-    updates = dict.fromkeys(TENSORS, slow) | {"b_down": fast}
-    step = native.OptimizerStep(updates, grad_scale=1.0)
-    engine.step(step, [([gradients], parameters, native.OptimizerState(LAYER, LORA, "sgd"))])
+    step = native.LayerStep({"a_down": (slow, 1.0), "b_down": (fast, 1.0), "b_gate": (slow, 0.5)})
+    state = native.OptimizerState(LAYER, LORA, "adamw")
+    with pytest.raises(native.InvalidArgument, match="the state is of adamw, the step of sgd"):
+        engine.step([(step, [gradients], parameters, state)])
+    state = native.OptimizerState(LAYER, LORA, "sgd")
+    engine.step([(step, [gradients], parameters, state)])
     assert (parameters.tensor("a_down") == -0.5).all()
     assert (parameters.tensor("b_down") == -8.0).all()
+    assert (parameters.tensor("b_gate") == -0.25).all()
+
+
+@pytest.mark.parametrize("kind", ["adamw", "sgd", "adafactor"])
+def test_a_tensor_without_a_group_stays_as_it_is(kind: str) -> None:
+    engine, parameters, gradients = native.Engine(2), native.LoraTensors(LAYER, LORA), native.LoraTensors(LAYER, LORA)
+    for name in gradients.names():
+        gradients.tensor(name)[...] = 1.0
+    state = native.OptimizerState(LAYER, LORA, kind)
+    update = native.OptimizerUpdate(kind, learning_rate=0.1, weight_decay=0.1, momentum=0.9)
+    engine.step([(native.LayerStep({"a_down": (update, 1.0)}), [gradients], parameters, state)])
+    assert state.tensor("step", "a_down").item() == 1.0
+    assert parameters.tensor("a_down").all()
+    for name in set(parameters.names()) - {"a_down"}:
+        assert not parameters.tensor(name).any()
+        assert not any(state.tensor(slot, name).any() for slot in state.slots())
 
 
 def test_a_gradient_that_is_not_a_number_shows() -> None:
@@ -139,7 +158,7 @@ def test_a_gradient_that_is_not_a_number_shows() -> None:
     engine, parameters, gradients = native.Engine(1), native.LoraTensors(LAYER, LORA), native.LoraTensors(LAYER, LORA)
     gradients.tensor("a_down")[1, 0, 0] = np.nan
     state = native.OptimizerState(LAYER, LORA, "adafactor")
-    engine.step(make_step("adafactor", {"learning_rate": 1.0}), [([gradients], parameters, state)])
+    engine.step([(make_step("adafactor", {"learning_rate": 1.0}), [gradients], parameters, state)])
     assert np.isnan(parameters.tensor("a_down")[1]).all()
     assert np.isfinite(parameters.tensor("a_down")[0]).all()
 
@@ -155,7 +174,7 @@ def test_a_momentum_buffer_begins_with_the_first_gradient_it_takes() -> None:
         theirs.grad = torch.ones(1)
         optimizer.step()
         numbers = {"learning_rate": 1.0, "momentum": momentum, "dampening": 0.5}
-        engine.step(make_step("sgd", numbers, 1.0), [([gradients], parameters, state)])
+        engine.step([(make_step("sgd", numbers, 1.0), [gradients], parameters, state)])
         assert parameters.tensor("a_down") == pytest.approx(theirs.item(), rel=1e-6)
     assert state.tensor("step", "a_down").item() == 3
 
@@ -172,10 +191,8 @@ def test_layers_count_their_own_updates() -> None:
         for index, parameter in enumerate(theirs):
             parameter.grad = torch.ones(1) if index in touched else None
         optimizer.step()
-        engine.step(
-            make_step("adamw", {"learning_rate": 0.1}, 1.0),
-            [([gradients], *layers[index]) for index in touched],
-        )
+        step = make_step("adamw", {"learning_rate": 0.1}, 1.0)
+        engine.step([(step, [gradients], *layers[index]) for index in touched])
         for (parameters, _), parameter in zip(layers, theirs, strict=True):
             assert parameters.tensor("a_down") == pytest.approx(parameter.item(), rel=1e-6)
 
@@ -190,7 +207,7 @@ def test_a_large_average_is_left_at_once_where_beta1_is_small(beta1: float) -> N
         gradients.tensor("a_down")[...] = gradient
         theirs.grad = torch.tensor([gradient])
         optimizer.step()
-        engine.step(make_step("adamw", {"learning_rate": 1.0, "beta1": beta1}, 1.0), [([gradients], parameters, state)])
+        engine.step([(make_step("adamw", {"learning_rate": 1.0, "beta1": beta1}, 1.0), [gradients], parameters, state)])
     assert state.tensor("exp_avg", "a_down") == pytest.approx(optimizer.state[theirs]["exp_avg"].item(), rel=1e-6)
 
 
@@ -211,7 +228,7 @@ def test_a_step_takes_effect_in_all_layers_or_in_none() -> None:
     ]
     for layer in bad:
         with pytest.raises(native.InvalidArgument):
-            engine.step(step, [([gradients], good, state()), layer])
+            engine.step([(step, [gradients], good, state()), (step, *layer)])
     assert not good.tensor("a_down").any()
 
 
@@ -234,4 +251,4 @@ def test_numbers_without_a_meaning_are_refused(kind: str, numbers: dict[str, flo
 def test_a_step_of_another_kind_than_the_state_is_refused() -> None:
     tensors, state = native.LoraTensors(LAYER, LORA), native.OptimizerState(LAYER, LORA, "sgd")
     with pytest.raises(native.InvalidArgument, match="the state is of sgd, the step of adamw"):
-        native.Engine(1).step(make_step("adamw", {"learning_rate": 1.0}), [([tensors], tensors, state)])
+        native.Engine(1).step([(make_step("adamw", {"learning_rate": 1.0}), [tensors], tensors, state)])

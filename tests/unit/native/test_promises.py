@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import kt_expert_native as native
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 import torch
 from golden import native as on_engine
 from golden.reference import Case, Lora, Shape, golden, make_case, relative_error
+from kt_expert_proto.lora import TENSORS
 
 LORA = Lora(True, 4, 4, 6, 2.0, 2.0, 1.0)
 SHAPE = Shape(6, 70, 44, 61, 3)
@@ -116,17 +118,32 @@ def test_identical_micro_batches_do_not_drift() -> None:
         assert relative_error(torch.from_numpy(gradients.tensor(name)), expected) < 1e-3
 
 
-def test_gradient_norm_is_of_the_average() -> None:
-    layer, lora = native.LayerSpec(2, 9, 7), native.LoraSpec(rank_gate=3, scale_gate=1.0)
+@pytest.mark.parametrize("order", [2.0, 1.0, 3.0, 0.5, 0.0, math.inf, -math.inf])
+def test_gradient_norms_are_of_the_average(order: float) -> None:
+    """The last expert's matrices are larger than one worker's piece."""
+    layer, lora = native.LayerSpec(2, 2100, 7), native.LoraSpec(rank_gate=5, scale_gate=1.0)
     ranks = [native.LoraTensors(layer, lora) for _ in range(3)]
     generator = np.random.default_rng(0)
-    total = 0.0
+    expected = {}
     for name in ranks[0].names():
         values = generator.standard_normal((3, *ranks[0].tensor(name).shape)).astype(np.float32)
+        values[:, 0, 0] = 0.0 if order == 0.0 else values[:, 0, 0]
         for rank, tensors in enumerate(ranks):
             tensors.tensor(name)[...] = values[rank]
-        total += float((values.astype(np.float64).mean(0) ** 2).sum())
-    assert native.Engine(2).gradient_square_sum(1 / 3, ranks) == pytest.approx(total, rel=1e-6)
+        norm = torch.linalg.vector_norm(torch.from_numpy(values).double().mean(0), order).item()
+        expected[name] = norm if order == 0.0 or math.isinf(order) else norm**order
+    # Three fp32 values are added up first; the smallest sum may be next to nothing.
+    assert native.Engine(2).gradient_norms(order, 1 / 3, ranks) == pytest.approx(expected, rel=1e-6, abs=1e-7)
+
+
+@pytest.mark.parametrize("order", [2.0, 1.0, math.inf, -math.inf])
+def test_a_gradient_that_is_not_a_number_makes_the_norm_none(order: float) -> None:
+    layer, lora = native.LayerSpec(2, 9, 7), native.LoraSpec(rank_gate=3, scale_gate=1.0)
+    gradients = native.LoraTensors(layer, lora)
+    gradients.tensor("a_gate")[1, 2, 3] = np.nan
+    norms = native.Engine(2).gradient_norms(order, 1.0, [gradients])
+    assert math.isnan(norms["a_gate"])
+    assert norms["b_gate"] == 0.0
 
 
 def test_a_cancelled_backward_leaves_the_gradients_alone() -> None:
@@ -213,11 +230,63 @@ def test_replaced_gradients_are_those_of_one_backward() -> None:
     token = native.CancelToken()
     token.cancel()
     with pytest.raises(native.Cancelled):
-        engine.backward(weights, adapter, used, ticket, dy, dx, d_weights, token, replace_gradients=True)
+        engine.backward(weights, adapter, used, ticket, dy, dx, d_weights, token, replaced=list(TENSORS))
     assert all((used.tensor(name) == 7.0).all() for name in used.names())
     engine.backward(weights, adapter, fresh, ticket, dy, dx, d_weights)
-    engine.backward(weights, adapter, used, ticket, dy, dx, d_weights, replace_gradients=True)
+    engine.backward(weights, adapter, used, ticket, dy, dx, d_weights, replaced=list(TENSORS))
     assert all(np.array_equal(used.tensor(name), fresh.tensor(name)) for name in fresh.names())
+
+
+def test_only_gradients_that_are_wanted_are_touched() -> None:
+    """And of these, only those that are to be replaced forget what they held."""
+    case = make_case(Shape(6, 40, 24, 9, 2), LORA, seed=9, used_experts=3)
+    engine, weights, adapter = native.Engine(2), on_engine.load_weights(case), on_engine.load_adapter(case)
+    fresh, used = (native.LoraTensors(on_engine.layer_spec(case), on_engine.lora_spec(case)) for _ in range(2))
+    for name in used.names():
+        used.tensor(name)[...] = 7.0
+    x, dy = on_engine.tokens(case.x, "fp32"), on_engine.tokens(case.dy, "fp32")
+    ids, route_weights = case.ids.to(torch.int32).numpy(), case.routing_weights.float().numpy()
+    y, dx, d_weights = np.empty_like(x), np.empty_like(x), np.empty(ids.shape, np.float32)
+    ticket = engine.forward(weights, adapter, x, ids, route_weights, y, "activations")
+    assert ticket is not None
+    engine.backward(weights, adapter, fresh, ticket, dy, dx, d_weights)
+    whole = dx.copy()
+    engine.backward(
+        weights, adapter, used, ticket, dy, dx, d_weights, wanted=["a_gate", "b_down"], replaced=["b_down", "b_gate"]
+    )
+    assert np.array_equal(dx, whole)
+    assert np.array_equal(used.tensor("b_down"), fresh.tensor("b_down"))
+    np.testing.assert_allclose(used.tensor("a_gate"), fresh.tensor("a_gate") + 7.0, rtol=1e-5)
+    assert all((used.tensor(name) == 7.0).all() for name in used.names() if name not in ("a_gate", "b_down"))
+    engine.backward(weights, adapter, None, ticket, dy, dx, d_weights, wanted=[])
+    assert np.array_equal(dx, whole)
+
+
+def _scaled(lora: Lora, scales: tuple[float, float, float]) -> Lora:
+    return dataclasses.replace(lora, scale_gate=scales[0], scale_up=scales[1], scale_down=scales[2])
+
+
+@pytest.mark.parametrize("save", ["activations", "inputs"])
+def test_a_request_may_have_scales_of_its_own(save: str) -> None:
+    case = make_case(SHAPE, LORA, seed=5)
+    engine, weights = native.Engine(2), on_engine.load_weights(case)
+    adapter, spec = on_engine.load_adapter(case), on_engine.layer_spec(case)
+    scales = (0.25, 0.25 if LORA.tied else 3.0, -0.5)
+    lora = on_engine.lora_spec(dataclasses.replace(case, lora=_scaled(LORA, scales)))
+    other = native.LoraTensors(spec, lora)
+    for name in other.names():
+        other.tensor(name)[...] = adapter.tensor(name)
+    x, dy = on_engine.tokens(case.x, "fp32"), on_engine.tokens(case.dy, "fp32")
+    ids, route_weights = case.ids.to(torch.int32).numpy(), case.routing_weights.float().numpy()
+    results = []
+    for tensors, own in ((adapter, scales), (other, None)):
+        y, dx, d_weights = np.empty_like(x), np.empty_like(x), np.empty(ids.shape, np.float32)
+        gradients = native.LoraTensors(spec, lora)
+        ticket = engine.forward(weights, tensors, x, ids, route_weights, y, save, scales=own)
+        assert ticket is not None
+        engine.backward(weights, tensors, gradients, ticket, dy, dx, d_weights)
+        results.append([y, dx, d_weights, *(gradients.tensor(name).copy() for name in gradients.names())])
+    assert all(np.array_equal(ours, theirs) for ours, theirs in zip(*results, strict=True))
 
 
 @pytest.mark.parametrize("timeout_s", [-1.0, float("nan"), float("inf"), 1e30])
