@@ -93,7 +93,7 @@ class OffloadedLayer:
             expert_ids,
             routing_weights,
             save_for_backward=keep,
-            use_adapter=use_adapter,
+            adapters=None if use_adapter else (),
             dropout_seed=dropout_seed,
             borrow=True,  # autograd waits for the result
         )
@@ -111,8 +111,9 @@ class OffloadedLayer:
                 f"what the server had saved of this forward of layer {self.layer} has been released: a saved-tensor hook keeps "
                 "a copy of its ticket instead of the ticket, as save_on_cpu(pin_memory=True) does; use pin_memory=False"
             )
-        begin = self._offload.begins_window()
-        handle = saved.run.submit_backward(self.layer, saved.number, grad_output, begin_window=begin, borrow=True)
+        if self._offload.begins_window():
+            saved.run.zero_grad()
+        handle = saved.run.submit_backward(self.layer, saved.number, grad_output, borrow=True)
         result = handle.result()
         saved.is_consumed = True
         return result

@@ -8,9 +8,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from kt_expert_proto.lora import ALL_TENSORS, DEFAULT_ADAPTER, TENSORS, tensor_bits
 from kt_expert_proto.v1 import service_pb2 as pb
 
-from kt_expert_client.errors import UnsupportedModel
+from kt_expert_client.errors import InvalidRequest, UnsupportedModel
 
 _FP32_EPS = torch.finfo(torch.float32).eps
 _KNOWN = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD, torch.optim.Adafactor)
@@ -26,8 +27,9 @@ class AdamW:
     eps: float = 1e-8
     weight_decay: float = 0.01
 
-    def group(self, tensors: Sequence[str]) -> pb.ParamGroup:
-        return pb.ParamGroup(tensors=tensors, adamw=pb.Adam(**asdict(self)))
+    def group(self) -> pb.ParamGroup:
+        """The update in the protocol's form, without the tensors it is for."""
+        return pb.ParamGroup(adamw=pb.Adam(**asdict(self)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +42,9 @@ class Adam:
     eps: float = 1e-8
     weight_decay: float = 0.0
 
-    def group(self, tensors: Sequence[str]) -> pb.ParamGroup:
-        return pb.ParamGroup(tensors=tensors, adam=pb.Adam(**asdict(self)))
+    def group(self) -> pb.ParamGroup:
+        """The update in the protocol's form, without the tensors it is for."""
+        return pb.ParamGroup(adam=pb.Adam(**asdict(self)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,8 +57,9 @@ class Sgd:
     weight_decay: float = 0.0
     nesterov: bool = False
 
-    def group(self, tensors: Sequence[str]) -> pb.ParamGroup:
-        return pb.ParamGroup(tensors=tensors, sgd=pb.Sgd(**asdict(self)))
+    def group(self) -> pb.ParamGroup:
+        """The update in the protocol's form, without the tensors it is for."""
+        return pb.ParamGroup(sgd=pb.Sgd(**asdict(self)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,8 +73,9 @@ class Adafactor:
     clip_threshold: float = 1.0
     weight_decay: float = 0.0
 
-    def group(self, tensors: Sequence[str]) -> pb.ParamGroup:
-        return pb.ParamGroup(tensors=tensors, adafactor=pb.Adafactor(**asdict(self)))
+    def group(self) -> pb.ParamGroup:
+        """The update in the protocol's form, without the tensors it is for."""
+        return pb.ParamGroup(adafactor=pb.Adafactor(**asdict(self)))
 
 
 Update = AdamW | Adam | Sgd | Adafactor
@@ -78,10 +83,29 @@ Update = AdamW | Adam | Sgd | Adafactor
 
 @dataclass(frozen=True, slots=True)
 class ParamGroup:
-    """Hyper-parameters for some of a_gate, b_gate, a_up, b_up, a_down, b_down, or for all that no other group names."""
+    """Hyper-parameters for some of a_gate, b_gate, a_up, b_up, a_down, b_down of an adapter, or for all of them that no other
+    group of the step names."""
 
     update: Update
     tensors: tuple[str, ...] = ()
+    adapter: str = DEFAULT_ADAPTER
+
+
+def step_groups(groups: Sequence[ParamGroup], grad_scale: float, *, new_optimizer: bool) -> list[pb.ParamGroup]:
+    """In the protocol's form. Raises InvalidRequest for a name there is not."""
+    found = []
+    for group in groups:
+        others = [each for each in groups if each.adapter == group.adapter and each.tensors]
+        try:
+            named = tensor_bits(group.tensors) or ALL_TENSORS & ~tensor_bits(name for each in others for name in each.tensors)
+        except ValueError:
+            raise InvalidRequest(f"a group names tensors {group.tensors}, expected some of {', '.join(TENSORS)}") from None
+        if named:
+            message = group.update.group()
+            message.sets.append(pb.TensorSet(adapter=group.adapter, tensors=named))
+            message.grad_scale, message.new_optimizer = grad_scale, new_optimizer
+            found.append(message)
+    return found
 
 
 def translate(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> Update:

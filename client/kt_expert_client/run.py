@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import cast
 
 import torch
 from kt_expert_proto.codec import Buffer
 from kt_expert_proto.dtypes import ITEM_BYTES, TOKEN_DTYPES, Dtype
 from kt_expert_proto.header import Op, Tensor
-from kt_expert_proto.lora import PARAMETER, PART_NAMES, PART_NUMBERS, STEP
+from kt_expert_proto.lora import DEFAULT_ADAPTER, GRADIENT, PARAMETER, PART_NAMES, PART_NUMBERS, STEP, tensor_bits
+from kt_expert_proto.v1 import service_pb2
 from kt_expert_proto.v1 import session_pb2 as pb
 
-from kt_expert_client.adapter import AdapterTensors, TensorKey
+from kt_expert_client.adapter import ActiveAdapter, AdapterTensors, GradientTarget, LayerLora, TensorKey
 from kt_expert_client.errors import InvalidRequest
-from kt_expert_client.optimizers import ParamGroup, Update
+from kt_expert_client.optimizers import ParamGroup, Update, step_groups
 from kt_expert_client.session.actions import JoinTerms
 from kt_expert_client.session.calls import Call, OutTensor
 from kt_expert_client.session.driver import Pending, Session
@@ -86,7 +87,10 @@ class Run:
         self._wire = TOKEN_DTYPES[wire_dtype]
         self._step = int(joined.step)
         self._top_k = top_k
-        self._dropout = {entry.layer: entry.dropout for entry in terms.config.lora}
+        lora = [LayerLora.from_proto(entry) for entry in terms.config.lora]
+        self._dropout = {entry.layer: entry.dropout for entry in lora}
+        self._default = (ActiveAdapter(DEFAULT_ADAPTER),) if lora else ()
+        self._default_bits = {entry.layer: tensor_bits(entry.tensors) for entry in lora}
         self._on_leave = on_leave
         self._staging = staging
         self._closed = False
@@ -104,7 +108,7 @@ class Run:
         routing_weights: torch.Tensor,
         *,
         save_for_backward: bool = True,
-        use_adapter: bool = True,
+        adapters: Iterable[ActiveAdapter] | None = None,
         dropout_seed: int | None = None,
         timeout_s: float = DEFAULT_REQUEST_TIMEOUT_S,
         borrow: bool = False,
@@ -113,8 +117,9 @@ class Run:
 
         hidden_states [T, H], any float dtype (sent in the run's wire dtype); expert_ids [T, k] integer, E itself skips a
         route; routing_weights [T, k], sent as fp32. Tensors on CPU or CUDA; they are copied, and may be changed as soon as
-        this returns, unless `borrow` says that they stay as they are until result() returns. dropout_seed, a number below
-        2**64, drops LoRA inputs with the adapter's probability, the same ones for the same seed; 0 drops none; without one,
+        this returns, unless `borrow` says that they stay as they are until result() returns. `adapters` are added to the
+        base weights: by default the one the run began with, if it did; () for the base model alone. dropout_seed, a number
+        below 2**64, drops LoRA inputs with the adapter's probability, the same ones for a seed; 0 drops none; without one,
         a forward that saves for a backward draws one from torch's generator where the adapter has a dropout. Raises
         InvalidRequest for shapes that do not fit together, OutOfCapacity or DeadlineExceeded where no credits are free;
         everything else comes with result().
@@ -128,7 +133,10 @@ class Run:
             self._out(Tensor.HIDDEN_STATES, self._wire, hidden_states, borrow=borrow),
         )
         forward = pb.Forward(
-            top_k=expert_ids.shape[1], save_for_backward=save_for_backward, use_adapter=use_adapter, dropout_seed=seed
+            top_k=expert_ids.shape[1],
+            save_for_backward=save_for_backward,
+            adapters=[each.to_proto() for each in (self._default if adapters is None else adapters)],
+            dropout_seed=seed,
         )
         call = self._pass(Op.FORWARD, layer, tokens, hidden, pb.RequestOpen(forward=forward), sent, timeout_s)
         call.expects = {Tensor.OUTPUT: tokens * hidden * ITEM_BYTES[self._wire]}
@@ -142,21 +150,28 @@ class Run:
         ticket: int,
         grad_output: torch.Tensor,
         *,
-        begin_window: bool = False,
+        targets: Iterable[GradientTarget] | None = None,
+        replace_gradients: bool = False,
+        keep_ticket: bool = False,
         timeout_s: float = DEFAULT_REQUEST_TIMEOUT_S,
         borrow: bool = False,
     ) -> BackwardHandle:
         """Sends the gradient [T, H] of a forward's output and returns at once.
 
-        The ticket is consumed; LoRA gradients stay on the server, added to this member's window. begin_window forgets
-        what the window held before. `borrow` and errors as for submit_forward.
+        LoRA gradients stay on the server, added to this member's. `targets` says which: by default all of the adapter the run
+        began with, which replace_gradients makes forget what they held in this layer. The ticket is consumed unless
+        keep_ticket says that another backward comes, or release(). `borrow` and errors as for submit_forward.
         """
         if grad_output.dim() != 2 or layer not in self._top_k:
             raise InvalidRequest(f"grad_output has shape {tuple(grad_output.shape)} for layer {layer}, expected [T, H]")
         tokens, hidden = (int(extent) for extent in grad_output.shape)
         borrow = borrow and not self._session.keeps_requests
         sent = (self._out(Tensor.GRAD_OUTPUT, self._wire, grad_output, borrow=borrow),)
-        opened = pb.RequestOpen(backward=pb.Backward(ticket=ticket, begin_window=begin_window))
+        if targets is None:
+            bits = self._default_bits.get(layer, 0)
+            targets = [GradientTarget(DEFAULT_ADAPTER, bits, bits if replace_gradients else 0)] if bits else []
+        backward = pb.Backward(ticket=ticket, keep_ticket=keep_ticket, targets=[each.to_proto() for each in targets])
+        opened = pb.RequestOpen(backward=backward)
         call = self._pass(Op.BACKWARD, layer, tokens, hidden, opened, sent, timeout_s)
         routes = (tokens, self._top_k[layer])
         call.expects = {
@@ -176,9 +191,11 @@ class Run:
         if not self._closed:
             self._session.release(ticket)
 
-    def grad_norm(self, timeout_s: float = DEFAULT_BARRIER_TIMEOUT_S) -> float:
-        """Barrier: L2 norm of all LoRA gradients on the server, averaged over the world size."""
-        return float(self._ask(Op.GRAD_NORM, pb.RequestOpen(grad_norm=pb.GradNorm()), timeout_s).norm)
+    def grad_norm(self, timeout_s: float = DEFAULT_BARRIER_TIMEOUT_S, *, order: float = 2.0) -> float:
+        """Barrier: norm of the gradients of the adapter the run began with, averaged over the world size."""
+        sets = [service_pb2.TensorSet(adapter=DEFAULT_ADAPTER)] if self._default_bits else []
+        asked = pb.RequestOpen(grad_norm=pb.GradNorm(sets=sets, order=order))
+        return float(self._ask(Op.GRAD_NORM, asked, timeout_s).norm)
 
     def step(
         self,
@@ -194,27 +211,44 @@ class Run:
         earlier one are forgotten first. Returns the steps taken.
         """
         groups = [ParamGroup(update)] if isinstance(update, Update) else update
-        step = pb.Step(
-            step=self._step + 1,
-            grad_scale=grad_scale,
-            groups=[group.update.group(group.tensors) for group in groups],
-            new_optimizer=new_optimizer,
-        )
+        step = pb.Step(step=self._step + 1, groups=step_groups(groups, grad_scale, new_optimizer=new_optimizer))
         self._step = int(self._ask(Op.STEP, pb.RequestOpen(step=step), timeout_s).step)
         return self._step
 
-    def zero_grad(self) -> None:
-        """Forgets what this member accumulated since the last step."""
-        self._ask(Op.ZERO_GRAD, pb.RequestOpen(zero_grad=pb.ZeroGrad()), _TRANSFER_TIMEOUT_S)
+    def zero_grad(self, adapter: str = "") -> None:
+        """Forgets what this member accumulated, for one adapter or for all."""
+        self._ask(Op.ZERO_GRAD, pb.RequestOpen(zero_grad=pb.ZeroGrad(adapter=adapter)), _TRANSFER_TIMEOUT_S)
 
-    def get_adapter(self, *, parameters: bool = True, moments: bool = False) -> AdapterTensors:
-        """fp32 tensors [E, rows, columns] of the run, by layer, name and part."""
-        asked = pb.RequestOpen(list_tensors=pb.ListTensors(parameters=parameters, moments=moments))
+    def create_adapter(
+        self, name: str, lora: Iterable[LayerLora] = (), *, copy_of: str = "", trainable: bool = False, initialise: bool = False
+    ) -> bool:
+        """Makes an adapter of these layers, or a copy of another one without its moments; adds layers and projections to one
+        that is there. False where nothing was to be made.
+
+        A is zero, or with `initialise` drawn from the run's seed. `trainable` reserves memory for gradients and moments now
+        and not with the first gradient. Raises InvalidRequest, NotFound, AlreadyExists for other ranks than those that are
+        there, OutOfCapacity.
+        """
+        entries = [entry.to_proto() for entry in lora]
+        create = pb.CreateAdapter(adapter=name, lora=entries, copy_of=copy_of, trainable=trainable, initialise=initialise)
+        return self._ask(Op.CREATE_ADAPTER, pb.RequestOpen(create_adapter=create), _TRANSFER_TIMEOUT_S).created
+
+    def delete_adapter(self, name: str) -> None:
+        """Frees what the adapter takes; its tickets are stale. Raises NotFound."""
+        self._ask(Op.DELETE_ADAPTER, pb.RequestOpen(delete_adapter=pb.AdapterName(adapter=name)), _TRANSFER_TIMEOUT_S)
+
+    def edit_gradients(self, edits: Iterable[pb.GradientEdit]) -> None:
+        """Changes this member's gradients in place, in order."""
+        self._ask(Op.EDIT_GRADIENTS, pb.RequestOpen(edit_gradients=pb.EditGradients(edits=edits)), _TRANSFER_TIMEOUT_S)
+
+    def get_adapter(self, *, parameters: bool = True, moments: bool = False, adapter: str = "") -> AdapterTensors:
+        """fp32 tensors [E, rows, columns] of one adapter of the run, or of all."""
+        asked = pb.RequestOpen(list_tensors=pb.ListTensors(adapter=adapter, parameters=parameters, moments=moments))
         infos = self._ask(Op.LIST_TENSORS, asked, _TRANSFER_TIMEOUT_S).tensors
         tensors: AdapterTensors = {}
         waiting: list[tuple[TensorKey, tuple[int, ...], Pending]] = []
         for info in infos:  # the next is asked for while one is on its way
-            key, shape = TensorKey(info.layer, info.tensor, PART_NAMES[info.part]), tuple(info.shape)
+            key, shape = TensorKey(info.layer, info.tensor, PART_NAMES[info.part], info.adapter), tuple(info.shape)
             waiting.append((key, shape, self._read(key, shape)))
             if len(waiting) > 1:
                 self._take(tensors, *waiting.pop(0))
@@ -236,7 +270,7 @@ class Run:
                 waiting.pop(0).wait()
         for pending in waiting:
             pending.wait()
-        if any(key.part != PARAMETER for key in tensors):
+        if any(key.part not in (PARAMETER, GRADIENT) for key in tensors):
             opened = pb.RequestOpen(set_step=pb.SetStep(step=step or 0))
             self._step = int(self._ask(Op.SET_STEP, opened, _TRANSFER_TIMEOUT_S).step)
 
@@ -292,7 +326,7 @@ class Run:
         return int(torch.randint(1, 2**63 - 1, ()).item())
 
     def _read(self, key: TensorKey, shape: tuple[int, ...]) -> Pending:
-        name = pb.TensorName(tensor=key.tensor, part=PART_NUMBERS[key.part])
+        name = pb.TensorName(adapter=key.adapter, tensor=key.tensor, part=PART_NUMBERS[key.part])
         call = Call(Op.READ_TENSOR, pb.RequestOpen(read_tensor=name), _TRANSFER_TIMEOUT_S, key.layer)
         call.expects = {Tensor.ADAPTER: math.prod(shape) * ITEM_BYTES[Dtype.FP32]}
         return self._session.submit(call)
@@ -309,7 +343,7 @@ class Run:
         if values.data_ptr() == tensor.data_ptr():
             values = values.clone()  # it is sent, and perhaps sent again, after this returns
         rows, columns = int(tensor.shape[0] * tensor.shape[1]), int(tensor.shape[2])
-        name = pb.TensorName(tensor=key.tensor, part=PART_NUMBERS[key.part], step=step)
+        name = pb.TensorName(adapter=key.adapter, tensor=key.tensor, part=PART_NUMBERS[key.part], step=step)
         sent = (OutTensor(Tensor.ADAPTER, Dtype.FP32, rows, columns, HostTensor(values)),)
         opened = pb.RequestOpen(write_tensor=name)
         call = Call(Op.WRITE_TENSOR, opened, _TRANSFER_TIMEOUT_S, key.layer, Dtype.FP32, rows, columns, sent)

@@ -37,7 +37,7 @@ from crc32c import crc32c
 
 from kt_expert_proto.dtypes import ITEM_BYTES, Dtype
 
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 MAX_PAYLOAD_BYTES = 1024 * 1024  # larger messages lose the allocator's recycled arenas, smaller ones cost more calls
 FLAG_CHECKSUM = 1
 _KNOWN_FLAGS = FLAG_CHECKSUM
@@ -86,6 +86,9 @@ class Op(enum.IntEnum):
     SAVE_CHECKPOINT = 10
     LOAD_CHECKPOINT = 11
     LEAVE = 12
+    EDIT_GRADIENTS = 13
+    CREATE_ADAPTER = 14
+    DELETE_ADAPTER = 15
 
 
 class Tensor(enum.IntEnum):

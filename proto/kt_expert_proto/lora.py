@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from kt_expert_proto.v1 import service_pb2 as pb
 
 TENSORS = ("a_gate", "b_gate", "a_up", "b_up", "a_down", "b_down")
+DEFAULT_ADAPTER = "default"
+ALL_TENSORS = (1 << len(TENSORS)) - 1
 PARAMETER = "parameter"
+GRADIENT = "gradient"
 STEP = "step"  # how many updates the moments of a tensor stand for
 # What an optimizer keeps of a tensor, by the kind whose state it is.
 SLOTS = {"exp_avg": "adamw", "exp_avg_sq": "adamw", "momentum_buffer": "sgd", "row_var": "adafactor", "col_var": "adafactor"}
@@ -19,8 +23,22 @@ PART_NUMBERS: dict[str, pb.AdapterPart] = {
     "row_var": pb.ADAPTER_PART_ROW_VAR,
     "col_var": pb.ADAPTER_PART_COL_VAR,
     STEP: pb.ADAPTER_PART_STEP,
+    GRADIENT: pb.ADAPTER_PART_GRADIENT,
 }
 PART_NAMES = {number: name for name, number in PART_NUMBERS.items()}
+
+
+def tensor_bits(names: Iterable[str]) -> int:
+    """The set of these tensors as the protocol has it: bit 0 is a_gate. Raises ValueError for a name there is not."""
+    bits = 0
+    for name in names:
+        bits |= 1 << TENSORS.index(name)
+    return bits
+
+
+def tensor_names(bits: int) -> list[str]:
+    """The tensors of such a set, in order."""
+    return [name for index, name in enumerate(TENSORS) if bits >> index & 1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +57,19 @@ class LayerLora:
     scale_up: float = 0.0
     scale_down: float = 0.0
     dropout: float = 0.0
+
+    @property
+    def tensors(self) -> list[str]:
+        """The tensors of such a layer, in order."""
+        has = {
+            "a_gate": self.rank_gate,
+            "b_gate": self.rank_gate,
+            "a_up": 0 if self.tied else self.rank_up,
+            "b_up": self.rank_up,
+            "a_down": self.rank_down,
+            "b_down": self.rank_down,
+        }
+        return [name for name in TENSORS if has[name]]
 
     def to_proto(self) -> pb.LayerLora:
         return pb.LayerLora(**{name: getattr(self, name) for name in self.__slots__})

@@ -7,13 +7,14 @@ import numpy as np
 from kt_expert_proto.dtypes import Dtype
 from kt_expert_proto.header import FrameType, Tensor
 from kt_expert_proto.v1 import session_pb2 as spb
+from support.adapters import ACTIVE
 from support.raw import HIDDEN, TOP_K, RawMember
 
 TOKENS = 65536  # a result of 8 MiB, more than a stream that is not read takes in
 
 
 def test_acknowledging_what_is_still_being_sent(attacker: RawMember) -> None:
-    opened = spb.RequestOpen(forward=spb.Forward(top_k=TOP_K, use_adapter=True))
+    opened = spb.RequestOpen(forward=spb.Forward(top_k=TOP_K, adapters=ACTIVE))
     request_id = attacker.take_id()
     attacker.send(
         (attacker.header(FrameType.REQUEST, request_id, rows=TOKENS), opened.SerializeToString()),

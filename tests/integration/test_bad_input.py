@@ -12,6 +12,7 @@ from kt_expert_proto.dtypes import Dtype
 from kt_expert_proto.header import MAX_MESSAGE_BYTES, FrameType, Header, Op, Tensor
 from kt_expert_proto.v1 import service_pb2 as pb
 from kt_expert_proto.v1 import session_pb2 as spb
+from support.adapters import GRADIENTS, adamw
 from support.raw import EXPERTS, HIDDEN, TIMEOUT_S, TOKENS, TOP_K, RawMember
 from support.server import ServerProcess
 
@@ -204,7 +205,7 @@ def test_outcomes_are_sent_again_to_a_member_that_lost_its_stream(member: RawMem
 
 
 def _norm(member: RawMember) -> float:
-    member.send(*member.call_frames(Op.GRAD_NORM, spb.RequestOpen(grad_norm=spb.GradNorm())))
+    member.send(*member.call_frames(Op.GRAD_NORM, spb.RequestOpen(grad_norm=spb.GradNorm(sets=GRADIENTS, order=2.0))))
     (header, payload), *_ = member.outcome()
     member.acknowledge(header.request_id) if header.request_id - 1 == member.acknowledged else None
     return float(spb.ResultHead.FromString(payload).norm)
@@ -268,17 +269,25 @@ def test_control_calls_name_what_is_wrong(member: RawMember) -> None:
 
 
 def adam(**numbers: float) -> list[pb.ParamGroup]:
-    return [pb.ParamGroup(adamw=pb.Adam(**{"learning_rate": 1e-3, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8} | numbers))]
+    return [adamw(1e-3, **numbers)]
 
 
 def test_steps_name_what_is_wrong(member: RawMember) -> None:
-    partial = [pb.ParamGroup(tensors=["a_up"], sgd=pb.Sgd(learning_rate=1.0))]
+    nowhere = pb.ParamGroup(sets=[pb.TensorSet(adapter="nowhere")], sgd=pb.Sgd(learning_rate=1.0))
+    strange = pb.ParamGroup(sets=[pb.TensorSet(adapter="default", tensors=1 << 6)], sgd=pb.Sgd(learning_rate=1.0))
+    absent = pb.ParamGroup(sets=[pb.TensorSet(adapter="default", tensors=1, layers=[0])], sgd=pb.Sgd(learning_rate=1.0))
+    untouched = pb.ParamGroup(sets=[pb.TensorSet(adapter="default", layers=[0])], sgd=pb.Sgd(learning_rate=1.0))
     cases = [
-        (spb.Step(step=1, grad_scale=1, groups=adam(beta2=2.0)), INVALID, "beta2, expected 0 <= beta2 < 1: 2.0"),
-        (spb.Step(step=1, grad_scale=1), INVALID, "the step has no groups"),
-        (spb.Step(step=1, grad_scale=1, groups=partial), INVALID, "no group of the step holds a_gate"),
-        (spb.Step(step=1, grad_scale=float("nan"), groups=adam()), INVALID, "grad_scale is nan"),
-        (spb.Step(step=5, grad_scale=1, groups=adam()), PHASE, "step 5 was asked for, the next is 1"),
+        (spb.Step(step=1, groups=adam(beta2=2.0)), INVALID, "beta2, expected 0 <= beta2 < 1: 2.0"),
+        (spb.Step(step=1), INVALID, "the step has no groups"),
+        (spb.Step(step=1, groups=[pb.ParamGroup(sgd=pb.Sgd())]), INVALID, "names no tensors"),
+        (spb.Step(step=1, groups=adam() + adam()), INVALID, "is in two groups"),
+        (spb.Step(step=1, groups=[nowhere]), MISSING, "no adapter 'nowhere'; it has: default"),
+        (spb.Step(step=1, groups=[strange]), INVALID, "expected bits of 0x3f"),
+        (spb.Step(step=1, groups=[absent]), MISSING, "has tensors ['a_down', 'b_down'] in layer 0"),
+        (spb.Step(step=1, groups=[untouched]), PHASE, "in layer 0 have no gradients"),
+        (spb.Step(step=1, groups=[adamw(1e-3, float("nan"))]), INVALID, "grad_scale is nan"),
+        (spb.Step(step=5, groups=adam()), PHASE, "step 5 was asked for, the next is 1"),
     ]
     for step, code, text in cases:
         got, message = member.ask(member.call_frames(Op.STEP, spb.RequestOpen(step=step)))
@@ -380,7 +389,7 @@ def test_unacknowledged_errors_do_not_pile_up(member: RawMember) -> None:
 
 def test_a_missing_member_is_named_when_the_deadline_passes(server: ServerProcess) -> None:
     with RawMember(server.address, f"pair-{uuid.uuid4().hex}", world_size=3, rank=1) as member:
-        step = spb.RequestOpen(step=spb.Step(step=1, grad_scale=1.0, groups=adam()))
+        step = spb.RequestOpen(step=spb.Step(step=1, groups=adam()))
         code, details = member.ask(member.call_frames(Op.STEP, step, deadline_ms=200))
         assert code is DEADLINE
         assert "step 1 waited 0.2 s for ranks [0, 2] of 3; nothing was applied" in details
@@ -391,9 +400,11 @@ def test_a_missing_member_is_named_when_the_deadline_passes(server: ServerProces
 def test_the_norm_may_be_asked_for_while_others_wait_for_the_step(server: ServerProcess) -> None:
     name = f"pair-{uuid.uuid4().hex}"
     with RawMember(server.address, name, world_size=2) as zero, RawMember(server.address, name, world_size=2, rank=1) as one:
-        step = spb.RequestOpen(step=spb.Step(step=1, grad_scale=1.0, groups=adam()))
+        step = spb.RequestOpen(step=spb.Step(step=1, groups=adam()))
         zero.send(*zero.call_frames(Op.STEP, step))
-        assert one.ask(one.call_frames(Op.GRAD_NORM, spb.RequestOpen(grad_norm=spb.GradNorm())))[0] is OK
+        assert (
+            one.ask(one.call_frames(Op.GRAD_NORM, spb.RequestOpen(grad_norm=spb.GradNorm(sets=GRADIENTS, order=2.0))))[0] is OK
+        )
         assert one.ask(one.call_frames(Op.STEP, step))[0] is OK
         assert spb.ResultHead.FromString(zero.outcome()[0][1]).step == one.head.step == 1
 

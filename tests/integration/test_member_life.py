@@ -21,13 +21,13 @@ from kt_expert_proto.codec import Buffer, Memory
 from kt_expert_proto.dtypes import Dtype
 from kt_expert_proto.header import Header, Op, Tensor
 from kt_expert_proto.status import STATUS_NUMBERS
-from kt_expert_proto.v1 import service_pb2 as pb
 from kt_expert_proto.v1 import session_pb2 as spb
 from kt_expert_server.errors import ServerError
 from kt_expert_server.members.limits import Limits
 from simulation.model import HIDDEN, TOKENS, TOP_K, batch
 from simulation.schedule import digest
-from support.core import CoreServer, run_config
+from support.adapters import ACTIVE, adamw, targets
+from support.core import LORA, CoreServer, run_config
 
 TIMEOUT_S = 1e6
 LIMITS = Limits(checkpoint_every_steps=1)
@@ -63,21 +63,21 @@ def forward_of(seed: int) -> Call:
         out(Tensor.ROUTING_WEIGHTS, Dtype.FP32, weights),
         out(Tensor.HIDDEN_STATES, Dtype.FP32, x),
     )
-    opened = spb.RequestOpen(forward=spb.Forward(top_k=TOP_K, save_for_backward=True, use_adapter=True))
+    opened = spb.RequestOpen(forward=spb.Forward(top_k=TOP_K, save_for_backward=True, adapters=ACTIVE))
     return Call(Op.FORWARD, opened, TIMEOUT_S, 0, Dtype.FP32, TOKENS, HIDDEN, sent, {Tensor.OUTPUT: x.nbytes})
 
 
 def backward_of(seed: int, ticket: int, *, begin: bool) -> Call:
     dy = batch(0, 0, seed, 0)[0]
-    opened = spb.RequestOpen(backward=spb.Backward(ticket=ticket, begin_window=begin))
+    opened = spb.RequestOpen(backward=spb.Backward(ticket=ticket, targets=targets(LORA[0], replaced=begin)))
     expects = {Tensor.GRAD_HIDDEN_STATES: dy.nbytes, Tensor.GRAD_ROUTING_WEIGHTS: TOKENS * TOP_K * 4}
     sent = (out(Tensor.GRAD_OUTPUT, Dtype.FP32, dy),)
     return Call(Op.BACKWARD, opened, TIMEOUT_S, 0, Dtype.FP32, TOKENS, HIDDEN, sent, expects)
 
 
 def step_of(index: int) -> Call:
-    update = pb.ParamGroup(adamw=pb.Adam(learning_rate=0.05, beta1=0.9, beta2=0.99, eps=1e-8))
-    return Call(Op.STEP, spb.RequestOpen(step=spb.Step(step=index, grad_scale=1.0, groups=[update])), TIMEOUT_S)
+    update = adamw(0.05)
+    return Call(Op.STEP, spb.RequestOpen(step=spb.Step(step=index, groups=[update])), TIMEOUT_S)
 
 
 class Life(RuleBasedStateMachine):
@@ -200,7 +200,7 @@ class Life(RuleBasedStateMachine):
         self.settle_everything()
         run = self.server.core.runs.by_name["run"]
         assert run.step == self.step
-        assert digest(run.adapter, run.step) == undisturbed(self.done, self.seeds)
+        assert digest(run.adapters, run.step) == undisturbed(self.done, self.seeds)
 
     # How it happens
 
@@ -338,7 +338,7 @@ def undisturbed(done: list[Call], seeds: dict[Call, int]) -> str:
             case Op.FORWARD:
                 again = forward_of(seeds[call])
             case Op.BACKWARD:
-                again = backward_of(seeds[call], renamed[call.ticket], begin=call.opened.backward.begin_window)
+                again = backward_of(seeds[call], renamed[call.ticket], begin=bool(call.opened.backward.targets[0].replaced))
             case Op.STEP:
                 again = step_of(call.opened.step.step)
             case _:
@@ -347,7 +347,7 @@ def undisturbed(done: list[Call], seeds: dict[Call, int]) -> str:
         other.settle_everything()
         renamed[call.request_id] = again.request_id
     run = other.server.core.runs.by_name["run"]
-    return digest(run.adapter, run.step)
+    return digest(run.adapters, run.step)
 
 
 TestMemberLife = Life.TestCase

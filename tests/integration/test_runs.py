@@ -132,7 +132,7 @@ def test_a_forward_without_the_adapter_is_the_base_model(client: Client) -> None
     base = run.submit_forward(0, x, ids, weights, save_for_backward=False).result()
     with_random_b(run)
     adapted = run.submit_forward(0, x, ids, weights, save_for_backward=False).result()
-    disabled = run.submit_forward(0, x, ids, weights, save_for_backward=False, use_adapter=False).result()
+    disabled = run.submit_forward(0, x, ids, weights, save_for_backward=False, adapters=()).result()
     assert torch.equal(base, disabled)
     assert not torch.allclose(base, adapted)
 
@@ -143,7 +143,7 @@ def test_an_adapter_that_changed_invalidates_its_tickets(client: Client) -> None
     handle = run.submit_forward(0, x, ids, weights)
     output = handle.result()
     run.put_adapter(run.get_adapter())
-    with pytest.raises(kt.WrongPhase, match="the adapter changed since the forward"):
+    with pytest.raises(kt.WrongPhase, match="an adapter changed since the forward"):
         run.submit_backward(0, handle.ticket, output).result()
 
 
@@ -178,7 +178,7 @@ def test_another_kind_of_optimizer_needs_a_new_start(client: Client) -> None:
     train_step(run, 0)
     run.step(AdamW(1e-2))
     train_step(run, 1)
-    with pytest.raises(kt.WrongPhase, match="has taken 1 steps with adamw and is asked for sgd"):
+    with pytest.raises(kt.WrongPhase, match="has taken steps with adamw .* and is asked for sgd"):
         run.step(Sgd(1e-2))
     assert {key.part for key in run.get_adapter(parameters=False, moments=True)} == {"exp_avg", "exp_avg_sq", "step"}
     run.step(Adam(1e-2))  # of the same kind of state

@@ -41,12 +41,12 @@ def test_checkpoints_are_listed_verified_and_removed(qwen3_checkpoint: Path, tmp
     listed = tool("checkpoint", "--state-dir", str(state), "ls")
     assert "one: run run, step 0" in listed.stdout
     assert tool("checkpoint", "--state-dir", str(state), "verify").returncode == 0
-    damaged = state / "checkpoints" / "two" / "layer-00000.safetensors"
+    damaged = state / "checkpoints" / "two" / "adapter-000-layer-00000.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:-1] + b"x")
     verified = tool("checkpoint", "--state-dir", str(state), "verify")
     assert verified.returncode == 1
     assert "one: whole" in verified.stdout
-    assert "two: checkpoint 'two': layer-00000.safetensors is damaged" in verified.stdout
+    assert "two: checkpoint 'two': adapter-000-layer-00000.safetensors is damaged" in verified.stdout
     assert tool("checkpoint", "--state-dir", str(state), "rm", "two").stdout == "removed two\n"
     assert "two" not in tool("checkpoint", "--state-dir", str(state), "ls").stdout
     assert tool("checkpoint", "--state-dir", str(state), "rm", "../one").returncode == 2

@@ -55,7 +55,7 @@ def one_round(run: Run) -> torch.Tensor:
     weights = torch.rand(_TOKENS, _TOP_K, generator=generator)
     handle = run.submit_forward(0, x, ids, weights)
     output = handle.result()
-    grad, _ = run.submit_backward(0, handle.ticket, output, begin_window=True).result()
+    grad, _ = run.submit_backward(0, handle.ticket, output, replace_gradients=True).result()
     return grad
 
 

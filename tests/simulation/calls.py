@@ -6,10 +6,11 @@ import numpy as np
 from kt_expert_client.session.calls import Call, OutTensor
 from kt_expert_proto.dtypes import ITEM_BYTES, Dtype
 from kt_expert_proto.header import Op, Tensor
-from kt_expert_proto.lora import PART_NUMBERS
+from kt_expert_proto.lora import DEFAULT_ADAPTER, PART_NUMBERS
 from kt_expert_proto.v1 import session_pb2 as spb
+from support.adapters import ACTIVE, targets
 
-from simulation.model import HIDDEN, TOKENS, TOP_K
+from simulation.model import HIDDEN, TOKENS, TOP_K, lora_of
 
 TIMEOUT_S = 100_000.0  # of every call: a schedule's outages are shorter
 
@@ -34,12 +35,13 @@ def forward(
         _out(Tensor.ROUTING_WEIGHTS, Dtype.FP32, weights),
         _out(Tensor.HIDDEN_STATES, Dtype.FP32, x),
     )
-    asked = spb.Forward(top_k=TOP_K, save_for_backward=keeps, use_adapter=True, dropout_seed=seed)
+    asked = spb.Forward(top_k=TOP_K, save_for_backward=keeps, adapters=ACTIVE, dropout_seed=seed)
     return _call(Op.FORWARD, spb.RequestOpen(forward=asked), layer, TOKENS, HIDDEN, sent, {Tensor.OUTPUT: x.nbytes})
 
 
 def backward(layer: int, ticket: int, dy: np.ndarray, begins: bool) -> Call:
-    opened = spb.RequestOpen(backward=spb.Backward(ticket=ticket, begin_window=begins))
+    wanted = targets(lora_of(layer), replaced=begins)
+    opened = spb.RequestOpen(backward=spb.Backward(ticket=ticket, targets=wanted))
     expects = {
         Tensor.GRAD_HIDDEN_STATES: dy.nbytes,
         Tensor.GRAD_ROUTING_WEIGHTS: TOKENS * TOP_K * ITEM_BYTES[Dtype.FP32],
@@ -50,7 +52,7 @@ def backward(layer: int, ticket: int, dy: np.ndarray, begins: bool) -> Call:
 
 def read_tensor(layer: int, tensor: str, rows: int, columns: int) -> Call:
     """A parameter [rows, columns]."""
-    name = spb.TensorName(tensor=tensor, part=PART_NUMBERS["parameter"])
+    name = spb.TensorName(adapter=DEFAULT_ADAPTER, tensor=tensor, part=PART_NUMBERS["parameter"])
     call = Call(Op.READ_TENSOR, spb.RequestOpen(read_tensor=name), TIMEOUT_S, layer)
     call.expects = {Tensor.ADAPTER: rows * columns * ITEM_BYTES[Dtype.FP32]}
     return call
@@ -58,7 +60,7 @@ def read_tensor(layer: int, tensor: str, rows: int, columns: int) -> Call:
 
 def write_tensor(layer: int, tensor: str, part: str, values: np.ndarray, step: int) -> Call:
     """`values` fp32 [E * rows, columns]; `step` is what a moment counts."""
-    name = spb.TensorName(tensor=tensor, part=PART_NUMBERS[part], step=step)
+    name = spb.TensorName(adapter=DEFAULT_ADAPTER, tensor=tensor, part=PART_NUMBERS[part], step=step)
     sent = (_out(Tensor.ADAPTER, Dtype.FP32, values),)
     rows, columns = values.shape
     return _call(Op.WRITE_TENSOR, spb.RequestOpen(write_tensor=name), layer, rows, columns, sent, {})

@@ -65,8 +65,10 @@ def _credits_twice(original: Any) -> Any:
 def _window_closed_early(original: Any) -> Any:
     def prepare(self: BackwardWork) -> None:
         original(self)
-        if self._begins:
-            self._trained.window.close()
+        for target in self._targets:
+            window = self._trained.windows.of(target.adapter)
+            window._there[self._header.layer] = window.there(self._header.layer) & ~target.replaced
+            window._open[self._header.layer] = window.open(self._header.layer) & ~target.replaced
 
     return prepare
 
@@ -157,7 +159,7 @@ def _older_mark(original: Any) -> Any:
 
 
 def _without_moments(original: Any) -> Any:
-    return lambda adapter: [entry for entry in original(adapter) if entry[0].part == "parameter"]
+    return lambda adapters: [entry for entry in original(adapters) if entry[0].part == "parameter"]
 
 
 def _step_off_by_one(original: Any) -> Any:
@@ -301,7 +303,11 @@ def _partial_kept(_: Any) -> Any:
 
 
 def _gradients_pile_up(original: Any) -> Any:
-    return lambda self, index: True if index in self._accumulators else original(self, index)
+    def into(self: BackwardWork, used: Any, target: Any) -> Any:
+        accumulator, wanted, _ = original(self, used, target)
+        return accumulator, wanted, []
+
+    return into
 
 
 def _unlogged_forward(original: Any) -> Any:
@@ -356,8 +362,8 @@ def _only_its_own(_: Any) -> Any:
 
 
 def _moments_not_loaded(original: Any) -> Any:
-    def apply(adapter: Any, run: str, manifest: Any, tensors: Any) -> Any:
-        return original(adapter, run, manifest, [entry for entry in tensors if entry[0].part == "parameter"])
+    def apply(adapters: Any, run: str, manifest: Any, tensors: Any) -> Any:
+        return original(adapters, run, manifest, [entry for entry in tensors if entry[0].part == "parameter"])
 
     return apply
 
@@ -404,7 +410,7 @@ CANARIES = (
     Canary("a half-received tensor is never given back", _patched(Decoder, "close", _partial_kept)),
     Canary("a stream that has ended is still counted", _patched(ServerCore, "take_actions", _streams_pile_up)),
     Canary("a window does not close", _nothing(GradientWindow, "close")),
-    Canary("gradients of an older window are added to", _patched(GradientWindow, "counts", _gradients_pile_up)),
+    Canary("gradients of an older window are added to", _patched(BackwardWork, "_into", _gradients_pile_up)),
     Canary("a tensor is let go of while it is sent again", _patched(Journal, "_drop", _let_go_while_repeated), 3000),
     Canary("what waited is not sent again after a restart", _patched(SessionCore, "_begin_afresh", _unlogged_forward)),
     Canary("the journal forgets tensors that were written", _patched(Journal, "settled", _written_forgotten), 3000),

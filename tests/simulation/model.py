@@ -7,11 +7,13 @@ from pathlib import Path
 
 import kt_expert_native as native
 import numpy as np
+from kt_expert_proto.lora import LayerLora
 from kt_expert_server.model.architecture import ActivationSpec, Naming
 from kt_expert_server.model.index import LayerPlan, ModelPlan
 from kt_expert_server.model.loader import BaseModel, LoadedLayer
 
 EXPERTS, HIDDEN, INTER, TOP_K, LAYERS = 3, 16, 8, 2, 2
+RANK = 2  # of every LoRA matrix
 TOKENS = 3
 
 
@@ -38,6 +40,10 @@ def base_model() -> BaseModel:
 def _naming() -> Naming:
     """Never read: nothing is loaded from disk."""
     return Naming("mlp")
+
+
+def lora_of(layer: int, dropout: float = 0.0) -> LayerLora:
+    return LayerLora(layer, layer % 2 == 0, RANK, RANK, RANK, 1.0, 1.0, 0.5, dropout)
 
 
 Batch = tuple[np.ndarray, np.ndarray, np.ndarray]

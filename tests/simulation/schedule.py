@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 
 from kt_expert_proto.header import MAX_PAYLOAD_BYTES
 from kt_expert_server.adapters.adapter import Adapter
-from kt_expert_server.adapters.transfer import stored_tensors
+from kt_expert_server.adapters.transfer import all_tensors
 from kt_expert_server.members.limits import Limits
 
 from simulation.disk import SimulatedDisk
@@ -61,10 +61,10 @@ class Result:
     losses: int
 
 
-def digest(adapter: Adapter, step: int) -> str:
+def digest(adapters: Mapping[str, Adapter], step: int) -> str:
     """Of parameters, moments and step, to the bit."""
     total = hashlib.sha256(str(step).encode())
-    for tensor, live in stored_tensors(adapter, parameters=True, moments=True):
+    for tensor, live in all_tensors(adapters, parameters=True, moments=True):
         total.update(f"{tensor}".encode())
         total.update(live.read().tobytes())
     return total.hexdigest()
@@ -127,7 +127,7 @@ class World:
         run = None if self.server.core is None else self.server.core.runs.by_name.get(plan.name)
         if not trained or run is None or run.step != plan.steps or (plan.world_size > 1 and self.heap.now < self.calm_at):
             return False
-        self.digests[plan.run] = digest(run.adapter, run.step)
+        self.digests[plan.run] = digest(run.adapters, run.step)
         return True
 
     def run_to_end(self) -> None:

@@ -17,14 +17,13 @@ from kt_expert_client.errors import AlreadyExists, BarrierBroken, Cancelled, KtE
 from kt_expert_client.session.calls import Call
 from kt_expert_proto.codec import Buffer
 from kt_expert_proto.header import MAX_PAYLOAD_BYTES, Op, Tensor
-from kt_expert_proto.lora import LayerLora
 from kt_expert_proto.v1 import service_pb2 as pb
 from kt_expert_proto.v1 import session_pb2 as spb
+from support.adapters import GRADIENTS, adamw
 
 from simulation.calls import TIMEOUT_S, backward, forward, read_tensor, write_tensor
-from simulation.model import EXPERTS, HIDDEN, LAYERS, batch
+from simulation.model import EXPERTS, HIDDEN, LAYERS, RANK, batch, lora_of
 
-RANK = 2  # of every LoRA matrix
 _MAX_NORM = 0.3
 _RETRY_S = 0.5
 _LINGER_S = 20.0
@@ -58,9 +57,7 @@ class Plan:
 
     def config(self) -> pb.RunConfig:
         dropout = _DROPOUT if self.drops else 0.0
-        lora = [
-            LayerLora(layer, layer % 2 == 0, RANK, RANK, RANK, 1.0, 1.0, 0.5, dropout).to_proto() for layer in range(LAYERS)
-        ]
+        lora = [lora_of(layer, dropout).to_proto() for layer in range(LAYERS)]
         return pb.RunConfig(world_size=self.world_size, wire_dtype=pb.WIRE_DTYPE_FP32, lora=lora, seed=self.run)
 
     def dropout_seed(self, step: int, micro: int, layer: int) -> int:
@@ -106,15 +103,17 @@ class Training:
 
     def _step(self, step: int) -> Generator[Call, Outcome, int]:
         while True:
-            norm = yield from self._meet(Call(Op.GRAD_NORM, spb.RequestOpen(grad_norm=spb.GradNorm()), TIMEOUT_S))
+            norm = yield from self._meet(
+                Call(Op.GRAD_NORM, spb.RequestOpen(grad_norm=spb.GradNorm(sets=GRADIENTS, order=2.0)), TIMEOUT_S)
+            )
             if norm is None:
                 continue
             scale = min(1.0, _MAX_NORM / (norm.norm + 1e-6))
-            update = pb.ParamGroup(adamw=pb.Adam(learning_rate=0.02, beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.01))
+            update = adamw(0.02, scale, weight_decay=0.01)
             if self._rng.random() < 3 * self._plan.extras:
                 batch_now = batch(self._plan.run, self._plan.rank, step, 0)
                 self._process.ask_aside(forward(0, *batch_now, keeps=False))
-            opened = spb.RequestOpen(step=spb.Step(step=step + 1, grad_scale=scale, groups=[update]))
+            opened = spb.RequestOpen(step=spb.Step(step=step + 1, groups=[update]))
             stepped = yield from self._meet(Call(Op.STEP, opened, TIMEOUT_S))
             if stepped is not None:
                 break
@@ -161,10 +160,8 @@ class Training:
             tickets.append(call.request_id)
         dy = np.cos(x)
         for layer in reversed(range(LAYERS)):
-            begins_now, ticket = begins and layer == LAYERS - 1, tickets[layer]
-            yield from self._pass(
-                lambda layer=layer, dy=dy, ticket=ticket, begins_now=begins_now: backward(layer, ticket, dy, begins_now)
-            )
+            ticket = tickets[layer]
+            yield from self._pass(lambda layer=layer, dy=dy, ticket=ticket: backward(layer, ticket, dy, begins))
             dy = dy + self._result(Tensor.GRAD_HIDDEN_STATES)
 
     def _pass(self, make: Callable[[], Call]) -> Generator[Call, Outcome, Call]:

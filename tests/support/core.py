@@ -26,6 +26,10 @@ from kt_expert_server.observe.observer import NullObserver
 from simulation.disk import SimulatedDisk
 from simulation.model import HIDDEN, LAYERS, TOKENS, TOP_K, base_model, batch
 
+from support.adapters import ACTIVE, adamw, targets
+
+LORA = [LayerLora(layer, False, 2, 2, 2, 1.0, 1.0, 1.0) for layer in range(LAYERS)]
+
 CREATED = "a" * 32
 
 
@@ -109,7 +113,7 @@ class CoreServer:
 
 
 def run_config(world_size: int = 1) -> pb.RunConfig:
-    lora = [LayerLora(layer, False, 2, 2, 2, 1.0, 1.0, 1.0).to_proto() for layer in range(LAYERS)]
+    lora = [each.to_proto() for each in LORA]
     return pb.RunConfig(world_size=world_size, wire_dtype=pb.WIRE_DTYPE_FP32, lora=lora, seed=1)
 
 
@@ -158,7 +162,7 @@ class CoreMember:
     def forward(self, tokens: int = TOKENS) -> int:
         """Of layer 0. Returns the request's id, which is the ticket."""
         x, ids, weights = _batch(tokens)
-        opened = spb.RequestOpen(forward=spb.Forward(top_k=TOP_K, save_for_backward=True, use_adapter=True))
+        opened = spb.RequestOpen(forward=spb.Forward(top_k=TOP_K, save_for_backward=True, adapters=ACTIVE))
         return self._pass(Op.FORWARD, opened, [
             (Tensor.EXPERT_IDS, Dtype.INT32, ids),
             (Tensor.ROUTING_WEIGHTS, Dtype.FP32, weights),
@@ -171,12 +175,12 @@ class CoreMember:
         error = self.take(ticket)
         if error:
             return error
-        opened = spb.RequestOpen(backward=spb.Backward(ticket=ticket))
+        opened = spb.RequestOpen(backward=spb.Backward(ticket=ticket, targets=targets(LORA[0])))
         return self.take(self._pass(Op.BACKWARD, opened, [(Tensor.GRAD_OUTPUT, Dtype.FP32, _batch(tokens)[0])]))
 
     def ask_step(self, index: int) -> int:
-        update = pb.ParamGroup(adamw=pb.Adam(learning_rate=0.01, beta1=0.9, beta2=0.99, eps=1e-8))
-        request_id = self.ask(Op.STEP, step=spb.Step(step=index, grad_scale=1.0, groups=[update]))
+        update = adamw(0.01)
+        request_id = self.ask(Op.STEP, step=spb.Step(step=index, groups=[update]))
         self.server.carry_out()
         return request_id
 

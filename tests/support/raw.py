@@ -13,15 +13,18 @@ from kt_expert_proto.channel import SESSION_METHOD
 from kt_expert_proto.codec import Decoder, Encoder, Memory, Outbound
 from kt_expert_proto.dtypes import Dtype
 from kt_expert_proto.header import FrameType, Header, Op, Tensor
+from kt_expert_proto.lora import LayerLora
 from kt_expert_proto.v1 import service_pb2 as pb
 from kt_expert_proto.v1 import service_pb2_grpc
 from kt_expert_proto.v1 import session_pb2 as spb
 
+from support.adapters import ACTIVE, targets
 from support.tokens import bearer
 
 TIMEOUT_S = 30.0
 HIDDEN, TOP_K, EXPERTS = 32, 2, 8  # of the tiny qwen3_moe
 TOKENS = 3
+LORA = LayerLora(0, rank_down=4, scale_down=1.0)
 Frame = tuple[Header, bytes]
 
 
@@ -61,7 +64,7 @@ class RawMember:
         )
         self.stub = service_pb2_grpc.ExpertStub(self.channel)
         self.run, self.rank, self.ephemeral = run, rank, ephemeral
-        lora = [pb.LayerLora(layer=0, rank_down=4, scale_down=1.0)]
+        lora = [LORA.to_proto()]
         self.config = pb.RunConfig(world_size=world_size, wire_dtype=pb.WIRE_DTYPE_FP32, lora=lora)
         self.hidden = HIDDEN
         self.instance = secrets.token_hex(16)
@@ -159,7 +162,7 @@ class RawMember:
         ids = np.zeros((TOKENS, TOP_K), np.int32) if ids is None else ids
         weights = np.full((TOKENS, TOP_K), 0.5, np.float32) if weights is None else weights
         x = np.ones((TOKENS, self.hidden), np.float32)
-        opened = spb.RequestOpen(forward=spb.Forward(top_k=top_k, save_for_backward=save, use_adapter=True))
+        opened = spb.RequestOpen(forward=spb.Forward(top_k=top_k, save_for_backward=save, adapters=ACTIVE))
         return [
             (self.header(FrameType.REQUEST, request_id, **fields), opened.SerializeToString()),
             self.tensor(request_id, Tensor.EXPERT_IDS, Dtype.INT32, ids),
@@ -174,7 +177,7 @@ class RawMember:
 
     def backward_frames(self, request_id: int, ticket: int, *, begin: bool = False, **fields: Any) -> list[Outbound]:
         dy = np.ones((fields.get("rows", TOKENS), self.hidden), np.float32)
-        opened = spb.RequestOpen(backward=spb.Backward(ticket=ticket, begin_window=begin))
+        opened = spb.RequestOpen(backward=spb.Backward(ticket=ticket, targets=targets(LORA, replaced=begin)))
         return [
             (self.header(FrameType.REQUEST, request_id, **{"op": Op.BACKWARD, **fields}), opened.SerializeToString()),
             self.tensor(request_id, Tensor.GRAD_OUTPUT, Dtype.FP32, dy, Op.BACKWARD),

@@ -14,7 +14,8 @@ from kt_expert_client.errors import KtExpertError
 
 # What the state of a run depends on: sent again where the server has lost it. A forward counts if it keeps a ticket.
 CHANGES = frozenset({
-    Op.FORWARD, Op.BACKWARD, Op.STEP, Op.ZERO_GRAD, Op.WRITE_TENSOR, Op.SET_STEP, Op.LOAD_CHECKPOINT,
+    Op.FORWARD, Op.BACKWARD, Op.STEP, Op.ZERO_GRAD, Op.WRITE_TENSOR, Op.SET_STEP, Op.LOAD_CHECKPOINT, Op.EDIT_GRADIENTS,
+    Op.CREATE_ADAPTER, Op.DELETE_ADAPTER,
 })  # fmt: skip
 
 

@@ -372,11 +372,18 @@ class SessionCore:
             self._repeated(call, now)
             call.is_replay = False
             self._let_go(call)
+            self._release_repeated(call)
         elif not self._is_to_wait(call, now):
             self._first_outcome(call, call.error)
         if call.head is not None:
             self._journal.durable(call.head.durable)
         self._pump(now)
+
+    def _release_repeated(self, call: Call) -> None:
+        """A repeated backward that left its ticket to others: they have come and gone before."""
+        ticket = call.ticket if call.opened.backward.keep_ticket else 0
+        if ticket and ticket not in self._journal.tickets and ticket not in self._in_flight.tickets():
+            self._control(FrameType.RELEASE, ticket)
 
     def _is_to_wait(self, call: Call, now: float) -> bool:
         """Whether a refused call is asked for again, as the server says. Not where others came after it, which may count on

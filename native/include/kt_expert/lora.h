@@ -64,6 +64,7 @@ class LoraTensors {
   float* expert(LoraTensor which, int expert);
   void zero();
   std::int64_t bytes() const;
+  static std::int64_t bytes_of(const LayerSpec& layer, const LoraSpec& lora);
 
   // The tensor that plays A for up: A_gate where tied.
   LoraTensor a_up() const { return lora_.tied ? LoraTensor::kAGate : LoraTensor::kAUp; }

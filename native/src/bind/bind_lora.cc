@@ -46,7 +46,8 @@ void bind_lora(py::module_& module) {
       .def("names", &present_names)
       .def("tensor", &tensor_view, py::arg("name"))
       .def("zero", &LoraTensors::zero, py::call_guard<py::gil_scoped_release>())
-      .def_property_readonly("nbytes", &LoraTensors::bytes);
+      .def_property_readonly("nbytes", &LoraTensors::bytes)
+      .def_static("bytes_of", &LoraTensors::bytes_of, py::arg("layer"), py::arg("lora"));
 }
 
 }  // namespace kt_expert

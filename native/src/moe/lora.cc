@@ -105,4 +105,13 @@ std::int64_t LoraTensors::bytes() const {
   return total;
 }
 
+std::int64_t LoraTensors::bytes_of(const LayerSpec& layer, const LoraSpec& lora) {
+  std::int64_t floats = 0;
+  for (int t = 0; t < kLoraTensors; ++t) {
+    const LoraShape shape = lora_shape(layer, lora, static_cast<LoraTensor>(t));
+    floats += layer.experts * shape.rows * shape.columns;
+  }
+  return floats * static_cast<std::int64_t>(sizeof(float));
+}
+
 }  // namespace kt_expert

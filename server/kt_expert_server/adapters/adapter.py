@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Protocol
 
 import kt_expert_native as native
 import numpy as np
 from kt_expert_proto.lora import LayerLora
 
-from kt_expert_server.errors import InvalidRequest, NotFound, WrongPhase
+from kt_expert_server.errors import AlreadyExists, NotFound, WrongPhase
 from kt_expert_server.model.loader import BaseModel
 
-OPTIMIZER_KINDS = ("adamw", "sgd", "adafactor")  # whose states exist; adam's is adamw's
 _INITIALISED = ("a_gate", "a_up", "a_down")
 _TENSORS_PER_LAYER = 4  # seeds are apart by this; a multiple of what is initialised
 
@@ -30,66 +31,124 @@ def native_lora(lora: LayerLora) -> native.LoraSpec:
     )
 
 
-@dataclass(slots=True)
+@dataclass(eq=False, slots=True)
 class AdapterLayer:
     """fp32 master parameters and the optimizer's state of one layer. The state exists from the first step on."""
 
+    lora: LayerLora
     layer_spec: native.LayerSpec
     spec: native.LoraSpec
     parameters: native.LoraTensors
     state: native.OptimizerState | None = None
+    version: int = 0  # counts changes of parameters; a ticket of an older version is stale
+
+    @classmethod
+    def zeros(cls, model: BaseModel, lora: LayerLora) -> AdapterLayer:
+        layer_spec, spec = model.layers[lora.layer].spec, native_lora(lora)
+        return cls(lora, layer_spec, spec, native.LoraTensors(layer_spec, spec))
+
+    def copy_parameters(self, other: AdapterLayer) -> None:
+        """Of those tensors that both have."""
+        own = self.parameters.names()
+        for name in other.parameters.names():
+            if name in own:
+                self.parameters.tensor(name)[...] = other.parameters.tensor(name)
+
+    def initialise(self, seed: int) -> None:
+        """A uniform in +-1/sqrt(fan_in), the bound of PEFT's kaiming_uniform(a=sqrt(5)); B stays zero. Seeded per tensor."""
+        for position, name in enumerate(_INITIALISED):
+            if name not in self.parameters.names():
+                continue
+            tensor = self.parameters.tensor(name)
+            generator = np.random.Generator(np.random.Philox(key=[seed, self.lora.layer * _TENSORS_PER_LAYER + position]))
+            bound = tensor.shape[2] ** -0.5
+            tensor[...] = generator.uniform(-bound, bound, tensor.shape).astype(np.float32)
+
+    def require_kind(self, kind: str, forgotten: Iterable[str]) -> None:
+        """Raises WrongPhase where tensors whose moments are not forgotten have taken updates of another kind."""
+        state = self.state
+        if state is None or state.kind == kind:
+            return
+        kept = [name for name in state.names() if name not in forgotten and state.tensor("step", name).any()]
+        if kept:
+            raise WrongPhase(
+                f"layer {self.lora.layer} has taken steps with {state.kind} ({', '.join(kept)}) and is asked for {kind}; say "
+                "that the optimizer is new (new_optimizer) to forget its moments"
+            )
+
+    def ensure_state(self, kind: str, moment_dtype: str) -> native.OptimizerState:
+        """The layer's optimizer state; one of another kind is replaced."""
+        if self.state is not None and self.state.kind != kind:
+            self.state = None  # before the new one is made: only one is reserved
+        if self.state is None:
+            self.state = native.OptimizerState(self.layer_spec, self.spec, kind, moment_dtype)
+        return self.state
+
+    def forget_moments(self, names: Iterable[str]) -> None:
+        """Those tensors begin anew."""
+        if self.state is None:
+            return
+        forgotten = set(names) & set(self.state.names())
+        if forgotten == set(self.state.names()):
+            self.state = None
+            return
+        for name in forgotten:
+            for slot in self.state.slots():
+                self.state.tensor(slot, name)[...] = 0
+
+
+class Held(Protocol):
+    """Memory that is reserved."""
+
+    def release(self) -> None: ...
 
 
 class Adapter:
-    """Zero when made. Changed only by work of the engine, so never while another piece of work reads it."""
+    """Changed only by work of the engine, so never while another piece of work reads it."""
 
-    def __init__(self, model: BaseModel, lora: tuple[LayerLora, ...], moment_dtype: str) -> None:
+    def __init__(self, name: str, moment_dtype: str) -> None:
+        self.name = name
         self.moment_dtype = moment_dtype
-        self.version = 0  # counts changes of parameters; a ticket of an older version is stale
         self.layers: dict[int, AdapterLayer] = {}
-        for entry in lora:
-            layer_spec, spec = model.layers[entry.layer].spec, native_lora(entry)
-            self.layers[entry.layer] = AdapterLayer(layer_spec, spec, native.LoraTensors(layer_spec, spec))
+        self.held: list[Held] = []  # its memory
+        self.is_trained = False  # memory for its gradients, moments and steps is reserved too
 
-    def initialise(self, seed: int) -> None:
-        """A uniform in +-1/sqrt(fan_in), the bound of PEFT's kaiming_uniform(a=sqrt(5)); B zero. Seeded per tensor."""
-        for index, layer in self.layers.items():
-            for position, name in enumerate(_INITIALISED):
-                if name not in layer.parameters.names():
-                    continue
-                tensor = layer.parameters.tensor(name)
-                generator = np.random.Generator(np.random.Philox(key=[seed, index * _TENSORS_PER_LAYER + position]))
-                bound = tensor.shape[2] ** -0.5
-                tensor[...] = generator.uniform(-bound, bound, tensor.shape).astype(np.float32)
+    @property
+    def lora(self) -> tuple[LayerLora, ...]:
+        """Its layers, in order."""
+        return tuple(self.layers[index].lora for index in sorted(self.layers))
 
     def layer(self, index: int) -> AdapterLayer:
         """Raises NotFound where the adapter does not reach that layer."""
         found = self.layers.get(index)
         if found is None:
-            raise NotFound(f"the run has no LoRA on layer {index}; it has on {sorted(self.layers)}")
+            raise NotFound(f"adapter {self.name!r} has no LoRA on layer {index}; it has on {sorted(self.layers)}")
         return found
 
-    def ensure_state(self, layer: AdapterLayer, kind: str) -> native.OptimizerState:
-        """The layer's optimizer state; one of another kind is replaced."""
-        if layer.state is not None and layer.state.kind != kind:
-            layer.state = None  # before the new one is made: only one is reserved
-        if layer.state is None:
-            layer.state = native.OptimizerState(layer.layer_spec, layer.spec, kind, self.moment_dtype)
-        return layer.state
-
-    def require_kind(self, layer: AdapterLayer, kind: str, steps: int) -> None:
-        """Raises WrongPhase where a layer has taken updates of another kind."""
-        if layer.state is not None and layer.state.kind != kind and _has_updates(layer.state):
-            raise WrongPhase(
-                f"the run has taken {steps} steps with {layer.state.kind} and is asked for {kind}; say that "
-                "the optimizer is new (Step.new_optimizer) to forget its moments"
-            )
+    def missing(self, asked: Iterable[LayerLora]) -> list[LayerLora]:
+        """Layers as they have to become for all that is asked for to be there; those that are not to change are left out.
+        Raises AlreadyExists for other ranks than those a projection has."""
+        changed = []
+        for lora in asked:
+            existing = self.layers.get(lora.layer)
+            made = lora if existing is None else _joined(self.name, existing.lora, lora)
+            if existing is None or made != existing.lora:
+                changed.append(made)
+        return changed
 
     def drop_moments(self) -> None:
-        """Of every layer, of those too that saw no gradient in this window. They are freed before new ones are made: only
-        one set is reserved, and a step that then lacks memory is asked for again with the same words."""
         for layer in self.layers.values():
             layer.state = None
+
+    def touch(self) -> None:
+        """All parameters have other values."""
+        for layer in self.layers.values():
+            layer.version += 1
+
+    def release(self) -> None:
+        """Gives its memory's reservations back. Safe to call twice."""
+        for each in self.held:
+            each.release()
 
     @property
     def optimizer(self) -> str:
@@ -102,40 +161,28 @@ class Adapter:
         return sum(layer.parameters.nbytes for layer in self.layers.values())
 
 
-def check_lora(model: BaseModel, lora: tuple[LayerLora, ...]) -> None:
-    """Raises NotFound for a layer without experts, InvalidRequest for settings without a meaning."""
-    seen: set[int] = set()
-    for entry in lora:
-        model.require_layer(entry.layer)
-        if entry.layer in seen:
-            raise InvalidRequest(f"layer {entry.layer} has two LoRA entries, expected one")
-        seen.add(entry.layer)
-        try:
-            native_lora(entry)
-        except native.InvalidArgument as error:
-            raise InvalidRequest(f"layer {entry.layer}: {error}") from error
+def _joined(adapter: str, existing: LayerLora, asked: LayerLora) -> LayerLora:
+    """Projections of both; those that both name must be the same."""
+    made = existing
+    if asked.rank_gate or asked.rank_up:
+        ours = (existing.tied, existing.rank_gate, existing.rank_up, existing.scale_gate, existing.scale_up)
+        theirs = (asked.tied, asked.rank_gate, asked.rank_up, asked.scale_gate, asked.scale_up)
+        if (existing.rank_gate or existing.rank_up) and ours != theirs:
+            raise _other(adapter, existing, asked)
+        made = replace(
+            made, tied=asked.tied, rank_gate=asked.rank_gate, rank_up=asked.rank_up, scale_gate=asked.scale_gate,
+            scale_up=asked.scale_up,
+        )  # fmt: skip
+    if asked.rank_down:
+        if existing.rank_down and (existing.rank_down, existing.scale_down) != (asked.rank_down, asked.scale_down):
+            raise _other(adapter, existing, asked)
+        made = replace(made, rank_down=asked.rank_down, scale_down=asked.scale_down)
+    if existing.dropout != asked.dropout:
+        raise _other(adapter, existing, asked)
+    return made
 
 
-def parameter_bytes(model: BaseModel, lora: LayerLora) -> int:
-    """fp32 bytes of one set of tensors of one layer."""
-    spec = model.layers[lora.layer].plan
-    hidden, inter = spec.hidden_size, spec.intermediate_size
-    a_up = 0 if lora.tied else lora.rank_up * hidden
-    floats = lora.rank_gate * (hidden + inter) + a_up + lora.rank_up * inter + lora.rank_down * (inter + hidden)
-    return spec.num_experts * floats * 4
-
-
-def optimizer_bytes(model: BaseModel, lora: LayerLora, moment_dtype: str) -> int:
-    """Of the largest state an optimizer may need for one layer."""
-    spec, ranks = model.layers[lora.layer].spec, native_lora(lora)
-    return max(native.OptimizerState.bytes_of(spec, ranks, kind, moment_dtype) for kind in OPTIMIZER_KINDS)
-
-
-def step_bytes(model: BaseModel, lora: LayerLora, ranks: int, threads: int) -> int:
-    """Scratch of a step over one layer."""
-    spec = model.layers[lora.layer].spec
-    return max(native.Engine.step_bytes(spec, native_lora(lora), kind, ranks, threads) for kind in OPTIMIZER_KINDS)
-
-
-def _has_updates(state: native.OptimizerState) -> bool:
-    return any(state.tensor("step", name).any() for name in state.names())
+def _other(adapter: str, existing: LayerLora, asked: LayerLora) -> AlreadyExists:
+    return AlreadyExists(
+        f"adapter {adapter!r} has {existing} and is asked for {asked}; choose another name for the adapter, or delete it first"
+    )

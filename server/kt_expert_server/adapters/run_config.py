@@ -37,9 +37,9 @@ def describe_differences(existing: RunConfig, asked: RunConfig) -> str:
     return "; ".join(found)
 
 
-def require_same_lora(checkpoint: str, stored: Sequence[LayerLora], run: str, config: RunConfig) -> None:
+def require_same_lora(checkpoint: str, stored: Sequence[LayerLora], run: str, asked: Sequence[LayerLora]) -> None:
     """Raises InvalidRequest for other layers, ranks or scales. Dropout leaves nothing in a snapshot."""
-    ours, theirs = ({lora.layer: replace(lora, dropout=0.0) for lora in each} for each in (config.lora, stored))
+    ours, theirs = ({lora.layer: replace(lora, dropout=0.0) for lora in each} for each in (asked, stored))
     for layer in sorted(ours.keys() | theirs.keys()):
         if ours.get(layer) != theirs.get(layer):
             raise InvalidRequest(

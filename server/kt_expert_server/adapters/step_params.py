@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import kt_expert_native as native
-from kt_expert_proto.lora import TENSORS
 
+from kt_expert_server.adapters.tensor_sets import TensorSet, require_apart
 from kt_expert_server.errors import InvalidRequest
 
 _ADAM = ("adamw", "adam")  # one state serves both
@@ -18,9 +18,16 @@ _SCALE_TOLERANCE = 1e-3  # clip coefficients of two ranks may differ by their ow
 class ParamGroup:
     """Hyper-parameters of some tensors; `numbers` are the named arguments of native.OptimizerUpdate."""
 
-    tensors: tuple[str, ...]  # empty: all that no other group names
+    sets: tuple[TensorSet, ...]
     kind: str
     numbers: tuple[tuple[str, float], ...]
+    grad_scale: float
+    new_optimizer: bool = False
+
+    @property
+    def state_kind(self) -> str:
+        """The kind whose state the group needs: adam's is adamw's."""
+        return _ADAM[0] if self.kind in _ADAM else self.kind
 
     def native(self) -> native.OptimizerUpdate:
         """Raises InvalidRequest for numbers the method is not defined for."""
@@ -32,43 +39,16 @@ class ParamGroup:
 
 @dataclass(frozen=True, slots=True)
 class StepParams:
-    """What one member asks of a step. All members must ask the same."""
+    """What one member asks of a step. All members must ask the same, but for what each keeps."""
 
     groups: tuple[ParamGroup, ...]
-    grad_scale: float
-    new_optimizer: bool = False
+    kept: tuple[TensorSet, ...] = ()
 
-    @property
-    def state_kind(self) -> str:
-        """The kind whose state the step needs: adam's is adamw's."""
-        return _state_kind(self.groups[0].kind)
-
-    def updates(self) -> dict[str, native.OptimizerUpdate]:
-        """By tensor. Raises InvalidRequest where a tensor has no group or two, or groups are of different kinds."""
-        found: dict[str, native.OptimizerUpdate] = {}
-        rest: native.OptimizerUpdate | None = None
+    def check(self) -> None:
+        """Raises InvalidRequest for numbers without a meaning, or a tensor in two groups."""
         for group in self.groups:
-            if _state_kind(group.kind) != self.state_kind:
-                raise InvalidRequest(f"a step mixes {self.groups[0].kind} and {group.kind}; use one for all groups")
-            update = group.native()
-            if not group.tensors:
-                if rest is not None:
-                    raise InvalidRequest("two groups of a step name no tensors; one may stand for all others")
-                rest = update
-            for tensor in group.tensors:
-                if tensor not in TENSORS or tensor in found:
-                    raise InvalidRequest(f"a step names tensor {tensor!r} twice, or it is none of {', '.join(TENSORS)}")
-                found[tensor] = update
-        missing = [tensor for tensor in TENSORS if tensor not in found]
-        if missing and rest is None:
-            raise InvalidRequest(f"no group of the step holds {', '.join(missing)}; one group without names covers the rest")
-        if rest is not None:
-            found.update(dict.fromkeys(missing, rest))
-        return found
-
-
-def _state_kind(kind: str) -> str:
-    return _ADAM[0] if kind in _ADAM else kind
+            group.native()
+        require_apart(each for group in self.groups for each in group.sets)
 
 
 def agreed_params(by_rank: Mapping[int, StepParams]) -> StepParams:
@@ -76,7 +56,14 @@ def agreed_params(by_rank: Mapping[int, StepParams]) -> StepParams:
     first_rank = min(by_rank)
     first = by_rank[first_rank]
     for rank, other in by_rank.items():
-        differs = abs(other.grad_scale - first.grad_scale) > _SCALE_TOLERANCE * abs(first.grad_scale)
-        if (other.groups, other.new_optimizer) != (first.groups, first.new_optimizer) or differs:
+        same = len(other.groups) == len(first.groups) and all(map(_same, first.groups, other.groups))
+        if not same:
             raise InvalidRequest(f"rank {rank} asked for another step than rank {first_rank}: {other} against {first}")
     return first
+
+
+def _same(ours: ParamGroup, theirs: ParamGroup) -> bool:
+    fields = ("sets", "kind", "numbers", "new_optimizer")
+    if any(getattr(ours, field) != getattr(theirs, field) for field in fields):
+        return False
+    return abs(theirs.grad_scale - ours.grad_scale) <= _SCALE_TOLERANCE * abs(ours.grad_scale)

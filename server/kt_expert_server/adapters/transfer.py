@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,8 +19,9 @@ _FP32_BYTES = 4
 
 @dataclass(frozen=True, slots=True)
 class TensorId:
-    """One tensor of an adapter: part is parameter, a slot of the optimizer's state, or step."""
+    """One tensor of an adapter: part is parameter, gradient, a slot of the optimizer's state, or step."""
 
+    adapter: str
     layer: int
     tensor: str
     part: str
@@ -60,16 +61,24 @@ class LiveTensor:
             self.memory[...] = round_to_bf16(values)
 
 
+def all_tensors(
+    adapters: Mapping[str, Adapter], *, parameters: bool, moments: bool
+) -> Iterator[tuple[TensorId, LiveTensor]]:  # fmt: skip
+    """Of all adapters, by name."""
+    for _, adapter in sorted(adapters.items()):
+        yield from stored_tensors(adapter, parameters=parameters, moments=moments)
+
+
 def stored_tensors(adapter: Adapter, *, parameters: bool, moments: bool) -> Iterator[tuple[TensorId, LiveTensor]]:
     """Tensors in layer order; what counts the updates of a tensor comes after its moments."""
     for index, layer in sorted(adapter.layers.items()):
         for name in layer.parameters.names() if parameters else ():
-            yield TensorId(index, name, PARAMETER), LiveTensor(layer.parameters.tensor(name))
+            yield TensorId(adapter.name, index, name, PARAMETER), LiveTensor(layer.parameters.tensor(name))
         state = layer.state if moments else None
         if state is not None:
             for slot in state.slots():
                 for name in state.names():
-                    yield TensorId(index, name, slot), LiveTensor(state.tensor(slot, name))
+                    yield TensorId(adapter.name, index, name, slot), LiveTensor(state.tensor(slot, name))
 
 
 def find_tensor(adapter: Adapter, tensor: TensorId) -> LiveTensor:
@@ -118,6 +127,7 @@ def write_tensor(adapter: Adapter, tensor: TensorId, values: NDArray[np.float32]
             raise InvalidRequest(f"{tensor} came before the moments it counts; send those first")
         LiveTensor(layer.state.tensor(STEP, tensor.tensor)).write(values)
     else:
-        state = adapter.ensure_state(layer, SLOTS[tensor.part])  # what is written replaces what another optimizer kept
+        # What is written replaces what another optimizer kept.
+        state = layer.ensure_state(SLOTS[tensor.part], adapter.moment_dtype)
         LiveTensor(state.tensor(tensor.part, tensor.tensor)).write(values)
         LiveTensor(state.tensor(STEP, tensor.tensor)).write(np.full((1, 1, 1), step, np.float32))

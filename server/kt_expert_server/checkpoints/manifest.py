@@ -10,7 +10,7 @@ from kt_expert_proto.lora import LayerLora
 from kt_expert_server.adapters.run_config import RunConfig
 from kt_expert_server.errors import InvalidRequest
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +19,15 @@ class MemberMark:
 
     instance: str
     request_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterRecord:
+    """An adapter of the run: what has to be made before its tensors can be read into it."""
+
+    name: str
+    lora: tuple[LayerLora, ...]
+    trainable: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +45,7 @@ class Manifest:
     members: dict[str, MemberMark]
     author: MemberMark | None  # who asked for it
     config: RunConfig
+    adapters: tuple[AdapterRecord, ...]  # by name
     files: dict[str, str]
     size_bytes: int
 
@@ -54,8 +64,13 @@ class Manifest:
             lora = tuple(LayerLora(**entry) for entry in config.pop("lora"))
             members = {rank: MemberMark(**mark) for rank, mark in fields.pop("members").items()}
             author = fields.pop("author")
+            adapters = tuple(
+                AdapterRecord(each["name"], tuple(LayerLora(**entry) for entry in each["lora"]), each["trainable"])
+                for each in fields.pop("adapters")
+            )
             return cls(
                 config=RunConfig(lora=lora, **config),
+                adapters=adapters,
                 members=members,
                 author=None if author is None else MemberMark(**author),
                 **fields,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,8 +10,8 @@ from numpy.typing import NDArray
 
 from kt_expert_server.adapters.adapter import Adapter
 from kt_expert_server.adapters.run_config import RunConfig
-from kt_expert_server.adapters.transfer import TensorId, stored_tensors
-from kt_expert_server.checkpoints.manifest import MemberMark
+from kt_expert_server.adapters.transfer import TensorId, all_tensors
+from kt_expert_server.checkpoints.manifest import AdapterRecord, MemberMark
 
 Tensors = list[tuple[TensorId, NDArray[np.float32]]]
 
@@ -30,6 +31,7 @@ class SnapshotAbout:
     members: dict[str, MemberMark]
     author: MemberMark | None
     config: RunConfig
+    adapters: tuple[AdapterRecord, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,14 +40,15 @@ class Snapshot:
     tensors: Tensors
 
 
-def copy_tensors(adapter: Adapter) -> Tensors:
-    """Parameters and moments in fp32, in layer order. Takes snapshot_bytes()."""
-    return [(tensor, live.copy()) for tensor, live in stored_tensors(adapter, parameters=True, moments=True)]
+def copy_tensors(adapters: Mapping[str, Adapter]) -> Tensors:
+    """Parameters and moments in fp32, by adapter and layer. Takes snapshot_bytes()."""
+    return [(tensor, live.copy()) for tensor, live in all_tensors(adapters, parameters=True, moments=True)]
 
 
-def snapshot_bytes(adapter: Adapter) -> int:
+def snapshot_bytes(adapters: Mapping[str, Adapter]) -> int:
     """What copy_tensors() and writing its largest layer take together."""
-    sizes: dict[int, int] = {}
-    for tensor, live in stored_tensors(adapter, parameters=True, moments=True):
-        sizes[tensor.layer] = sizes.get(tensor.layer, 0) + live.nbytes
+    sizes: dict[tuple[str, int], int] = {}
+    for tensor, live in all_tensors(adapters, parameters=True, moments=True):
+        place = (tensor.adapter, tensor.layer)
+        sizes[place] = sizes.get(place, 0) + live.nbytes
     return sum(sizes.values()) + max(sizes.values(), default=0)

@@ -1,6 +1,7 @@
 """Immutable checkpoints below the state directory.
 
-Layout: ``checkpoints/<name>/manifest.json`` and one ``layer-NNNNN.safetensors`` per layer with parameters and moments. One is
+Layout: ``checkpoints/<name>/manifest.json`` and one ``adapter-NNN-layer-NNNNN.safetensors`` for each
+layer of each adapter, with parameters and moments; adapters are numbered as in the manifest. One is
 written beside its final place, synchronised, and renamed when complete, so that at any instant, after any crash, a name stands
 for a whole checkpoint or for none.
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import logging
+import re
 from collections.abc import Iterator
 from itertools import groupby
 
@@ -30,6 +32,7 @@ _ROOT = "checkpoints"
 _MANIFEST = "manifest.json"
 _PARTIAL_PREFIX = ".partial-"  # no name begins with a dot, so none is mistaken for a partial one
 _PARTS = (PARAMETER, *SLOTS, STEP)
+_FILE = re.compile(r"adapter-(\d{3,})-layer-\d{5,}\.safetensors")
 _log = logging.getLogger(__name__)
 _DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -59,7 +62,7 @@ class CheckpointStore:
         try:
             self._disk.remove_directory(*partial)
             self._disk.make_directory(*partial)
-            files = self._write_layers(partial, snapshot.tensors)
+            files = self._write_layers(partial, [each.name for each in about.adapters], snapshot.tensors)
             size = sum(values.nbytes for _, values in snapshot.tensors)
             fields = {name: getattr(about, name) for name in about.__slots__ if name != "name"}
             raw = Manifest(format_version=FORMAT_VERSION, files=files, size_bytes=size, **fields).to_json()
@@ -145,12 +148,12 @@ class CheckpointStore:
             else:
                 yield name, manifest
 
-    def _write_layers(self, partial: tuple[str, ...], tensors: Tensors) -> dict[str, str]:
+    def _write_layers(self, partial: tuple[str, ...], adapters: list[str], tensors: Tensors) -> dict[str, str]:
         files = {}
-        for layer, entries in groupby(tensors, key=lambda entry: entry[0].layer):
+        for (adapter, layer), entries in groupby(tensors, key=lambda entry: (entry[0].adapter, entry[0].layer)):
             content = {f"{layer}.{tensor.part}.{tensor.tensor}": values for tensor, values in entries}
             raw = safetensors.numpy.save(content)
-            file_name = f"layer-{layer:05d}.safetensors"
+            file_name = f"adapter-{adapters.index(adapter):03d}-layer-{layer:05d}.safetensors"
             self._write_durably(raw, *partial, file_name)
             files[file_name] = hashlib.sha256(raw).hexdigest()
         return files
@@ -174,17 +177,24 @@ class CheckpointStore:
             except SafetensorError as error:
                 raise InvalidRequest(f"checkpoint {name!r}: {file_name} is not safetensors: {error}") from error
             for key, values in content.items():
-                yield _tensor_id(key), values
+                yield _tensor_id(_adapter_of(name, file_name, manifest), key), values
 
     def _unknown(self, name: str) -> NotFound:
         return NotFound(f"checkpoint {name!r} does not exist")
 
 
-def _tensor_id(key: str) -> TensorId:
+def _adapter_of(checkpoint: str, file_name: str, manifest: Manifest) -> str:
+    match = _FILE.fullmatch(file_name)
+    if match is None or int(match[1]) >= len(manifest.adapters):
+        raise InvalidRequest(f"checkpoint {checkpoint!r} has a file {file_name!r} of none of its adapters")
+    return manifest.adapters[int(match[1])].name
+
+
+def _tensor_id(adapter: str, key: str) -> TensorId:
     parts = key.split(".")
     if len(parts) != 3 or not parts[0].isdigit() or parts[1] not in _PARTS:
         raise InvalidRequest(f"checkpoint tensor {key!r} is not named <layer>.<part>.<tensor>")
-    return TensorId(int(parts[0]), parts[2], parts[1])
+    return TensorId(adapter, int(parts[0]), parts[2], parts[1])
 
 
 def _disk_error(what: str, error: OSError) -> ServerError:

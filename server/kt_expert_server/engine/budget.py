@@ -122,6 +122,11 @@ class Holdings:
     def __iter__(self) -> Iterator[Reservation]:
         return iter(self._held)
 
+    def take(self) -> list[Reservation]:
+        """They belong to the caller from here on."""
+        taken, self._held = self._held, []
+        return taken
+
     def release(self) -> None:
         """Safe to call twice."""
         for reservation in self._held:

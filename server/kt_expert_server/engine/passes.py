@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import kt_expert_native as native
 import numpy as np
 from kt_expert_proto.dtypes import Dtype
 from kt_expert_proto.header import FrameType, Header, Op, Tensor
-from kt_expert_proto.lora import TENSORS
+from kt_expert_proto.lora import LayerLora, tensor_names
 from kt_expert_proto.v1.session_pb2 import ResultHead
 from numpy.typing import NDArray
 
 from kt_expert_server.adapters.adapter import Adapter
-from kt_expert_server.adapters.window import GradientWindow
+from kt_expert_server.adapters.sizes import TrainingBytes
+from kt_expert_server.adapters.stacking import Active, Scales, add_gradients, stack, stacked_spec
+from kt_expert_server.adapters.tensor_sets import find_adapter
+from kt_expert_server.adapters.window import Windows, present_bits
 from kt_expert_server.engine.budget import MemoryBudget, Reservation
 from kt_expert_server.engine.buffers import BufferPool, PooledBuffer
 from kt_expert_server.engine.kinds import Kind
-from kt_expert_server.engine.tickets import SavedTicket, Tickets
+from kt_expert_server.engine.tickets import SavedTicket, Tickets, UsedAdapter
+from kt_expert_server.engine.training_memory import reserve_training
 from kt_expert_server.engine.work import Outcome, Work
+from kt_expert_server.errors import InvalidRequest, WrongPhase
 from kt_expert_server.model.loader import LoadedLayer
 from kt_expert_server.observe.observer import Observer
 
@@ -42,10 +48,36 @@ class Trained:
     """What a member's passes work on."""
 
     owner: str
-    adapter: Adapter
-    window: GradientWindow
+    adapters: Mapping[str, Adapter]
+    windows: Windows
     tickets: Tickets
     ticket_policy: str  # what a ticket keeps: "activations" or "inputs"
+    training: Callable[[Sequence[LayerLora]], TrainingBytes]  # what training such layers takes
+
+    def reserve_training(self, tools: Tools, adapter: Adapter) -> None:
+        """Memory for its gradients and its optimizer, once. Raises OutOfCapacity."""
+        if adapter.is_trained:
+            return
+        adapter.held += reserve_training(tools.budget.reserve, self.training(adapter.lora), self.owner, adapter.name)
+        adapter.is_trained = True
+
+
+@dataclass(frozen=True, slots=True)
+class AskedAdapter:
+    """An adapter that a forward names, with scales in place of the adapter's own."""
+
+    name: str
+    scales: tuple[float | None, float | None, float | None]
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """Which gradients of an adapter a backward adds to, and which of these first forget what they held. Bits of tensors."""
+
+    adapter: str
+    wanted: int
+    replaced: int = 0
+    continued: int = 0  # those that go on from what a step has taken
 
 
 class ForwardWork(Work):
@@ -58,12 +90,14 @@ class ForwardWork(Work):
 
     def __init__(
         self, tools: Tools, trained: Trained, layer: LoadedLayer, header: Header, tensors: dict[Tensor, PooledBuffer],
-        *, top_k: int, save: bool, use_adapter: bool, dropout_seed: int, token: native.CancelToken,
+        *, top_k: int, save: bool, adapters: Sequence[AskedAdapter], dropout_seed: int, token: native.CancelToken,
     ) -> None:  # fmt: skip
         super().__init__()
         self.token = token
         self._tools, self._trained, self._layer, self._header = tools, trained, layer, header
-        self._adapter = trained.adapter.layers.get(header.layer) if use_adapter else None
+        self._asked = adapters
+        self._used: tuple[UsedAdapter, ...] = ()
+        self._stacked: native.LoraTensors | None = None
         self._policy = trained.ticket_policy if save else "nothing"
         self._seed = dropout_seed
         self._top_k = top_k
@@ -77,20 +111,55 @@ class ForwardWork(Work):
 
     def prepare(self) -> None:
         tools, owner, rows = self._tools, self._trained.owner, self._header.rows
-        lora = self._adapter.spec if self._adapter is not None else native.LoraSpec()
+        self._used = self._active_adapters()
+        lora, stacked = self._lora()
         scratch = tools.engine.scratch_bytes(self._layer.spec, lora, rows, self._top_k)
+        keeps = self._policy != "nothing"
+        scratch += 0 if keeps else stacked
         self.held.add(tools.budget.reserve(Kind.SCRATCH, scratch, owner, f"a forward of {rows} tokens"))
-        if self._policy != "nothing":
+        if keeps:
             dtype = _DTYPE_NAMES[self._header.dtype]
-            size = tools.engine.ticket_bytes(self._layer.spec, lora, rows, self._top_k, dtype, self._policy)
+            size = stacked + tools.engine.ticket_bytes(self._layer.spec, lora, rows, self._top_k, dtype, self._policy)
             self._saved = tools.budget.reserve(Kind.TICKETS, size, owner, f"the ticket of {rows} tokens")
         self._y = tools.pool.take(self._header.tensor_bytes)
 
+    def _active_adapters(self) -> tuple[UsedAdapter, ...]:
+        """Those that reach this layer. Raises NotFound for one the run does not have."""
+        used = []
+        for asked in self._asked:
+            layer = find_adapter(self._trained.adapters, asked.name).layers.get(self._header.layer)
+            if layer is not None:
+                own = (layer.lora.scale_gate, layer.lora.scale_up, layer.lora.scale_down)
+                gate, up, down = (mine if its is None else its for mine, its in zip(own, asked.scales, strict=True))
+                used.append(UsedAdapter(asked.name, Active(layer, (gate, up, down)), layer.version))
+        return tuple(used)
+
+    def _lora(self) -> tuple[native.LoraSpec, int]:
+        """Ranks of what is active, and the bytes of a set of tensors for several together."""
+        if not self._used:
+            return native.LoraSpec(), 0
+        if len(self._used) == 1:
+            return self._used[0].active.layer.spec, 0
+        spec = stacked_spec([each.active for each in self._used])
+        return spec, native.LoraTensors.bytes_of(self._layer.spec, spec)
+
+    def _parameters(self) -> tuple[native.LoraTensors | None, Scales | None]:
+        if not self._used:
+            return None, None
+        if len(self._used) == 1:
+            active = self._used[0].active
+            return active.layer.parameters, active.scales
+        active_ones = [each.active for each in self._used]
+        self._stacked = native.LoraTensors(self._layer.spec, stacked_spec(active_ones))
+        stack(active_ones, self._stacked)
+        return self._stacked, None
+
     def run(self) -> None:
         assert self._y is not None  # noqa: S101
+        parameters, scales = self._parameters()
         self._ticket = self._tools.engine.forward(
             self._layer.weights,
-            self._adapter.parameters if self._adapter is not None else None,
+            parameters,
             self._x,
             self._ids,
             self._weights,
@@ -99,15 +168,15 @@ class ForwardWork(Work):
             self.token,
             self._seed,
             self._header.layer,
+            scales,
         )
 
     def commit(self) -> Outcome:
         assert self._y is not None  # noqa: S101
         if self._ticket is not None and self._saved is not None:
-            self._saved.shrink(self._ticket.nbytes)
-            saved = SavedTicket(
-                self._ticket, self._header.layer, self._adapter is not None, self._trained.adapter.version, self._saved
-            )
+            stacked = 0 if self._stacked is None else self._stacked.nbytes
+            self._saved.shrink(self._ticket.nbytes + stacked)
+            saved = SavedTicket(self._ticket, self._header.layer, self._used, self._stacked, self._saved)
             self._trained.tickets.add(self._header.request_id, saved)
             self._saved = self._ticket = None
         _report(self._tools.observer, self.kind, self._layer, self._header.rows, self._top_k)
@@ -129,21 +198,21 @@ class ForwardWork(Work):
 
 
 class BackwardWork(Work):
-    """dx and d(routing weights) from a ticket and dy [T, H]; adds LoRA's gradients to the member's window.
+    """dx and d(routing weights) from a ticket and dy [T, H]; adds LoRA's gradients to the member's windows.
 
-    Consumes the ticket. Where anything fails or is cancelled, window and ticket are as they were.
+    Consumes the ticket unless it is kept. Where anything fails or is cancelled, windows and ticket are as they were.
     """
 
     kind = "backward"
 
     def __init__(
         self, tools: Tools, trained: Trained, layer: LoadedLayer, header: Header, dy: PooledBuffer,
-        *, ticket: int, begin_window: bool, token: native.CancelToken,
+        *, ticket: int, keep_ticket: bool, targets: Sequence[Target], token: native.CancelToken,
     ) -> None:  # fmt: skip
         super().__init__()
         self.token = token
         self._tools, self._trained, self._layer, self._header = tools, trained, layer, header
-        self._ticket_id, self._begins = ticket, begin_window
+        self._ticket_id, self._keeps, self._targets = ticket, keep_ticket, targets
         self._dy = dy.array(header.dtype, header.rows, header.columns)
         self._saved: SavedTicket | None = None
         self._dx: PooledBuffer | None = None
@@ -151,44 +220,105 @@ class BackwardWork(Work):
         self.cost = _BACKWARD_COST * (header.rows * layer.plan.top_k + layer.plan.num_experts)
 
     def prepare(self) -> None:
-        # Looked up here and not on arrival: meanwhile the ticket may have been used and the adapter replaced.
+        # Looked up here and not on arrival: meanwhile the ticket may have been used and an adapter replaced.
         tools, header, trained = self._tools, self._header, self._trained
-        self._saved = trained.tickets.find(self._ticket_id, header.layer, trained.adapter.version)
-        lora = native.LoraSpec()
-        if self._saved.with_adapter:
-            lora = trained.adapter.layer(header.layer).spec
-        top_k = self._saved.ticket.top_k
-        scratch = tools.engine.scratch_bytes(self._layer.spec, lora, header.rows, top_k)
+        self._saved = saved = trained.tickets.find(self._ticket_id, header.layer, trained.adapters)
+        for target in self._targets:
+            self._check_target(saved, target)
+        lora, scratch = native.LoraSpec(), 0
+        if saved.stacked is not None:
+            lora = stacked_spec([each.active for each in saved.used])
+            scratch = saved.stacked.nbytes if self._targets else 0
+        elif saved.used:
+            lora = saved.used[0].active.layer.spec
+        top_k = saved.ticket.top_k
+        scratch += tools.engine.scratch_bytes(self._layer.spec, lora, header.rows, top_k)
         self.held.add(tools.budget.reserve(Kind.SCRATCH, scratch, trained.owner, f"a backward of {header.rows} tokens"))
         self._dx = tools.pool.take(header.tensor_bytes)
         self._d_weights = tools.pool.take(header.rows * top_k * 4)
 
+    def _check_target(self, saved: SavedTicket, target: Target) -> None:
+        """Raises InvalidRequest for gradients the forward has none of."""
+        used = next((each for each in saved.used if each.name == target.adapter), None)
+        there = 0 if used is None else present_bits(used.active.layer)
+        if target.wanted & ~there or (target.replaced | target.continued) & ~target.wanted:
+            raise InvalidRequest(
+                f"gradients {target.wanted:#x} of adapter {target.adapter!r} are wanted, {target.replaced:#x} of them anew; "
+                f"the forward of ticket {self._ticket_id} can give {there:#x} of it"
+            )
+        missing = target.continued & ~self._trained.windows.of(target.adapter).there(self._header.layer)
+        if missing:
+            raise WrongPhase(
+                f"{', '.join(tensor_names(missing))} of adapter {target.adapter!r} in layer {self._header.layer} are to go on "
+                "from gradients that are not there any more: the server was started again since; clear the gradients first"
+            )
+        if target.wanted:
+            self._trained.reserve_training(self._tools, self._trained.adapters[target.adapter])
+            self._trained.windows.begin(target.adapter)
+
     def run(self) -> None:
-        saved, header, trained = self._saved, self._header, self._trained
-        assert saved is not None and self._dx is not None and self._d_weights is not None  # noqa: S101, PT018
-        adapter = trained.adapter.layers[header.layer] if saved.with_adapter else None
-        gradients = None if adapter is None else trained.window.accumulator(header.layer, adapter)
+        saved = self._saved
+        assert saved is not None  # noqa: S101
+        if saved.stacked is not None:
+            self._run_stacked(saved, saved.stacked)
+        elif not saved.used:
+            self._backward(saved, None, None, [], [])
+        else:
+            used = saved.used[0]
+            target = next((each for each in self._targets if each.wanted), None)
+            if target is None:
+                self._backward(saved, used.active.layer.parameters, None, [], [])
+            else:
+                accumulator, wanted, replaced = self._into(used, target)
+                self._backward(saved, used.active.layer.parameters, accumulator, wanted, replaced)
+
+    def _into(self, used: UsedAdapter, target: Target) -> tuple[native.LoraTensors, list[str], list[str]]:
+        """Where a target's gradients go, which, and which in place of what is there."""
+        window, layer = self._trained.windows.of(used.name), self._header.layer
+        replaced = target.replaced | target.wanted & ~(window.open(layer) | target.continued)
+        accumulator = window.accumulator(layer, used.active.layer)
+        return accumulator, tensor_names(target.wanted), tensor_names(replaced)
+
+    def _run_stacked(self, saved: SavedTicket, stacked: native.LoraTensors) -> None:
+        active = [each.active for each in saved.used]
+        targets = [each for each in self._targets if each.wanted]
+        # All memory first: what comes after the backward cannot fail.
+        places = {each.adapter: [used.name for used in saved.used].index(each.adapter) for each in targets}
+        into = {each.adapter: self._into(saved.used[places[each.adapter]], each) for each in targets}
+        gradients = native.LoraTensors(self._layer.spec, stacked_spec(active)) if targets else None
+        names = [] if gradients is None else gradients.names()
+        self._backward(saved, stacked, gradients, names, names)
+        if gradients is not None:
+            for name, (accumulator, wanted, replaced) in into.items():
+                add_gradients(active, gradients, places[name], accumulator, wanted, replaced)
+
+    def _backward(
+        self, saved: SavedTicket, parameters: native.LoraTensors | None, gradients: native.LoraTensors | None,
+        wanted: list[str], replaced: list[str],
+    ) -> None:  # fmt: skip
+        header = self._header
+        assert self._dx is not None and self._d_weights is not None  # noqa: S101, PT018
         self._tools.engine.backward(
             self._layer.weights,
-            None if adapter is None else adapter.parameters,
+            parameters,
             gradients,
             saved.ticket,
             self._dy,
             self._dx.array(header.dtype, header.rows, header.columns),
             self._d_weights.array(Dtype.FP32, header.rows, saved.ticket.top_k),
             self.token,
-            replaced=list(TENSORS) if self._begins or not trained.window.counts(header.layer) else [],
+            wanted,
+            replaced,
         )
 
     def commit(self) -> Outcome:
         saved, header, trained = self._saved, self._header, self._trained
         assert saved is not None and self._dx is not None and self._d_weights is not None  # noqa: S101, PT018
-        if self._begins:
-            trained.window.close()
-        if saved.with_adapter:
-            trained.window.add(header.layer)
+        for target in self._targets:
+            trained.windows.of(target.adapter).add(header.layer, target.wanted)
         top_k = saved.ticket.top_k
-        trained.tickets.drop(self._ticket_id, f"consumed by backward request {header.request_id}")
+        if not self._keeps:
+            trained.tickets.drop(self._ticket_id, f"consumed by backward request {header.request_id}")
         _report(self._tools.observer, self.kind, self._layer, header.rows, top_k)
         weights = Header(
             FrameType.TENSOR, layer=header.layer, op=Op.BACKWARD, tensor=Tensor.GRAD_ROUTING_WEIGHTS, dtype=Dtype.FP32,

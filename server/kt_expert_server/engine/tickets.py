@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import kt_expert_native as native
 
+from kt_expert_server.adapters.adapter import Adapter
+from kt_expert_server.adapters.stacking import Active
 from kt_expert_server.engine.budget import Reservation
 from kt_expert_server.errors import InvalidRequest, NotFound, WrongPhase
 
 REMEMBERED_TICKETS = 4096  # consumed ticket ids kept per member, to tell a second use from an unknown one
+
+
+@dataclass(frozen=True, slots=True)
+class UsedAdapter:
+    """An adapter that was active in a forward, as it was then."""
+
+    name: str
+    active: Active
+    version: int
 
 
 @dataclass(slots=True)
@@ -20,9 +31,18 @@ class SavedTicket:
 
     ticket: native.Ticket
     layer: int
-    with_adapter: bool
-    adapter_version: int
+    used: tuple[UsedAdapter, ...]
+    stacked: native.LoraTensors | None  # where several were active
     reservation: Reservation
+
+    def is_stale(self, adapters: Mapping[str, Adapter]) -> bool:
+        """An adapter has changed since, or is gone."""
+        return any(
+            each.name not in adapters
+            or adapters[each.name].layers.get(self.layer) is not each.active.layer
+            or each.active.layer.version != each.version
+            for each in self.used
+        )
 
 
 class Tickets:
@@ -43,7 +63,7 @@ class Tickets:
     def add(self, ticket_id: int, saved: SavedTicket) -> None:
         self._saved[ticket_id] = saved
 
-    def find(self, ticket_id: int, layer: int, adapter_version: int) -> SavedTicket:
+    def find(self, ticket_id: int, layer: int, adapters: Mapping[str, Adapter]) -> SavedTicket:
         """For the backward of `layer`. Raises WrongPhase for one that was used or is stale, NotFound, InvalidRequest."""
         saved = self._saved.get(ticket_id)
         if saved is None:
@@ -53,9 +73,9 @@ class Tickets:
             raise NotFound(f"ticket {ticket_id} does not exist; run the forward with save_for_backward and name its request id")
         if saved.layer != layer:
             raise InvalidRequest(f"ticket {ticket_id} belongs to layer {saved.layer}, not to layer {layer}")
-        if saved.with_adapter and saved.adapter_version != adapter_version:
+        if saved.is_stale(adapters):
             raise WrongPhase(
-                f"the adapter changed since the forward of ticket {ticket_id}; run the forward again, then backward"
+                f"an adapter changed since the forward of ticket {ticket_id}; run the forward again, then backward"
             )
         return saved
 

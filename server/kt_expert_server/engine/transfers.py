@@ -2,40 +2,52 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 from kt_expert_proto.dtypes import Dtype
 from kt_expert_proto.header import FrameType, Header, Op, Tensor
-from kt_expert_proto.lora import PARAMETER, PART_NUMBERS
+from kt_expert_proto.lora import GRADIENT, PARAMETER, PART_NUMBERS, tensor_bits
 from kt_expert_proto.v1.session_pb2 import ResultHead, TensorInfo
 
 from kt_expert_server.adapters.adapter import Adapter
+from kt_expert_server.adapters.tensor_sets import find_adapter
 from kt_expert_server.adapters.transfer import (
+    LiveTensor,
     TensorId,
+    all_tensors,
     find_tensor,
     require_values,
     shape_of,
-    stored_tensors,
     write_tensor,
 )
+from kt_expert_server.adapters.window import Windows
 from kt_expert_server.engine.buffers import BufferPool, PooledBuffer
+from kt_expert_server.engine.passes import Tools, Trained
 from kt_expert_server.engine.work import Outcome, Work
-from kt_expert_server.errors import InvalidRequest
+from kt_expert_server.errors import InvalidRequest, NotFound, WrongPhase
 
 
 class ListWork(Work):
-    """Names and shapes of the tensors there are."""
+    """Names and shapes of the tensors there are: of one adapter, or without a name of all."""
 
-    def __init__(self, adapter: Adapter, *, parameters: bool, moments: bool) -> None:
+    def __init__(self, adapters: Mapping[str, Adapter], name: str, *, parameters: bool, moments: bool) -> None:
         super().__init__()
-        self._adapter, self._parameters, self._moments = adapter, parameters, moments
+        self._adapters, self._name, self._parameters, self._moments = adapters, name, parameters, moments
+
+    def prepare(self) -> None:
+        if self._name:
+            self._adapters = {self._name: find_adapter(self._adapters, self._name)}
 
     def run(self) -> None:
         pass
 
     def commit(self) -> Outcome:
-        found = stored_tensors(self._adapter, parameters=self._parameters, moments=self._moments)
+        found = all_tensors(self._adapters, parameters=self._parameters, moments=self._moments)
         infos = [
-            TensorInfo(layer=each.layer, tensor=each.tensor, part=PART_NUMBERS[each.part], shape=live.shape)
+            TensorInfo(
+                adapter=each.adapter, layer=each.layer, tensor=each.tensor, part=PART_NUMBERS[each.part], shape=live.shape
+            )
             for each, live in found
         ]
         return Outcome(ResultHead(tensors=infos))
@@ -44,22 +56,23 @@ class ListWork(Work):
 class ReadWork(Work):
     """One tensor as fp32 [E * rows, columns]."""
 
-    def __init__(self, pool: BufferPool, adapter: Adapter, tensor: TensorId, reserved_bytes: int) -> None:
+    def __init__(self, pool: BufferPool, trained: Trained, tensor: TensorId, reserved_bytes: int) -> None:
         super().__init__()
-        self._pool, self._adapter, self._tensor, self._reserved_bytes = pool, adapter, tensor, reserved_bytes
+        self._pool, self._trained, self._tensor, self._reserved_bytes = pool, trained, tensor, reserved_bytes
         self._copy: PooledBuffer | None = None
         self._rows = self._columns = 0
 
     def prepare(self) -> None:
-        live = find_tensor(self._adapter, self._tensor)
-        assert live.nbytes == self._reserved_bytes, (live.nbytes, self._reserved_bytes)  # noqa: S101
+        live = self._live()
+        if live.nbytes != self._reserved_bytes:
+            raise WrongPhase(f"{self._tensor} got another shape after it was asked for; ask again")
         experts, rows, self._columns = live.shape
         self._rows = experts * rows
         self._copy = self._pool.take(live.nbytes)
 
     def run(self) -> None:
         assert self._copy is not None  # noqa: S101
-        values = find_tensor(self._adapter, self._tensor).read()
+        values = self._live().read()
         self._copy.array(Dtype.FP32, self._rows, self._columns)[...] = values.reshape(self._rows, self._columns)
 
     def commit(self) -> Outcome:
@@ -78,25 +91,58 @@ class ReadWork(Work):
             self._copy.release()
             self._copy = None
 
+    def _live(self) -> LiveTensor:
+        adapter = find_adapter(self._trained.adapters, self._tensor.adapter)
+        if self._tensor.part == GRADIENT:
+            return _find_gradient(adapter, self._trained.windows, self._tensor)
+        return find_tensor(adapter, self._tensor)
+
+
+def _find_gradient(adapter: Adapter, windows: Windows, tensor: TensorId) -> LiveTensor:
+    """Raises NotFound where nothing was added to it."""
+    shape_of(adapter, tensor)
+    window = windows.of(adapter.name)
+    if not window.there(tensor.layer) & tensor_bits([tensor.tensor]):
+        raise NotFound(
+            f"{tensor} does not exist: no backward has added to it, or the server was started again since; run a backward first"
+        )
+    return LiveTensor(window.accumulator(tensor.layer, adapter.layer(tensor.layer)).tensor(tensor.tensor))
+
 
 class WriteWork(Work):
     """Replaces one tensor, whole or not at all."""
 
-    def __init__(self, adapter: Adapter, tensor: TensorId, values: PooledBuffer, header: Header, step: int) -> None:
+    def __init__(
+        self, tools: Tools, trained: Trained, tensor: TensorId, values: PooledBuffer, header: Header, step: int
+    ) -> None:
         super().__init__()
-        self._adapter, self._tensor, self._step = adapter, tensor, step
+        self._tools, self._trained, self._tensor, self._step = tools, trained, tensor, step
         self._shape = (header.rows, header.columns)
         self._values = values.array(Dtype.FP32, header.rows, header.columns)
 
+    def prepare(self) -> None:
+        adapter = find_adapter(self._trained.adapters, self._tensor.adapter)
+        if self._tensor.part != PARAMETER:
+            self._trained.reserve_training(self._tools, adapter)
+            self._trained.windows.begin(adapter.name)
+
     def run(self) -> None:
-        experts, rows, columns = shape_of(self._adapter, self._tensor)
+        adapter = find_adapter(self._trained.adapters, self._tensor.adapter)
+        experts, rows, columns = shape_of(adapter, self._tensor)
         if self._shape != (experts * rows, columns):
             raise InvalidRequest(f"{self._tensor} has shape {self._shape}, expected {(experts, rows, columns)}")
         values = np.ascontiguousarray(self._values).reshape(experts, rows, columns)
+        if self._tensor.part == GRADIENT:  # may be anything, as a backward's result
+            window = self._trained.windows.of(adapter.name)
+            window.accumulator(self._tensor.layer, adapter.layer(self._tensor.layer)).tensor(self._tensor.tensor)[...] = values
+            return
         require_values(self._tensor, values)
-        write_tensor(self._adapter, self._tensor, values, self._step)
+        write_tensor(adapter, self._tensor, values, self._step)
 
     def commit(self) -> Outcome:
+        adapter = find_adapter(self._trained.adapters, self._tensor.adapter)
         if self._tensor.part == PARAMETER:
-            self._adapter.version += 1  # from here on, tickets of the old values are stale
+            adapter.layer(self._tensor.layer).version += 1  # from here on, tickets of the old values are stale
+        elif self._tensor.part == GRADIENT:
+            self._trained.windows.of(adapter.name).add(self._tensor.layer, tensor_bits([self._tensor.tensor]))
         return Outcome(ResultHead())

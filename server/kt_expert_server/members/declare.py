@@ -9,6 +9,7 @@ from kt_expert_proto.dtypes import ITEM_BYTES, TOKEN_DTYPES, Dtype
 from kt_expert_proto.header import Header, Op, Tensor
 from kt_expert_proto.v1.session_pb2 import RequestOpen
 
+from kt_expert_server.adapters.tensor_sets import find_adapter
 from kt_expert_server.adapters.transfer import shape_of
 from kt_expert_server.errors import InvalidRequest
 from kt_expert_server.members import wire
@@ -29,6 +30,9 @@ _OPERATIONS = {
     Op.SAVE_CHECKPOINT: "save_checkpoint",
     Op.LOAD_CHECKPOINT: "load_checkpoint",
     Op.LEAVE: "leave",
+    Op.EDIT_GRADIENTS: "edit_gradients",
+    Op.CREATE_ADAPTER: "create_adapter",
+    Op.DELETE_ADAPTER: "delete_adapter",
 }
 _ROUTE_ITEM_BYTES = 4  # of expert ids, routing weights and their gradients
 
@@ -57,12 +61,23 @@ def declare(header: Header, opened: RequestOpen, run: Run, model: BaseModel, lim
         case Op.FORWARD | Op.BACKWARD:
             declared = _pass(header, opened, run, model, limits)
         case Op.READ_TENSOR:
-            shape = shape_of(run.adapter, wire.tensor_id(header.layer, opened.read_tensor))
+            tensor = wire.tensor_id(header.layer, opened.read_tensor)
+            shape = shape_of(find_adapter(run.adapters, tensor.adapter), tensor)
             declared = Declaration(result_bytes=math.prod(shape) * ITEM_BYTES[Dtype.FP32])
         case Op.WRITE_TENSOR:
             declared = _write(header, opened, run)
         case Op.STEP:
             wire.step_params(opened.step)
+            declared = Declaration()
+        case Op.GRAD_NORM:
+            wire.tensor_sets(opened.grad_norm.sets)
+            wire.norm_order(opened.grad_norm)
+            declared = Declaration()
+        case Op.EDIT_GRADIENTS:
+            wire.edits(opened.edit_gradients)
+            declared = Declaration()
+        case Op.CREATE_ADAPTER:
+            wire.adapter_request(opened.create_adapter, run.config.seed)
             declared = Declaration()
         case _:
             declared = Declaration()
@@ -84,8 +99,10 @@ def _pass(header: Header, opened: RequestOpen, run: Run, model: BaseModel, limit
         raise InvalidRequest(f"the request has {tokens} tokens, at most {limits.max_tokens} are taken; split it")
     hidden_bytes = tokens * plan.hidden_size * ITEM_BYTES[dtype]
     if header.op is Op.BACKWARD:
+        wire.targets(opened.backward)
         weights_bytes = tokens * plan.top_k * _ROUTE_ITEM_BYTES
         return Declaration({Tensor.GRAD_OUTPUT: (dtype, tokens, plan.hidden_size)}, hidden_bytes + weights_bytes)
+    wire.active_adapters(opened.forward)
     top_k = opened.forward.top_k
     if top_k != plan.top_k:
         raise InvalidRequest(f"layer {header.layer} routes each token to {plan.top_k} experts, the request has {top_k}")
@@ -99,7 +116,7 @@ def _pass(header: Header, opened: RequestOpen, run: Run, model: BaseModel, limit
 
 def _write(header: Header, opened: RequestOpen, run: Run) -> Declaration:
     tensor = wire.tensor_id(header.layer, opened.write_tensor)
-    experts, rows, columns = shape_of(run.adapter, tensor)
+    experts, rows, columns = shape_of(find_adapter(run.adapters, tensor.adapter), tensor)
     if (header.rows, header.columns) != (experts * rows, columns):
         raise InvalidRequest(
             f"{tensor} has shape {(header.rows, header.columns)}, expected {experts} times {rows} rows of {columns}"

@@ -10,9 +10,11 @@ from kt_expert_proto.header import FrameType, Header, Op, Tensor
 from kt_expert_proto.status import STATUS_NUMBERS
 from kt_expert_proto.v1.session_pb2 import ErrorDetail, ResultHead
 
+from kt_expert_server.adapters.window import Windows
 from kt_expert_server.checkpoints.manifest import MemberMark
+from kt_expert_server.engine.adapter_work import CreateAdapterWork, DeleteAdapterWork, EditWork, Owner
 from kt_expert_server.engine.passes import BackwardWork, ForwardWork, Tools
-from kt_expert_server.engine.step import NormWork, StepWork
+from kt_expert_server.engine.step import Collective, NormWork, StepWork
 from kt_expert_server.engine.transfers import ListWork, ReadWork, WriteWork
 from kt_expert_server.engine.work import PASSES, Outcome, Work
 from kt_expert_server.errors import BarrierBroken, DeadlinePassed, RequestCancelled, ServerError, WrongPhase
@@ -28,6 +30,7 @@ from kt_expert_server.model.loader import BaseModel
 
 _MAX_ERROR_TEXT = 4096
 _MS_PER_S = 1000
+_WRITES = (Op.WRITE_TENSOR, Op.CREATE_ADAPTER, Op.DELETE_ADAPTER)
 
 
 class Requests:
@@ -125,7 +128,7 @@ class Requests:
             case Op.GRAD_NORM | Op.STEP:
                 self._arrive(member, entry)
             case Op.ZERO_GRAD:
-                member.window.close()
+                member.windows.close(opened.zero_grad.adapter)
                 self.settle(member, entry, Outcome(ResultHead()))
             case Op.SET_STEP:
                 self._set_step(member, entry)
@@ -173,32 +176,52 @@ class Requests:
         member.tickets.drop_all("released when its member left")
 
     def _work(self, member: Member, entry: Entry, model: BaseModel) -> Work:
-        header, opened, adapter = entry.header, entry.opened, member.run.adapter
+        header, opened = entry.header, entry.opened
         match header.op:
             case Op.FORWARD:
                 token = native.CancelToken(entry.deadline - self._dispatch.now)
                 forward, layer = opened.forward, model.layers[header.layer]
                 return ForwardWork(
                     self._tools, member.trained, layer, header, entry.tensors, top_k=forward.top_k,
-                    save=forward.save_for_backward, use_adapter=forward.use_adapter, dropout_seed=forward.dropout_seed,
-                    token=token,
+                    save=forward.save_for_backward, adapters=wire.active_adapters(forward),
+                    dropout_seed=forward.dropout_seed, token=token,
                 )  # fmt: skip
             case Op.BACKWARD:
                 token = native.CancelToken(entry.deadline - self._dispatch.now)
                 backward, layer = opened.backward, model.layers[header.layer]
                 return BackwardWork(
                     self._tools, member.trained, layer, header, entry.tensors[Tensor.GRAD_OUTPUT], ticket=backward.ticket,
-                    begin_window=backward.begin_window, token=token,
+                    keep_ticket=backward.keep_ticket, targets=wire.targets(backward), token=token,
                 )  # fmt: skip
+            case Op.CREATE_ADAPTER | Op.DELETE_ADAPTER:
+                return self._adapter_work(member.run, entry, model)
+        return self._tensor_work(member, entry)
+
+    def _adapter_work(self, run: Run, entry: Entry, model: BaseModel) -> Work:
+        def windows() -> list[Windows]:
+            return list(run.windows().values())
+
+        if entry.header.op is Op.DELETE_ADAPTER:
+            return DeleteAdapterWork(run.adapters, entry.opened.delete_adapter.adapter, windows)
+        owner = Owner(run.name, model, run.adapters, run.config.moment_dtype, run.training)
+        wanted = wire.adapter_request(entry.opened.create_adapter, run.config.seed)
+        return CreateAdapterWork(self._tools.budget.reserve, owner, wanted, windows)
+
+    def _tensor_work(self, member: Member, entry: Entry) -> Work:
+        header, opened, run = entry.header, entry.opened, member.run
+        match header.op:
             case Op.LIST_TENSORS:
                 asked = opened.list_tensors
-                return ListWork(adapter, parameters=asked.parameters, moments=asked.moments)
+                return ListWork(run.adapters, asked.adapter, parameters=asked.parameters, moments=asked.moments)
             case Op.READ_TENSOR:
                 size = sum(each.size_bytes for each in entry.outcome_held)
-                return ReadWork(self._tools.pool, adapter, wire.tensor_id(header.layer, opened.read_tensor), size)
+                tensor = wire.tensor_id(header.layer, opened.read_tensor)
+                return ReadWork(self._tools.pool, member.trained, tensor, size)
+            case Op.EDIT_GRADIENTS:
+                return EditWork(self._tools, member.trained, wire.edits(opened.edit_gradients))
         assert header.op is Op.WRITE_TENSOR, header.op  # noqa: S101
         tensor, values = wire.tensor_id(header.layer, opened.write_tensor), entry.tensors[Tensor.ADAPTER]
-        return WriteWork(adapter, tensor, values, header, opened.write_tensor.step)
+        return WriteWork(self._tools, member.trained, tensor, values, header, opened.write_tensor.step)
 
     def _run_work(self, member: Member, entry: Entry, work: Work) -> None:
         run, settle, queued_at = member.run, self._settles(member, entry), self._dispatch.now
@@ -210,7 +233,7 @@ class Requests:
 
         def done(outcome: Outcome | ServerError) -> None:
             self._jobs.pop(entry, None)
-            if entry.header.op is Op.WRITE_TENSOR and isinstance(outcome, Outcome):
+            if entry.header.op in _WRITES and isinstance(outcome, Outcome):
                 run.written_since_step = run.changed_since_snapshot = True
             settle(outcome)
 
@@ -263,14 +286,16 @@ class Requests:
     def _meet(self, run: Run, arrivals: dict[int, Arrival]) -> None:
         """All members are there: what they came for is done once."""
         members = {rank: run.members[rank] for rank in arrivals}
-        first, world_size = next(iter(arrivals.values())), run.config.world_size
+        first = next(iter(arrivals.values()))
+        together = Collective(run.adapters, run.windows(), run.config.world_size)
         work: Work
         if first.op is Op.STEP:
             params = {rank: each.params for rank, each in arrivals.items() if each.params is not None}
             run.is_stepping = True
-            work = StepWork(self._tools.engine, run.adapter, run.windows(), params, run.step, world_size)
+            work = StepWork(self._tools.engine, together, params)
         else:
-            work = NormWork(self._tools.engine, run.adapter, run.windows(), world_size)
+            asked = first.entry.opened.grad_norm
+            work = NormWork(self._tools.engine, together, wire.tensor_sets(asked.sets), wire.norm_order(asked))
 
         def done(outcome: Outcome | ServerError) -> None:
             run.is_stepping = run.is_stepping and first.op is not Op.STEP
@@ -291,7 +316,9 @@ class Requests:
         run.step += 1
         for arrival in arrivals.values():
             assert arrival.entry.opened.step.step == run.step, f"{arrival.text} was applied as step {run.step}"  # noqa: S101
-        run.written_since_step, run.changed_since_snapshot = False, True
+        # What a member goes on adding to is not in a snapshot: a server that began from it would lack that.
+        run.written_since_step = not all(member.windows.is_empty for member in members.values())
+        run.changed_since_snapshot = True
         for rank, member in members.items():
             run.marks[rank] = MemberMark(member.instance, arrivals[rank].entry.request_id)
         self._saving.after_step(run)

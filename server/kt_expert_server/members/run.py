@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+
+from kt_expert_proto.lora import LayerLora
 
 from kt_expert_server.adapters.adapter import Adapter
 from kt_expert_server.adapters.run_config import RunConfig
-from kt_expert_server.adapters.window import GradientWindow
+from kt_expert_server.adapters.sizes import TrainingBytes
+from kt_expert_server.adapters.window import Windows
 from kt_expert_server.checkpoints.manifest import MemberMark
-from kt_expert_server.engine.budget import Holdings
 from kt_expert_server.engine.passes import Trained
 from kt_expert_server.engine.tickets import Tickets
 from kt_expert_server.members.barrier import Barrier
@@ -30,7 +33,7 @@ class Member:
     credits: Credits
     log: ReplayLog
     tickets: Tickets
-    window: GradientWindow
+    windows: Windows
     born: int  # epoch of the join that made it
     epoch: int = 0
     stream: int | None = None
@@ -52,7 +55,8 @@ class Member:
 
     @property
     def trained(self) -> Trained:
-        return Trained(self.run.name, self.run.adapter, self.window, self.tickets, self.run.config.tickets)
+        run = self.run
+        return Trained(run.name, run.adapters, self.windows, self.tickets, run.config.tickets, run.training)
 
     def __str__(self) -> str:
         return f"rank {self.rank} of run {self.run.name!r}"
@@ -68,9 +72,9 @@ class Run:
     owner: str  # the identity that opened it
     opened_by: str  # the instance that made it
     created: float
-    adapter: Adapter
+    adapters: dict[str, Adapter]
+    training: Callable[[Sequence[LayerLora]], TrainingBytes]  # what training such layers takes
     barrier: Barrier
-    held: Holdings
     step: int = 0
     members: dict[int, Member] = field(default_factory=dict)
     # By rank: the adapter holds the effects of this trainer's requests up to here, and none of its open window.
@@ -88,8 +92,8 @@ class Run:
     @property
     def is_quiescent(self) -> bool:
         """No gradients are under way and nothing waits for a backward."""
-        return all(member.window.is_empty and not len(member.tickets) for member in self.members.values())
+        return all(member.windows.is_empty and not len(member.tickets) for member in self.members.values())
 
-    def windows(self) -> list[GradientWindow]:
+    def windows(self) -> dict[int, Windows]:
         """In rank order."""
-        return [self.members[rank].window for rank in sorted(self.members)]
+        return {rank: self.members[rank].windows for rank in sorted(self.members)}

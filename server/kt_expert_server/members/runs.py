@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
-from kt_expert_proto.lora import LayerLora
+from kt_expert_proto.lora import DEFAULT_ADAPTER, LayerLora
 
-from kt_expert_server.adapters.adapter import Adapter, check_lora, optimizer_bytes, parameter_bytes, step_bytes
+from kt_expert_server.adapters.adapter import Adapter, AdapterLayer
 from kt_expert_server.adapters.run_config import RunConfig, describe_differences, require_same_lora
-from kt_expert_server.adapters.window import GradientWindow
-from kt_expert_server.checkpoints.manifest import MemberMark
+from kt_expert_server.adapters.sizes import TrainingBytes, check_lora, parameter_bytes
+from kt_expert_server.adapters.window import Windows
+from kt_expert_server.checkpoints.manifest import AdapterRecord, MemberMark
 from kt_expert_server.checkpoints.work import ApplyWork
 from kt_expert_server.engine.budget import Holdings, MemoryBudget, Reservation
 from kt_expert_server.engine.kinds import Kind
 from kt_expert_server.engine.tickets import Tickets
+from kt_expert_server.engine.training_memory import reserve_all
 from kt_expert_server.engine.work import Outcome, Work
 from kt_expert_server.errors import (
     AlreadyExists,
@@ -71,21 +74,28 @@ class _Opening:
     waiting: list[Callable[[Run | ServerError], None]] = field(default_factory=list)
 
 
-class NewAdapterWork(Work):
-    """Makes an adapter and fills it: from the seed, or from a checkpoint."""
+class NewAdaptersWork(Work):
+    """Makes a run's first adapters and fills them: from the seed, or from a checkpoint."""
 
-    def __init__(self, model: BaseModel, run: str, config: RunConfig, restored: Restored) -> None:
+    def __init__(
+        self, model: BaseModel, run: str, config: RunConfig, records: Sequence[AdapterRecord], restored: Restored
+    ) -> None:
         super().__init__()
-        self._model, self._run, self._config, self._restored = model, run, config, restored
-        self.adapter: Adapter | None = None
+        self._model, self._run, self._config, self._records, self._restored = model, run, config, records, restored
+        self.adapters: dict[str, Adapter] = {}
 
     def run(self) -> None:
-        adapter = Adapter(self._model, self._config.lora, self._config.moment_dtype)
-        if self._restored is None:
-            adapter.initialise(self._config.seed)
-        else:
-            ApplyWork(adapter, self._run, *self._restored).run()
-        self.adapter = adapter
+        adapters: dict[str, Adapter] = {}
+        for record in self._records:
+            adapter = adapters[record.name] = Adapter(record.name, self._config.moment_dtype)
+            adapter.is_trained = record.trainable
+            for lora in record.lora:
+                adapter.layers[lora.layer] = layer = AdapterLayer.zeros(self._model, lora)
+                if self._restored is None:
+                    layer.initialise(self._config.seed)
+        if self._restored is not None:
+            ApplyWork(adapters, self._run, *self._restored).run()
+        self.adapters = adapters
 
     def commit(self) -> Outcome:
         return Outcome()
@@ -167,25 +177,33 @@ class Runs:
             raise NotFound(f"run {run.name!r} was closed")
 
     def _found(self, opening: _Opening, model: BaseModel, found: Restored | ServerError) -> None:
-        wanted, held = opening.wanted, Holdings()
+        wanted = opening.wanted
+        default = AdapterRecord(DEFAULT_ADAPTER, wanted.config.lora, trainable=True)
+        records: Sequence[AdapterRecord] = [default] if wanted.config.lora else []
+        held: dict[str, list[Reservation]] = {}
         try:
             if isinstance(found, ServerError):
                 raise found
             if found is not None:
-                require_same_lora(wanted.run, found[0].config.lora, wanted.run, wanted.config)
-            self._reserve(held, model, wanted)
+                require_same_lora(wanted.run, found[0].config.lora, wanted.run, wanted.config.lora)
+                records = found[0].adapters
+            for record in records:
+                held[record.name] = self._reserve(model, wanted, record)
         except ServerError as error:
-            held.release()
+            _release(held)
             self._end_opening(opening, error)
             return
-        work = NewAdapterWork(model, wanted.run, wanted.config, found)
+        work = NewAdaptersWork(model, wanted.run, wanted.config, records, found)
 
         def made(outcome: Outcome | ServerError) -> None:
-            if isinstance(outcome, ServerError) or work.adapter is None:
-                held.release()
-                self._end_opening(opening, outcome if isinstance(outcome, ServerError) else NotFound("unreachable"))
+            if isinstance(outcome, ServerError):
+                _release(held)
+                self._end_opening(opening, outcome)
                 return
-            run = _new_run(wanted, work.adapter, held, self._dispatch.now, found)
+            for name, adapter in work.adapters.items():
+                adapter.held += held[name]
+            training = partial(self._training_bytes, model, wanted.config)
+            run = _new_run(wanted, work.adapters, training, self._dispatch.now, found)
             self.by_name[run.name] = run
             self._end_opening(opening, run)
 
@@ -199,22 +217,16 @@ class Runs:
         for done in opening.waiting:
             done(result)
 
-    def _reserve(self, held: Holdings, model: BaseModel, wanted: Wanted) -> None:
-        """Raises OutOfCapacity; the caller then releases what was reserved so far."""
-        config = wanted.config
-        size = sum(parameter_bytes(model, lora) for lora in config.lora)
-        sizes = {
-            Kind.ADAPTERS: size,
-            Kind.GRADIENTS: size * config.world_size,
-            Kind.OPTIMIZER: sum(optimizer_bytes(model, lora, config.moment_dtype) for lora in config.lora),
-            # A step must not fail because other runs' tickets are many.
-            Kind.SCRATCH: max((self._scratch(model, lora, config) for lora in config.lora), default=0),
-        }
-        for kind, amount in sizes.items():
-            held.add(self.reserve(kind, amount, wanted.run, f"run {wanted.run!r}: its {kind}"))
+    def _reserve(self, model: BaseModel, wanted: Wanted, record: AdapterRecord) -> list[Reservation]:
+        """Raises OutOfCapacity; nothing is reserved then."""
+        sizes = {Kind.ADAPTERS: sum(parameter_bytes(model, lora) for lora in record.lora)}
+        if record.trainable:
+            training = self._training_bytes(model, wanted.config, record.lora)
+            sizes |= {Kind.GRADIENTS: training.gradients, Kind.OPTIMIZER: training.optimizer, Kind.SCRATCH: training.scratch}
+        return reserve_all(self.reserve, sizes, wanted.run, record.name)
 
-    def _scratch(self, model: BaseModel, lora: LayerLora, config: RunConfig) -> int:
-        return step_bytes(model, lora, config.world_size, self._threads)
+    def _training_bytes(self, model: BaseModel, config: RunConfig, lora: Sequence[LayerLora]) -> TrainingBytes:
+        return TrainingBytes.of(model, lora, config.moment_dtype, config.world_size, self._threads)
 
     def reserve(self, kind: Kind, size_bytes: int, owner: str, what: str) -> Reservation:
         """As the budget does, taking from members and runs that nobody holds any more where it has to. An error says when
@@ -320,7 +332,7 @@ class Runs:
             Credits(limits.credit_requests, limits.credit_bytes),
             ReplayLog(0),
             Tickets(self._dispatch.retired),
-            GradientWindow(),
+            Windows(),
             wanted.epoch,
         )
         member.durable = _of_instance(run.durable_marks.get(wanted.rank), wanted.instance)
@@ -367,7 +379,8 @@ class Runs:
         for member in list(run.members.values()):
             self.end_stream(member, gone)
             self.remove(member)
-        run.held.release()
+        for adapter in run.adapters.values():
+            adapter.release()
         self._budget.quotas.forget(run.name)
         self._saving.forget(run)
         self._dispatch.forget_run(run.name)
@@ -421,10 +434,19 @@ class Runs:
         return min((each for each in times if each is not None), default=None)
 
 
-def _new_run(wanted: Wanted, adapter: Adapter, held: Holdings, now: float, restored: Restored) -> Run:
+def _release(held: dict[str, list[Reservation]]) -> None:
+    for reservations in held.values():
+        for each in reservations:
+            each.release()
+
+
+def _new_run(
+    wanted: Wanted, adapters: dict[str, Adapter], training: Callable[[Sequence[LayerLora]], TrainingBytes], now: float,
+    restored: Restored,
+) -> Run:  # fmt: skip
     run = Run(
-        wanted.run, wanted.config, wanted.ephemeral, wanted.identity, wanted.instance, now, adapter,
-        Barrier(wanted.config.world_size), held, empty_since=now, snapshot_at=now,
+        wanted.run, wanted.config, wanted.ephemeral, wanted.identity, wanted.instance, now, adapters, training,
+        Barrier(wanted.config.world_size), empty_since=now, snapshot_at=now,
     )  # fmt: skip
     if restored is not None:
         manifest = restored[0]

@@ -15,7 +15,7 @@ from typing import cast
 from kt_expert_proto.v1.session_pb2 import ResultHead
 
 from kt_expert_server.adapters.run_config import require_same_lora
-from kt_expert_server.checkpoints.manifest import Manifest, MemberMark
+from kt_expert_server.checkpoints.manifest import AdapterRecord, Manifest, MemberMark
 from kt_expert_server.checkpoints.names import automatic_name
 from kt_expert_server.checkpoints.snapshot import Snapshot, SnapshotAbout, Tensors, snapshot_bytes
 from kt_expert_server.checkpoints.store import CheckpointStore
@@ -214,9 +214,9 @@ class Saving:
         """Raises OutOfCapacity where there is no memory for the copy."""
         if name in self._writing:
             raise AlreadyExists(f"checkpoint {name!r} is being written, perhaps by another run; choose another name")
-        copy = self.reserve(Kind.CHECKPOINTS, snapshot_bytes(run.adapter), run.name, f"checkpoint {name!r}")
+        copy = self.reserve(Kind.CHECKPOINTS, snapshot_bytes(run.adapters), run.name, f"checkpoint {name!r}")
         self._writing[name] = run.name
-        work, begun_at = CopyWork(run.adapter), self._dispatch.now
+        work, begun_at = CopyWork(run.adapters), self._dispatch.now
         abouts: list[SnapshotAbout] = []
 
         def ended(outcome: Outcome | ServerError) -> None:
@@ -231,13 +231,16 @@ class Saving:
 
         def begun() -> None:
             run.snapshots += 1
-            safe = not run.written_since_step or run.is_quiescent
+            if run.is_quiescent:  # the state holds all that was done, and there is nothing beside it
+                run.marks |= {rank: MemberMark(each.instance, each.last_settled) for rank, each in run.members.items()}
+                run.written_since_step = False
+            safe = not run.written_since_step
             run.snapshot_at = self._dispatch.now
             if safe:
                 run.changed_since_snapshot = False
             abouts.append(SnapshotAbout(
                 name, run.name, run.owner, self._model_digest(), run.step, run.snapshots, author is None, safe,
-                {str(rank): mark for rank, mark in sorted(run.marks.items())}, author, run.config,
+                {str(rank): mark for rank, mark in sorted(run.marks.items())}, author, run.config, _records(run),
             ))  # fmt: skip
 
         def copied(outcome: Outcome | ServerError) -> None:
@@ -329,7 +332,7 @@ class Saving:
     ) -> None:
         try:
             self.require_usable(name, manifest, run.owner)
-            require_same_lora(name, manifest.config.lora, run.name, run.config)
+            _require_same_adapters(name, manifest, run)
             copy = self._reserve_reading(run.name, name, manifest)
         except ServerError as error:
             done(error)
@@ -340,7 +343,7 @@ class Saving:
                 copy.release()
                 done(result)
                 return
-            work = ApplyWork(run.adapter, run.name, manifest, cast("Restored", result)[1])  # type: ignore[index]
+            work = ApplyWork(run.adapters, run.name, manifest, cast("Restored", result)[1])  # type: ignore[index]
             self._dispatch.submit(Job(work, run.name, 0, applied))
 
         def applied(outcome: Outcome | ServerError) -> None:
@@ -362,11 +365,26 @@ def _manifest(store: CheckpointStore, name: str, owner: str) -> Manifest:
         raise NotFound(f"{error}; there are: {', '.join(name for name, _ in store.of_owner(owner)) or 'none'}") from None
 
 
+def _records(run: Run) -> tuple[AdapterRecord, ...]:
+    return tuple(AdapterRecord(name, adapter.lora, adapter.is_trained) for name, adapter in sorted(run.adapters.items()))
+
+
+def _require_same_adapters(checkpoint: str, manifest: Manifest, run: Run) -> None:
+    """Raises InvalidRequest where the run lacks an adapter of the checkpoint, or has it with other ranks."""
+    for record in manifest.adapters:
+        if record.name not in run.adapters:
+            raise InvalidRequest(
+                f"checkpoint {checkpoint!r} has an adapter {record.name!r}, run {run.name!r} has {sorted(run.adapters)}; make "
+                "one of that name first"
+            )
+        require_same_lora(checkpoint, record.lora, run.name, run.adapters[record.name].lora)
+
+
 def _loaded(run: Run, manifest: Manifest, loader: MemberMark) -> None:
     run.step = manifest.step
     run.written_since_step, run.changed_since_snapshot = False, True
     for rank, member in run.members.items():
-        member.window.close()
+        member.windows.close()
         is_loader = member.instance == loader.instance
         run.marks[rank] = MemberMark(member.instance, loader.request_id if is_loader else member.last_settled)
 

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterable
 
 from kt_expert_proto.dtypes import TOKEN_DTYPES
-from kt_expert_proto.lora import PART_NAMES, LayerLora
+from kt_expert_proto.lora import ALL_TENSORS, DEFAULT_ADAPTER, PART_NAMES, LayerLora
 from kt_expert_proto.v1 import service_pb2 as pb
-from kt_expert_proto.v1.session_pb2 import Step, TensorName
+from kt_expert_proto.v1.session_pb2 import Backward, CreateAdapter, EditGradients, Forward, GradNorm, Step, TensorName
 
 from kt_expert_server.adapters.run_config import RunConfig
 from kt_expert_server.adapters.step_params import ParamGroup, StepParams
+from kt_expert_server.adapters.tensor_sets import TensorSet
 from kt_expert_server.adapters.transfer import TensorId
+from kt_expert_server.engine.adapter_work import AdapterRequest, Edit
+from kt_expert_server.engine.passes import AskedAdapter, Target
 from kt_expert_server.errors import InvalidRequest, NotFound, StreamReplaced
+from kt_expert_server.names import check_name
 
 _DTYPES = {int(number): name for name, number in TOKEN_DTYPES.items()}  # WireDtype has the header's numbers
 MOMENT_NAMES = {pb.MOMENT_DTYPE_FP32: "fp32", pb.MOMENT_DTYPE_BF16: "bf16"}
@@ -49,13 +54,17 @@ def run_config(config: pb.RunConfig) -> RunConfig:
 
 
 def _layer_lora(entry: pb.LayerLora) -> LayerLora:
-    scales = (entry.scale_gate, entry.scale_up, entry.scale_down)
-    if not all(math.isfinite(scale) and abs(scale) <= _MAX_LORA_SCALE for scale in scales):
-        raise InvalidRequest(f"layer {entry.layer}: LoRA scales are {scales}, expected finite numbers")
+    _check_scales(f"layer {entry.layer}", (entry.scale_gate, entry.scale_up, entry.scale_down))
     ranks = (entry.rank_gate, entry.rank_up, entry.rank_down)
     if max(ranks) > _MAX_RANK or entry.layer >= _MAX_LAYER:
         raise InvalidRequest(f"layer {entry.layer}: LoRA ranks are {ranks}, at most {_MAX_RANK} are taken")
     return LayerLora.from_proto(entry)
+
+
+def _check_scales(what: str, scales: Iterable[float]) -> None:
+    for scale in scales:
+        if not math.isfinite(scale) or abs(scale) > _MAX_LORA_SCALE:
+            raise InvalidRequest(f"{what}: LoRA scale is {scale}, expected a finite number, at most {_MAX_LORA_SCALE:g}")
 
 
 def check_instance(instance: str) -> str:
@@ -66,28 +75,101 @@ def check_instance(instance: str) -> str:
 
 
 def step_params(request: Step) -> StepParams:
-    """Raises InvalidRequest for groups that do not cover every tensor once, or hyper-parameters without a meaning."""
+    """Raises InvalidRequest for a tensor in two groups, or hyper-parameters without a meaning."""
     if not request.groups:
         raise InvalidRequest("the step has no groups; expected at least one with its hyper-parameters")
-    if not math.isfinite(request.grad_scale):
-        raise InvalidRequest(f"grad_scale is {request.grad_scale}, expected a finite number")
-    groups = []
-    for group in request.groups:
-        kind = group.WhichOneof("update")
-        if kind is None:
-            raise InvalidRequest("a group of the step has no update; expected adamw, adam, sgd or adafactor")
-        update = getattr(group, kind)
-        numbers = tuple((field.name, getattr(update, field.name)) for field in update.DESCRIPTOR.fields)
-        groups.append(ParamGroup(tuple(sorted(group.tensors)), kind, numbers))
-    params = StepParams(tuple(groups), request.grad_scale, request.new_optimizer)
-    params.updates()
+    params = StepParams(tuple(_group(group) for group in request.groups), tensor_sets(request.kept))
+    params.check()
     return params
+
+
+def _group(group: pb.ParamGroup) -> ParamGroup:
+    if not math.isfinite(group.grad_scale):
+        raise InvalidRequest(f"grad_scale is {group.grad_scale}, expected a finite number")
+    kind = group.WhichOneof("update")
+    if kind is None:
+        raise InvalidRequest("a group of the step has no update; expected adamw, adam, sgd or adafactor")
+    if not group.sets:
+        raise InvalidRequest("a group of the step names no tensors")
+    update = getattr(group, kind)
+    numbers = tuple((field.name, getattr(update, field.name)) for field in update.DESCRIPTOR.fields)
+    return ParamGroup(tensor_sets(group.sets), kind, numbers, group.grad_scale, group.new_optimizer)
+
+
+def tensor_sets(sets: Iterable[pb.TensorSet]) -> tuple[TensorSet, ...]:
+    """Raises InvalidRequest for bits beyond the six tensors, or a layer named twice."""
+    found = []
+    for each in sets:
+        if each.tensors & ~ALL_TENSORS or len(set(each.layers)) != len(each.layers):
+            raise InvalidRequest(
+                f"a set names tensors {each.tensors:#x} in layers {list(each.layers)}; expected bits of {ALL_TENSORS:#x} and "
+                "each layer once"
+            )
+        found.append(TensorSet(each.adapter, each.tensors, tuple(each.layers)))
+    return tuple(found)
+
+
+def norm_order(request: GradNorm) -> float:
+    """Raises InvalidRequest for one there is no norm of."""
+    if math.isnan(request.order) or -math.inf < request.order < 0.0:
+        raise InvalidRequest(f"the order of the norm is {request.order}, expected at least 0, or -inf")
+    return request.order
+
+
+def edits(request: EditGradients) -> tuple[Edit, ...]:
+    """Raises InvalidRequest for a change that is none."""
+    found = []
+    for each in request.edits:
+        sets, clamp = tensor_sets(each.sets), each.clamp
+        least = clamp.least if clamp.HasField("least") else None
+        most = clamp.most if clamp.HasField("most") else None
+        match each.WhichOneof("change"):
+            case "scale":
+                found.append(Edit(sets, scale=each.scale))
+            case "clamp" if least is not None or most is not None:
+                found.append(Edit(sets, least=least, most=most))
+            case "zero" if each.zero:
+                found.append(Edit(sets, zero=True))
+            case _:
+                raise InvalidRequest("an edit of gradients says neither by what to scale, nor where to clamp, nor to zero")
+    return tuple(found)
+
+
+def active_adapters(request: Forward) -> tuple[AskedAdapter, ...]:
+    """Raises InvalidRequest for scales without a meaning, or an adapter named twice."""
+    found = []
+    for each in request.adapters:
+        gate = each.scale_gate if each.HasField("scale_gate") else None
+        up = each.scale_up if each.HasField("scale_up") else None
+        down = each.scale_down if each.HasField("scale_down") else None
+        _check_scales(f"adapter {each.adapter!r}", [scale for scale in (gate, up, down) if scale is not None])
+        found.append(AskedAdapter(each.adapter, (gate, up, down)))
+    if len({each.name for each in found}) != len(found):
+        raise InvalidRequest(f"a forward names an adapter twice: {', '.join(each.name for each in found)}")
+    return tuple(found)
+
+
+def targets(request: Backward) -> tuple[Target, ...]:
+    """Raises InvalidRequest for an adapter named twice."""
+    found = tuple(Target(each.adapter, each.wanted, each.replaced, each.continued) for each in request.targets)
+    if len({each.adapter for each in found}) != len(found):
+        raise InvalidRequest(f"a backward names an adapter twice: {', '.join(each.adapter for each in found)}")
+    return found
+
+
+def adapter_request(request: CreateAdapter, seed: int) -> AdapterRequest:
+    """Raises InvalidRequest for a name or settings without a meaning."""
+    check_name("adapter", request.adapter)
+    if bool(request.copy_of) == bool(request.lora):
+        raise InvalidRequest("an adapter is made of layers, or as the copy of another one: give one of the two")
+    lora = tuple(_layer_lora(entry) for entry in request.lora)
+    return AdapterRequest(request.adapter, lora, request.copy_of, request.trainable, seed if request.initialise else None)
 
 
 def tensor_id(layer: int, name: TensorName) -> TensorId:
     if name.part not in PART_NAMES:
         raise InvalidRequest(f"adapter part {name.part} is not known")
-    return TensorId(layer, name.tensor, PART_NAMES[name.part])
+    return TensorId(name.adapter or DEFAULT_ADAPTER, layer, name.tensor, PART_NAMES[name.part])
 
 
 def not_joined(run: str) -> NotFound:

@@ -11,8 +11,10 @@ from kt_expert_client.session.inflight import ANSWER_SLACK_S
 from kt_expert_client.session.journal import Journal
 from kt_expert_proto.dtypes import Dtype
 from kt_expert_proto.header import FrameError, FrameType, Header, Op, Tensor
+from kt_expert_proto.lora import LayerLora
 from kt_expert_proto.v1 import service_pb2 as pb
 from kt_expert_proto.v1 import session_pb2 as spb
+from support.adapters import ACTIVE, GRADIENTS, targets
 
 TERMS = JoinTerms("run", pb.RunConfig(world_size=1), False, 0, "a" * 32)
 
@@ -66,12 +68,16 @@ class Trainer:
         return call
 
 
+LORA = LayerLora(0, rank_down=4, scale_down=1.0)
+STEP = spb.Step(step=1, groups=[pb.ParamGroup(sets=GRADIENTS)])
+
+
 def forward(trainer: Trainer, *, adapter: bool = True) -> Call:
-    return trainer.submit(Op.FORWARD, forward=spb.Forward(save_for_backward=True, use_adapter=adapter))
+    return trainer.submit(Op.FORWARD, forward=spb.Forward(save_for_backward=True, adapters=ACTIVE if adapter else ()))
 
 
 def backward(trainer: Trainer, ticket: int, *, begin: bool = False) -> Call:
-    return trainer.submit(Op.BACKWARD, backward=spb.Backward(ticket=ticket, begin_window=begin))
+    return trainer.submit(Op.BACKWARD, backward=spb.Backward(ticket=ticket, targets=targets(LORA, replaced=begin)))
 
 
 def connected(replay_bytes: int = 0) -> Trainer:
@@ -305,7 +311,7 @@ def test_a_repetition_that_fails_ends_the_session_and_settles_nothing_twice() ->
 
 def test_a_repetition_has_results_of_its_own() -> None:
     trainer = connected(replay_bytes=1 << 20)
-    opened = spb.RequestOpen(forward=spb.Forward(save_for_backward=True, use_adapter=True))
+    opened = spb.RequestOpen(forward=spb.Forward(save_for_backward=True, adapters=ACTIVE))
     call = Call(Op.FORWARD, opened, 100.0, expects={Tensor.OUTPUT: 4})
     trainer.core.submit(call, 0.0)
 
@@ -327,7 +333,7 @@ def test_a_repetition_has_results_of_its_own() -> None:
 def test_a_ticket_released_while_its_forward_is_repeated() -> None:
     trainer = connected(replay_bytes=1 << 20)
     let_go: list[int] = []
-    opened = spb.RequestOpen(forward=spb.Forward(save_for_backward=True, use_adapter=True))
+    opened = spb.RequestOpen(forward=spb.Forward(save_for_backward=True, adapters=ACTIVE))
     call = Call(Op.FORWARD, opened, 100.0, on_unneeded=lambda call: let_go.append(call.request_id))
     trainer.core.submit(call, 0.0)
     trainer.result(1)
@@ -389,7 +395,7 @@ def test_a_ticket_of_an_older_adapter_is_no_loss() -> None:
     trainer = connected()
     forward(trainer)
     trainer.result(1)
-    trainer.submit(Op.STEP, step=spb.Step(step=1))
+    trainer.submit(Op.STEP, step=STEP)
     trainer.result(2, step=1, durable=2)
     killed_and_back(trainer, included=2, step=1, durable=2)
     assert trainer.core.failure is None
@@ -463,12 +469,12 @@ def settled(journal: Journal, request_id: int, op: Op, **fields: object) -> Call
 
 def test_the_journal_keeps_what_is_needed_and_no_more() -> None:
     journal = Journal(1 << 20)
-    saved = spb.Forward(save_for_backward=True, use_adapter=True)
+    saved = spb.Forward(save_for_backward=True, adapters=ACTIVE)
     settled(journal, 1, Op.FORWARD, forward=saved)
-    settled(journal, 2, Op.BACKWARD, backward=spb.Backward(ticket=1))
+    settled(journal, 2, Op.BACKWARD, backward=spb.Backward(ticket=1, targets=targets(LORA)))
     assert journal.lost(0)
     settled(journal, 3, Op.FORWARD, forward=saved)
-    settled(journal, 4, Op.BACKWARD, backward=spb.Backward(ticket=3, begin_window=True))
+    settled(journal, 4, Op.BACKWARD, backward=spb.Backward(ticket=3, targets=targets(LORA, replaced=True)))
     assert [call.request_id for call in journal.to_repeat(0)] == [3, 4]  # the first window does not count any more
     settled(journal, 5, Op.FORWARD, forward=saved)
     settled(journal, 6, Op.ZERO_GRAD, zero_grad=spb.ZeroGrad())
@@ -476,7 +482,7 @@ def test_the_journal_keeps_what_is_needed_and_no_more() -> None:
     journal.released(5)
     assert not journal.to_repeat(0)
     assert not journal.lost(0)
-    settled(journal, 7, Op.STEP, step=spb.Step(step=1))
+    settled(journal, 7, Op.STEP, step=STEP)
     assert (journal.lost(6), journal.lost(7)) == (True, False)
     journal.durable(7)
     assert not journal.to_repeat(0)
@@ -484,10 +490,10 @@ def test_the_journal_keeps_what_is_needed_and_no_more() -> None:
 
 def test_the_journal_keeps_a_forward_whose_backward_does_not_survive() -> None:
     journal = Journal(1 << 20)
-    settled(journal, 1, Op.FORWARD, forward=spb.Forward(save_for_backward=True, use_adapter=False))
-    settled(journal, 2, Op.STEP, step=spb.Step(step=1))
+    settled(journal, 1, Op.FORWARD, forward=spb.Forward(save_for_backward=True))
+    settled(journal, 2, Op.STEP, step=STEP)
     journal.durable(2)
-    settled(journal, 3, Op.BACKWARD, backward=spb.Backward(ticket=1))
+    settled(journal, 3, Op.BACKWARD, backward=spb.Backward(ticket=1, targets=targets(LORA)))
     journal.durable(2)
     assert [call.request_id for call in journal.to_repeat(2)] == [1, 3]
 

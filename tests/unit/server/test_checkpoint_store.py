@@ -12,21 +12,26 @@ from kt_expert_proto.lora import LayerLora
 from kt_expert_server.adapters.run_config import RunConfig
 from kt_expert_server.adapters.transfer import TensorId
 from kt_expert_server.checkpoints.filesystem import LocalFilesystem
-from kt_expert_server.checkpoints.manifest import MemberMark
+from kt_expert_server.checkpoints.manifest import AdapterRecord, MemberMark
 from kt_expert_server.checkpoints.snapshot import Snapshot, SnapshotAbout
 from kt_expert_server.checkpoints.store import CheckpointStore
 from kt_expert_server.errors import AlreadyExists, InternalError, InvalidRequest, NotFound, OutOfCapacity
 
 CONFIG = RunConfig(2, "bf16", (LayerLora(3, rank_up=2, scale_up=0.5),), 7)
+NAMES = ("default", "second")
+ADAPTERS = tuple(AdapterRecord(name, CONFIG.lora, trainable=True) for name in NAMES)
 
 
 def snapshot(name: str, sequence: int = 1, run: str = "run") -> Snapshot:
     about = SnapshotAbout(
         name, run, "", "digest", 12, sequence, automatic=False, restart_point=True,
-        members={"0": MemberMark("a" * 32, 40)}, author=MemberMark("a" * 32, 41), config=CONFIG,
+        members={"0": MemberMark("a" * 32, 40)}, author=MemberMark("a" * 32, 41), config=CONFIG, adapters=ADAPTERS,
     )  # fmt: skip
     values = np.arange(24, dtype=np.float32).reshape(2, 3, 4)
-    return Snapshot(about, [(TensorId(3, "a_up", part), values + sequence) for part in ("parameter", "exp_avg")])
+    return Snapshot(
+        about,
+        [(TensorId(adapter, 3, "a_up", part), values + sequence) for adapter in NAMES for part in ("parameter", "exp_avg")],
+    )
 
 
 @pytest.fixture
@@ -84,8 +89,11 @@ def damage(path: Path) -> None:
 
 
 DAMAGE: dict[str, tuple[Any, str]] = {
-    "a changed byte": (lambda d: damage(d / "layer-00003.safetensors"), "is damaged, its digest differs"),
-    "a missing file": (lambda d: (d / "layer-00003.safetensors").unlink(), "lacks layer-00003.safetensors"),
+    "a changed byte": (lambda d: damage(d / "adapter-000-layer-00003.safetensors"), "is damaged, its digest differs"),
+    "a missing file": (
+        lambda d: (d / "adapter-000-layer-00003.safetensors").unlink(),
+        "lacks adapter-000-layer-00003.safetensors",
+    ),
     "a manifest that is none": (lambda d: (d / "manifest.json").write_text("{}"), "manifest cannot be read"),
     "another format": (lambda d: (d / "manifest.json").write_text('{"format_version": 99}'), "has format 99"),
     "a file outside": (
@@ -94,9 +102,10 @@ DAMAGE: dict[str, tuple[Any, str]] = {
     ),
     "a link": (
         lambda d: (
-            (d / "layer-00003.safetensors").rename(d.parent / "real") and (d / "layer-00003.safetensors").symlink_to("../real")
+            (d / "adapter-000-layer-00003.safetensors").rename(d.parent / "real")
+            and (d / "adapter-000-layer-00003.safetensors").symlink_to("../real")
         ),
-        "lacks layer-00003.safetensors",
+        "lacks adapter-000-layer-00003.safetensors",
     ),
 }
 

@@ -160,8 +160,13 @@ def test_members_of_a_run_take_turns_and_what_is_urgent_comes_first() -> None:
 def test_a_window_counts_what_was_added_since_it_opened() -> None:
     window = GradientWindow()
     assert window.is_empty
-    window.add(3)
-    assert (window.counts(3), window.counts(4), window.is_empty) == (True, False, False)
+    window.add(3, 0b101)
+    window.add(3, 0b110)
+    assert (window.open(3), window.open(4), window.is_empty) == (0b111, 0, False)
+    window.end({3: 0b100})
+    assert (window.open(3), window.there(3), window.is_empty) == (0b100, 0b111, False)
+    window.end({})
+    assert (window.open(3), window.there(3), window.is_empty) == (0, 0b111, True)
     window.close()
-    assert (window.counts(3), window.is_empty) == (False, True)
+    assert window.there(3) == 0
     assert Phase.QUEUED is not Phase.DONE
