@@ -11,7 +11,7 @@ High level: set ``KT_EXPERT_SERVER=host:port`` and import this package, or wrap 
 ``offload_experts(address)``, or call ``attach(model)`` in a loop of your own.
 """
 
-from kt_expert_client.adapter import LayerLora, TensorKey
+from kt_expert_client.adapter import ActiveAdapter, GradientTarget, LayerLora, TensorKey, TensorSet
 from kt_expert_client.connection import Client, connect
 from kt_expert_client.credentials import Credentials
 from kt_expert_client.errors import (
@@ -45,7 +45,10 @@ __all__ = [
     "Run",
     "ForwardHandle",
     "BackwardHandle",
+    "ActiveAdapter",
+    "GradientTarget",
     "LayerLora",
+    "TensorSet",
     "AdamW",
     "Adam",
     "Sgd",

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 from kt_expert_proto.lora import DEFAULT_ADAPTER, PARAMETER, LayerLora
+from kt_expert_proto.v1 import service_pb2
 from kt_expert_proto.v1 import session_pb2 as pb
 
 
@@ -52,4 +53,16 @@ class GradientTarget:
         return pb.GradientTarget(adapter=self.adapter, wanted=self.wanted, replaced=self.replaced, continued=self.continued)
 
 
-__all__ = ["ActiveAdapter", "AdapterTensors", "GradientTarget", "LayerLora", "TensorKey"]
+@dataclass(frozen=True, slots=True)
+class TensorSet:
+    """Tensors, as bits, in each of some layers of an adapter; bits 0: all it has. Without layers: what has gradients."""
+
+    adapter: str
+    tensors: int = 0
+    layers: tuple[int, ...] = ()
+
+    def to_proto(self) -> service_pb2.TensorSet:
+        return service_pb2.TensorSet(adapter=self.adapter, tensors=self.tensors, layers=self.layers)
+
+
+__all__ = ["ActiveAdapter", "AdapterTensors", "GradientTarget", "LayerLora", "TensorKey", "TensorSet"]

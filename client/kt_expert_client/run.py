@@ -10,11 +10,12 @@ import torch
 from kt_expert_proto.codec import Buffer
 from kt_expert_proto.dtypes import ITEM_BYTES, TOKEN_DTYPES, Dtype
 from kt_expert_proto.header import Op, Tensor
-from kt_expert_proto.lora import DEFAULT_ADAPTER, GRADIENT, PARAMETER, PART_NAMES, PART_NUMBERS, STEP, tensor_bits
+from kt_expert_proto.lora import DEFAULT_ADAPTER, GRADIENT, PARAMETER, PART_NAMES, STEP, tensor_bits
 from kt_expert_proto.v1 import service_pb2
 from kt_expert_proto.v1 import session_pb2 as pb
 
-from kt_expert_client.adapter import ActiveAdapter, AdapterTensors, GradientTarget, LayerLora, TensorKey
+from kt_expert_client.adapter import ActiveAdapter, AdapterTensors, GradientTarget, LayerLora, TensorKey, TensorSet
+from kt_expert_client.adapters import RunAdapters
 from kt_expert_client.errors import InvalidRequest
 from kt_expert_client.optimizers import ParamGroup, Update, step_groups
 from kt_expert_client.session.actions import JoinTerms
@@ -93,6 +94,7 @@ class Run:
         self._default_bits = {entry.layer: tensor_bits(entry.tensors) for entry in lora}
         self._on_leave = on_leave
         self._staging = staging
+        self.adapters = RunAdapters(session)
         self._closed = False
 
     @property
@@ -205,41 +207,28 @@ class Run:
         *,
         new_optimizer: bool = False,
     ) -> int:
-        """Barrier: one optimizer update with the averaged gradients times grad_scale. Closes the gradient window.
+        """Barrier: one optimizer update with the averaged gradients times grad_scale. What is added up afterwards begins anew.
 
-        `update` goes for all tensors; as a sequence of groups, each for its own. With `new_optimizer` the moments of an
-        earlier one are forgotten first. Returns the steps taken.
+        `update` goes for all tensors of the adapter the run began with; as a sequence of groups, each for its own. With
+        `new_optimizer` the moments of an earlier one are forgotten first. Returns the steps taken.
         """
         groups = [ParamGroup(update)] if isinstance(update, Update) else update
-        step = pb.Step(step=self._step + 1, groups=step_groups(groups, grad_scale, new_optimizer=new_optimizer))
+        return self.take_step(step_groups(groups, grad_scale, new_optimizer=new_optimizer), timeout_s=timeout_s)
+
+    def take_step(
+        self,
+        groups: Sequence[service_pb2.ParamGroup],
+        kept: Sequence[TensorSet] = (),
+        timeout_s: float = DEFAULT_BARRIER_TIMEOUT_S,
+    ) -> int:
+        """step() in the protocol's own words. Gradients that are `kept` go on being added to; all others end."""
+        step = pb.Step(step=self._step + 1, groups=groups, kept=[each.to_proto() for each in kept])
         self._step = int(self._ask(Op.STEP, pb.RequestOpen(step=step), timeout_s).step)
         return self._step
 
     def zero_grad(self, adapter: str = "") -> None:
         """Forgets what this member accumulated, for one adapter or for all."""
         self._ask(Op.ZERO_GRAD, pb.RequestOpen(zero_grad=pb.ZeroGrad(adapter=adapter)), _TRANSFER_TIMEOUT_S)
-
-    def create_adapter(
-        self, name: str, lora: Iterable[LayerLora] = (), *, copy_of: str = "", trainable: bool = False, initialise: bool = False
-    ) -> bool:
-        """Makes an adapter of these layers, or a copy of another one without its moments; adds layers and projections to one
-        that is there. False where nothing was to be made.
-
-        A is zero, or with `initialise` drawn from the run's seed. `trainable` reserves memory for gradients and moments now
-        and not with the first gradient. Raises InvalidRequest, NotFound, AlreadyExists for other ranks than those that are
-        there, OutOfCapacity.
-        """
-        entries = [entry.to_proto() for entry in lora]
-        create = pb.CreateAdapter(adapter=name, lora=entries, copy_of=copy_of, trainable=trainable, initialise=initialise)
-        return self._ask(Op.CREATE_ADAPTER, pb.RequestOpen(create_adapter=create), _TRANSFER_TIMEOUT_S).created
-
-    def delete_adapter(self, name: str) -> None:
-        """Frees what the adapter takes; its tickets are stale. Raises NotFound."""
-        self._ask(Op.DELETE_ADAPTER, pb.RequestOpen(delete_adapter=pb.AdapterName(adapter=name)), _TRANSFER_TIMEOUT_S)
-
-    def edit_gradients(self, edits: Iterable[pb.GradientEdit]) -> None:
-        """Changes this member's gradients in place, in order."""
-        self._ask(Op.EDIT_GRADIENTS, pb.RequestOpen(edit_gradients=pb.EditGradients(edits=edits)), _TRANSFER_TIMEOUT_S)
 
     def get_adapter(self, *, parameters: bool = True, moments: bool = False, adapter: str = "") -> AdapterTensors:
         """fp32 tensors [E, rows, columns] of one adapter of the run, or of all."""
@@ -249,11 +238,11 @@ class Run:
         waiting: list[tuple[TensorKey, tuple[int, ...], Pending]] = []
         for info in infos:  # the next is asked for while one is on its way
             key, shape = TensorKey(info.layer, info.tensor, PART_NAMES[info.part], info.adapter), tuple(info.shape)
-            waiting.append((key, shape, self._read(key, shape)))
+            waiting.append((key, shape, self.adapters.submit_read(key, shape)))
             if len(waiting) > 1:
-                self._take(tensors, *waiting.pop(0))
+                _take(tensors, *waiting.pop(0))
         for each in waiting:
-            self._take(tensors, *each)
+            _take(tensors, *each)
         return tensors
 
     def put_adapter(self, tensors: AdapterTensors, *, step: int | None = None) -> None:
@@ -265,7 +254,7 @@ class Run:
         ordered = sorted(tensors.items(), key=lambda entry: entry[0].part == STEP)  # counts after what they count
         waiting: list[Pending] = []
         for key, tensor in ordered:
-            waiting.append(self._write(key, tensor, step or 0))
+            waiting.append(self.adapters.submit_write(key, tensor, step=step or 0))
             if len(waiting) > 1:
                 waiting.pop(0).wait()
         for pending in waiting:
@@ -325,29 +314,10 @@ class Run:
             return 0
         return int(torch.randint(1, 2**63 - 1, ()).item())
 
-    def _read(self, key: TensorKey, shape: tuple[int, ...]) -> Pending:
-        name = pb.TensorName(adapter=key.adapter, tensor=key.tensor, part=PART_NUMBERS[key.part])
-        call = Call(Op.READ_TENSOR, pb.RequestOpen(read_tensor=name), _TRANSFER_TIMEOUT_S, key.layer)
-        call.expects = {Tensor.ADAPTER: math.prod(shape) * ITEM_BYTES[Dtype.FP32]}
-        return self._session.submit(call)
 
-    @staticmethod
-    def _take(tensors: AdapterTensors, key: TensorKey, shape: tuple[int, ...], pending: Pending) -> None:
-        pending.wait()
-        tensors[key] = _received(pending, Tensor.ADAPTER).tensor(torch.float32, shape)
-
-    def _write(self, key: TensorKey, tensor: torch.Tensor, step: int) -> Pending:
-        if tensor.dim() != 3 or key.part not in PART_NUMBERS:
-            raise InvalidRequest(f"{key} has shape {tuple(tensor.shape)}, expected [E, rows, columns] of a known part")
-        values = tensor.detach().to(device="cpu", dtype=torch.float32).contiguous()
-        if values.data_ptr() == tensor.data_ptr():
-            values = values.clone()  # it is sent, and perhaps sent again, after this returns
-        rows, columns = int(tensor.shape[0] * tensor.shape[1]), int(tensor.shape[2])
-        name = pb.TensorName(adapter=key.adapter, tensor=key.tensor, part=PART_NUMBERS[key.part], step=step)
-        sent = (OutTensor(Tensor.ADAPTER, Dtype.FP32, rows, columns, HostTensor(values)),)
-        opened = pb.RequestOpen(write_tensor=name)
-        call = Call(Op.WRITE_TENSOR, opened, _TRANSFER_TIMEOUT_S, key.layer, Dtype.FP32, rows, columns, sent)
-        return self._session.submit(call)
+def _take(tensors: AdapterTensors, key: TensorKey, shape: tuple[int, ...], pending: Pending) -> None:
+    pending.wait()
+    tensors[key] = _received(pending, Tensor.ADAPTER).tensor(torch.float32, shape)
 
 
 def memory_of(staging: Staging) -> Callable[[int, Call], Buffer]:

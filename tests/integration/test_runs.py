@@ -178,7 +178,7 @@ def test_another_kind_of_optimizer_needs_a_new_start(client: Client) -> None:
     train_step(run, 0)
     run.step(AdamW(1e-2))
     train_step(run, 1)
-    with pytest.raises(kt.WrongPhase, match="has taken steps with adamw .* and is asked for sgd"):
+    with pytest.raises(kt.WrongPhase, match=r"has taken steps with adamw .* and is asked for sgd"):
         run.step(Sgd(1e-2))
     assert {key.part for key in run.get_adapter(parameters=False, moments=True)} == {"exp_avg", "exp_avg_sq", "step"}
     run.step(Adam(1e-2))  # of the same kind of state

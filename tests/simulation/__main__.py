@@ -49,6 +49,8 @@ def _prepare() -> None:
     for run, world_size, steps, micro_batches, drops in shapes:
         for edits in (False, True) if world_size == 1 else (False,):
             undisturbed(Plan(run, 0, world_size, steps, micro_batches, replay=False, drops=drops, edits=edits))
+        if not drops:
+            undisturbed(Plan(run, 0, world_size, steps, micro_batches, replay=False, adapters=True))
 
 
 def main(seeds: int, first: int) -> int:

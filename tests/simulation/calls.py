@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from kt_expert_client.session.calls import Call, OutTensor
 from kt_expert_proto.dtypes import ITEM_BYTES, Dtype
 from kt_expert_proto.header import Op, Tensor
 from kt_expert_proto.lora import DEFAULT_ADAPTER, PART_NUMBERS
 from kt_expert_proto.v1 import session_pb2 as spb
-from support.adapters import ACTIVE, targets
+from support.adapters import targets
 
 from simulation.model import HIDDEN, TOKENS, TOP_K, lora_of
 
@@ -28,19 +30,24 @@ class _Source:
 
 
 def forward(
-    layer: int, x: np.ndarray, ids: np.ndarray, weights: np.ndarray, *, keeps: bool = True, seed: int = 0
+    layer: int, x: np.ndarray, ids: np.ndarray, weights: np.ndarray, *, keeps: bool = True, seed: int = 0,
+    adapters: Sequence[str] = (DEFAULT_ADAPTER,),
 ) -> Call:  # fmt: skip
     sent = (
         _out(Tensor.EXPERT_IDS, Dtype.INT32, ids),
         _out(Tensor.ROUTING_WEIGHTS, Dtype.FP32, weights),
         _out(Tensor.HIDDEN_STATES, Dtype.FP32, x),
     )
-    asked = spb.Forward(top_k=TOP_K, save_for_backward=keeps, adapters=ACTIVE, dropout_seed=seed)
+    asked = spb.Forward(
+        top_k=TOP_K, save_for_backward=keeps, adapters=[spb.ActiveAdapter(adapter=name) for name in adapters], dropout_seed=seed
+    )
     return _call(Op.FORWARD, spb.RequestOpen(forward=asked), layer, TOKENS, HIDDEN, sent, {Tensor.OUTPUT: x.nbytes})
 
 
-def backward(layer: int, ticket: int, dy: np.ndarray, begins: bool) -> Call:
-    wanted = targets(lora_of(layer), replaced=begins)
+def backward(
+    layer: int, ticket: int, dy: np.ndarray, begins: bool, adapters: Sequence[str] = (DEFAULT_ADAPTER,)
+) -> Call:  # fmt: skip
+    wanted = [each for name in adapters for each in targets(lora_of(layer, adapter=name), replaced=begins, adapter=name)]
     opened = spb.RequestOpen(backward=spb.Backward(ticket=ticket, targets=wanted))
     expects = {
         Tensor.GRAD_HIDDEN_STATES: dy.nbytes,

@@ -14,6 +14,7 @@ from kt_expert_client.session.core import SessionCore
 from kt_expert_client.session.journal import Journal
 from kt_expert_proto.codec import Decoder
 from kt_expert_proto.header import FrameType, Op
+from kt_expert_server.adapters.adapter import Adapter, AdapterLayer
 from kt_expert_server.adapters.window import GradientWindow
 from kt_expert_server.checkpoints import work as checkpoint_work
 from kt_expert_server.checkpoints.store import CheckpointStore
@@ -418,6 +419,8 @@ CANARIES = (
     Canary("a checkpoint waits for what a restart has settled", _patched(Member, "acknowledged", _only_its_own), 3000),
     Canary("a run that goes back keeps its step count", _patched(saving, "_loaded", _step_kept)),
     Canary("a read tensor is not the adapter's", _nothing(ReadWork, "run")),
+    Canary("an adapter's memory stays reserved", _nothing(Adapter, "release")),
+    Canary("a copy of an adapter begins at zero", _nothing(AdapterLayer, "copy_parameters")),
     Canary("a checkpoint is loaded without its moments", _patched(saving, "ApplyWork", _moments_not_loaded)),
 )  # fmt: skip
 

@@ -7,13 +7,14 @@ from pathlib import Path
 
 import kt_expert_native as native
 import numpy as np
-from kt_expert_proto.lora import LayerLora
+from kt_expert_proto.lora import DEFAULT_ADAPTER, LayerLora
 from kt_expert_server.model.architecture import ActivationSpec, Naming
 from kt_expert_server.model.index import LayerPlan, ModelPlan
 from kt_expert_server.model.loader import BaseModel, LoadedLayer
 
 EXPERTS, HIDDEN, INTER, TOP_K, LAYERS = 3, 16, 8, 2, 2
 RANK = 2  # of every LoRA matrix
+MADE_LATER, COPIED = "later", "copied"  # adapters
 TOKENS = 3
 
 
@@ -42,7 +43,10 @@ def _naming() -> Naming:
     return Naming("mlp")
 
 
-def lora_of(layer: int, dropout: float = 0.0) -> LayerLora:
+def lora_of(layer: int, dropout: float = 0.0, adapter: str = DEFAULT_ADAPTER) -> LayerLora:
+    """Those that trainings make on their way are of other ranks than the first one and its copies."""
+    if adapter == MADE_LATER:
+        return LayerLora(layer, layer % 2 == 1, 1, 1, RANK, 0.5, 0.5, 1.0)
     return LayerLora(layer, layer % 2 == 0, RANK, RANK, RANK, 1.0, 1.0, 0.5, dropout)
 
 

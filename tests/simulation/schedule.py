@@ -21,6 +21,7 @@ from simulation.trainer import TrainerProcess
 from simulation.training import Plan
 
 _MAX_EVENTS = 400_000
+_WITH_ADAPTERS = 4  # every fourth schedule has trainings with several adapters
 _MAX_SECONDS = 50_000.0  # of virtual time; a schedule that takes longer hangs
 LENGTHS = (5, 6, 8, 12, 20)  # steps of a training
 _OFTEN = (84, 8, 4, 3, 1)  # how often each: long ones find no more for their time
@@ -268,6 +269,8 @@ def play(seed: int) -> Result:
     """Raises SimulationError where anything is not as it must be."""
     rng = random.Random(seed)
     plans, limits = choose_plans(rng), choose_limits(rng)
+    if seed % _WITH_ADAPTERS == 0:
+        plans = [replace(plan, adapters=True, drops=False, edits=False) for plan in plans]
     world = World(rng, plans, limits)
     plan_faults(world, rng)
     try:

@@ -13,16 +13,17 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
-from kt_expert_client.errors import AlreadyExists, BarrierBroken, Cancelled, KtExpertError, OutOfCapacity
+from kt_expert_client.errors import AlreadyExists, BarrierBroken, Cancelled, KtExpertError, NotFound, OutOfCapacity
 from kt_expert_client.session.calls import Call
 from kt_expert_proto.codec import Buffer
 from kt_expert_proto.header import MAX_PAYLOAD_BYTES, Op, Tensor
+from kt_expert_proto.lora import DEFAULT_ADAPTER
 from kt_expert_proto.v1 import service_pb2 as pb
 from kt_expert_proto.v1 import session_pb2 as spb
-from support.adapters import GRADIENTS, adamw
+from support.adapters import adamw
 
 from simulation.calls import TIMEOUT_S, backward, forward, read_tensor, write_tensor
-from simulation.model import EXPERTS, HIDDEN, LAYERS, RANK, batch, lora_of
+from simulation.model import COPIED, EXPERTS, HIDDEN, LAYERS, MADE_LATER, RANK, batch, lora_of
 
 _MAX_NORM = 0.3
 _RETRY_S = 0.5
@@ -31,6 +32,7 @@ _DROPOUT = 0.25
 _DISK_RETRY_S = 5.0
 # When a plan edits: it saves before one step, writes tensors before a later one, counts that one as taken, and goes back.
 _SAVED_AT, _WRITTEN_AT, _REWOUND_AT = 1, 2, 4
+_MADE_AT, _COPIED_AT = 1, 3  # when a plan makes adapters
 Outcome = tuple[Call, KtExpertError | None]
 Script = Generator[Call, Outcome, None]
 
@@ -47,6 +49,7 @@ class Plan:
     replay: bool
     drops: bool = False  # LoRA inputs are dropped
     edits: bool = False  # it writes tensors and the step count, saves checkpoints and goes back to one
+    adapters: bool = False  # it makes, copies and deletes adapters, and trains them alone and together
     cancels: float = 0.0  # chance to cancel a pass
     extras: float = 0.0  # chance of what leaves no trace, such as a new window that is cancelled
     piece_bytes: int = MAX_PAYLOAD_BYTES
@@ -54,6 +57,14 @@ class Plan:
     @property
     def name(self) -> str:
         return f"run-{self.run}"
+
+    def active(self, step: int) -> tuple[str, ...]:
+        """The adapters that a step trains."""
+        if not self.adapters or step < _MADE_AT:
+            return (DEFAULT_ADAPTER,)
+        if step < _COPIED_AT:
+            return (DEFAULT_ADAPTER, MADE_LATER) if step % 2 else (MADE_LATER,)
+        return (COPIED, DEFAULT_ADAPTER) if step % 2 else (COPIED,)
 
     def config(self) -> pb.RunConfig:
         dropout = _DROPOUT if self.drops else 0.0
@@ -90,6 +101,8 @@ class Training:
         while step < plan.steps:
             if plan.edits:
                 step = yield from self._edit(step)
+            if plan.adapters:
+                yield from self._change_adapters(step)
             if self._rng.random() < plan.extras or plan.extras == 0.0:
                 yield from self._read(step)
             yield from self._accumulate(step)
@@ -103,17 +116,17 @@ class Training:
 
     def _step(self, step: int) -> Generator[Call, Outcome, int]:
         while True:
-            norm = yield from self._meet(
-                Call(Op.GRAD_NORM, spb.RequestOpen(grad_norm=spb.GradNorm(sets=GRADIENTS, order=2.0)), TIMEOUT_S)
-            )
+            sets = [pb.TensorSet(adapter=name) for name in self._plan.active(step)]
+            asked = spb.RequestOpen(grad_norm=spb.GradNorm(sets=sets, order=2.0))
+            norm = yield from self._meet(Call(Op.GRAD_NORM, asked, TIMEOUT_S))
             if norm is None:
                 continue
             scale = min(1.0, _MAX_NORM / (norm.norm + 1e-6))
-            update = adamw(0.02, scale, weight_decay=0.01)
+            groups = [adamw(0.02 / (at + 1), scale, [each], weight_decay=0.01) for at, each in enumerate(sets)]
             if self._rng.random() < 3 * self._plan.extras:
                 batch_now = batch(self._plan.run, self._plan.rank, step, 0)
                 self._process.ask_aside(forward(0, *batch_now, keeps=False))
-            opened = spb.RequestOpen(step=spb.Step(step=step + 1, groups=[update]))
+            opened = spb.RequestOpen(step=spb.Step(step=step + 1, groups=groups))
             stepped = yield from self._meet(Call(Op.STEP, opened, TIMEOUT_S))
             if stepped is not None:
                 break
@@ -150,18 +163,21 @@ class Training:
     def _micro_batch(self, step: int, micro: int, *, begins: bool) -> Script:
         plan = self._plan
         x, ids, weights = batch(plan.run, plan.rank, step, micro)
+        active = plan.active(step)
         tickets = []
         for layer in range(LAYERS):
             if self._rng.random() < plan.extras:
                 yield from self._evaluate(layer, x, ids, weights)
             seed = plan.dropout_seed(step, micro, layer)
-            call = yield from self._pass(lambda layer=layer, x=x, seed=seed: forward(layer, x, ids, weights, seed=seed))
+            call = yield from self._pass(
+                lambda layer=layer, x=x, seed=seed: forward(layer, x, ids, weights, seed=seed, adapters=active)
+            )
             x = x + self._result(Tensor.OUTPUT)
             tickets.append(call.request_id)
         dy = np.cos(x)
         for layer in reversed(range(LAYERS)):
             ticket = tickets[layer]
-            yield from self._pass(lambda layer=layer, dy=dy, ticket=ticket: backward(layer, ticket, dy, begins))
+            yield from self._pass(lambda layer=layer, dy=dy, ticket=ticket: backward(layer, ticket, dy, begins, active))
             dy = dy + self._result(Tensor.GRAD_HIDDEN_STATES)
 
     def _pass(self, make: Callable[[], Call]) -> Generator[Call, Outcome, Call]:
@@ -221,6 +237,22 @@ class Training:
             assert loaded.step == _SAVED_AT, loaded
             return (yield from self._edit(_SAVED_AT))
         return step
+
+    def _change_adapters(self, step: int) -> Script:
+        """Other ranks do the same at the same step: what is there already stays as it is."""
+        if step == _MADE_AT:
+            lora = [lora_of(layer, adapter=MADE_LATER).to_proto() for layer in range(LAYERS)]
+            for layer in lora:  # one after another, as PEFT does
+                yield from self._create(spb.CreateAdapter(adapter=MADE_LATER, lora=[layer], initialise=True))
+        elif step == _COPIED_AT:
+            yield from self._create(spb.CreateAdapter(adapter=COPIED, copy_of=DEFAULT_ADAPTER))
+            opened = spb.RequestOpen(delete_adapter=spb.AdapterName(adapter=MADE_LATER))
+            call, error = yield Call(Op.DELETE_ADAPTER, opened, TIMEOUT_S)
+            if not isinstance(error, NotFound):  # another rank, or a life before this one, was faster
+                _head(call, error)
+
+    def _create(self, asked: spb.CreateAdapter) -> Script:
+        yield from self._ask(Call(Op.CREATE_ADAPTER, spb.RequestOpen(create_adapter=asked), TIMEOUT_S))
 
     def _save(self, name: str) -> Script:
         """Of the same step's bits whoever saves it: where the name is taken, a predecessor has done it."""

@@ -1,0 +1,100 @@
+"""The adapters of a run: making, copying and removing them, and what is done with single tensors and gradients."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import cast
+
+import torch
+from kt_expert_proto.dtypes import ITEM_BYTES, Dtype
+from kt_expert_proto.header import Op, Tensor
+from kt_expert_proto.lora import PART_NUMBERS
+from kt_expert_proto.v1 import session_pb2 as pb
+
+from kt_expert_client.adapter import LayerLora, TensorKey, TensorSet
+from kt_expert_client.errors import InvalidRequest
+from kt_expert_client.session.calls import Call, OutTensor
+from kt_expert_client.session.driver import Pending, Session
+from kt_expert_client.staging import HostBuffer, HostTensor
+
+_TIMEOUT_S = 3600.0  # a tensor may be large and the disk of a server that saves meanwhile slow
+_BARRIER_TIMEOUT_S = 1800.0  # ranks may differ by a whole gradient accumulation
+
+
+class RunAdapters:
+    """Any thread may call. Each call waits for the server's answer, but those that begin with submit."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+
+    def create(
+        self, name: str, lora: Iterable[LayerLora], *, trainable: bool = False, initialise: bool = False
+    ) -> bool:  # fmt: skip
+        """Makes an adapter of these layers; adds layers and projections to one that is there. False where nothing was to be
+        made.
+
+        B is zero, and so is A unless `initialise` has it drawn from the run's seed. `trainable` reserves memory for gradients
+        and moments now and not with the first gradient. Raises InvalidRequest, NotFound, AlreadyExists for other ranks than
+        those that are there, WrongPhase for a layer that is being trained, OutOfCapacity.
+        """
+        entries = [entry.to_proto() for entry in lora]
+        create = pb.CreateAdapter(adapter=name, lora=entries, trainable=trainable, initialise=initialise)
+        return self._ask(Op.CREATE_ADAPTER, pb.RequestOpen(create_adapter=create)).created
+
+    def copy(self, source: str, name: str, *, trainable: bool = False) -> None:
+        """Makes an adapter of the same layers and values, without moments. Raises as create()."""
+        create = pb.CreateAdapter(adapter=name, copy_of=source, trainable=trainable)
+        self._ask(Op.CREATE_ADAPTER, pb.RequestOpen(create_adapter=create))
+
+    def delete(self, name: str) -> None:
+        """Frees what the adapter takes; its tickets are stale. Raises NotFound."""
+        self._ask(Op.DELETE_ADAPTER, pb.RequestOpen(delete_adapter=pb.AdapterName(adapter=name)))
+
+    def norms(self, sets: Sequence[TensorSet], order: float = 2.0) -> tuple[float, list[float]]:
+        """Barrier: norms of the gradients averaged over the members, of all tensors together and of each that is named with
+        its layer, by set, layer and bit. The order is that of torch.linalg.vector_norm. Raises WrongPhase for a tensor
+        without a gradient."""
+        asked = pb.GradNorm(sets=[each.to_proto() for each in sets], order=order)
+        head = self._ask(Op.GRAD_NORM, pb.RequestOpen(grad_norm=asked), _BARRIER_TIMEOUT_S)
+        return head.norm, list(head.norms)
+
+    def edit(self, edits: Iterable[pb.GradientEdit]) -> None:
+        """Changes this member's gradients in place, in order."""
+        self._ask(Op.EDIT_GRADIENTS, pb.RequestOpen(edit_gradients=pb.EditGradients(edits=edits)))
+
+    def read(self, key: TensorKey, shape: tuple[int, int, int]) -> torch.Tensor:
+        """One tensor as fp32 [E, rows, columns]. Raises NotFound."""
+        pending = self.submit_read(key, shape)
+        pending.wait()
+        return cast("HostBuffer", pending.results[Tensor.ADAPTER]).tensor(torch.float32, shape)
+
+    def write(self, key: TensorKey, tensor: torch.Tensor, *, step: int = 0) -> None:
+        """Replaces one tensor; `step` is what a moment counts. Raises InvalidRequest or NotFound."""
+        self.submit_write(key, tensor, step=step).wait()
+
+    def submit_read(self, key: TensorKey, shape: tuple[int, ...]) -> Pending:
+        """The result is the tensor ADAPTER, fp32 [E * rows, columns]."""
+        name = pb.TensorName(adapter=key.adapter, tensor=key.tensor, part=PART_NUMBERS[key.part])
+        call = Call(Op.READ_TENSOR, pb.RequestOpen(read_tensor=name), _TIMEOUT_S, key.layer)
+        call.expects = {Tensor.ADAPTER: math.prod(shape) * ITEM_BYTES[Dtype.FP32]}
+        return self._session.submit(call)
+
+    def submit_write(self, key: TensorKey, tensor: torch.Tensor, *, step: int = 0) -> Pending:
+        """`tensor` is [E, rows, columns] and may change as soon as this returns. Raises InvalidRequest for another shape."""
+        if tensor.dim() != 3 or key.part not in PART_NUMBERS:
+            raise InvalidRequest(f"{key} has shape {tuple(tensor.shape)}, expected [E, rows, columns] of a known part")
+        values = tensor.detach().to(device="cpu", dtype=torch.float32).contiguous()
+        if values.data_ptr() == tensor.data_ptr():
+            values = values.clone()  # it is sent, and perhaps sent again, after this returns
+        rows, columns = int(tensor.shape[0] * tensor.shape[1]), int(tensor.shape[2])
+        name = pb.TensorName(adapter=key.adapter, tensor=key.tensor, part=PART_NUMBERS[key.part], step=step)
+        sent = (OutTensor(Tensor.ADAPTER, Dtype.FP32, rows, columns, HostTensor(values)),)
+        opened = pb.RequestOpen(write_tensor=name)
+        return self._session.submit(Call(Op.WRITE_TENSOR, opened, _TIMEOUT_S, key.layer, Dtype.FP32, rows, columns, sent))
+
+    def _ask(self, op: Op, opened: pb.RequestOpen, timeout_s: float = _TIMEOUT_S) -> pb.ResultHead:
+        call = Call(op, opened, timeout_s)
+        self._session.submit(call).wait()
+        assert call.head is not None  # noqa: S101  # it has succeeded
+        return call.head
