@@ -43,12 +43,13 @@ class RunAdapters:
         return self._ask(Op.CREATE_ADAPTER, pb.RequestOpen(create_adapter=create)).created
 
     def copy(self, source: str, name: str, *, trainable: bool = False) -> None:
-        """Makes an adapter of the same layers and values, without moments. Raises as create()."""
+        """Makes an adapter of the same layers and values, without moments. One that is there stays as it is: every rank of a
+        run may ask. Raises as create()."""
         create = pb.CreateAdapter(adapter=name, copy_of=source, trainable=trainable)
         self._ask(Op.CREATE_ADAPTER, pb.RequestOpen(create_adapter=create))
 
     def delete(self, name: str) -> None:
-        """Frees what the adapter takes; its tickets are stale. Raises NotFound."""
+        """Frees what the adapter takes; its tickets are stale. Nothing happens where another rank has done it."""
         self._ask(Op.DELETE_ADAPTER, pb.RequestOpen(delete_adapter=pb.AdapterName(adapter=name)))
 
     def norms(self, sets: Sequence[TensorSet], order: float = 2.0) -> tuple[float, list[float]]:

@@ -261,6 +261,9 @@ def test_a_copy_is_independent(run: Run) -> None:
     backward(run, forward(run, "snapshot")[1], wants("snapshot", TIED))
     step(run, TensorSet("snapshot"), rate=0.1)
     assert not torch.equal(parameter(run, "snapshot", TIED, "b_up"), values["b_up"])
+    moved = parameter(run, "snapshot", TIED, "b_up")
+    run.adapters.copy("one", "snapshot")  # as another rank does
+    assert torch.equal(parameter(run, "snapshot", TIED, "b_up"), moved)
     with pytest.raises(kt.NotFound, match="no adapter 'absent'; it has: one, snapshot"):
         run.adapters.copy("absent", "other")
 
@@ -277,8 +280,7 @@ def test_an_adapter_that_was_deleted_is_gone_with_its_tickets(run: Run, server: 
         backward(run, ticket, wants("one", TIED))
     with pytest.raises(kt.NotFound, match="no adapter 'one'; it has: none"):
         forward(run, "one")
-    with pytest.raises(kt.NotFound, match="no adapter 'one'"):
-        run.adapters.delete("one")
+    run.adapters.delete("one")  # as another rank does
     make(run, "one", TIED, 2)
     with pytest.raises(kt.WrongPhase, match="an adapter changed since"):  # of the first one of that name
         backward(run, ticket, wants("one", TIED))

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
-from kt_expert_client.errors import AlreadyExists, BarrierBroken, Cancelled, KtExpertError, NotFound, OutOfCapacity
+from kt_expert_client.errors import AlreadyExists, BarrierBroken, Cancelled, KtExpertError, OutOfCapacity
 from kt_expert_client.session.calls import Call
 from kt_expert_proto.codec import Buffer
 from kt_expert_proto.header import MAX_PAYLOAD_BYTES, Op, Tensor
@@ -247,9 +247,7 @@ class Training:
         elif step == _COPIED_AT:
             yield from self._create(spb.CreateAdapter(adapter=COPIED, copy_of=DEFAULT_ADAPTER))
             opened = spb.RequestOpen(delete_adapter=spb.AdapterName(adapter=MADE_LATER))
-            call, error = yield Call(Op.DELETE_ADAPTER, opened, TIMEOUT_S)
-            if not isinstance(error, NotFound):  # another rank, or a life before this one, was faster
-                _head(call, error)
+            yield from self._ask(Call(Op.DELETE_ADAPTER, opened, TIMEOUT_S))
 
     def _create(self, asked: spb.CreateAdapter) -> Script:
         yield from self._ask(Call(Op.CREATE_ADAPTER, spb.RequestOpen(create_adapter=asked), TIMEOUT_S))

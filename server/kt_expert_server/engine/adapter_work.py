@@ -60,9 +60,10 @@ class CreateAdapterWork(Work):
     def prepare(self) -> None:
         """Raises NotFound, InvalidRequest, AlreadyExists, WrongPhase or OutOfCapacity."""
         owner, request = self._owner, self._request
-        asked = find_adapter(owner.adapters, request.copy_of).lora if request.copy_of else request.lora
+        existing, asked = owner.adapters.get(request.name), request.lora
+        if request.copy_of:  # one that is there is another rank's copy, or was made before
+            asked = () if existing is not None else find_adapter(owner.adapters, request.copy_of).lora
         check_lora(owner.model, asked)
-        existing = owner.adapters.get(request.name)
         self._adapter = existing or Adapter(request.name, owner.moment_dtype)
         self._asked = self._adapter.missing(asked)
         self._require_unused(self._asked)
@@ -118,20 +119,19 @@ class CreateAdapterWork(Work):
 
 
 class DeleteAdapterWork(Work):
-    """Its tickets are stale and its memory is free afterwards."""
+    """Its tickets are stale and its memory is free afterwards. Nothing happens where it is gone: every rank asks for it."""
 
     def __init__(self, adapters: dict[str, Adapter], name: str, windows: Callable[[], Sequence[Windows]]) -> None:
         super().__init__()
         self._adapters, self._name, self._windows = adapters, name, windows
 
-    def prepare(self) -> None:
-        find_adapter(self._adapters, self._name)
-
     def run(self) -> None:
         pass
 
     def commit(self) -> Outcome:
-        self._adapters.pop(self._name).release()
+        adapter = self._adapters.pop(self._name, None)
+        if adapter is not None:
+            adapter.release()
         for windows in self._windows():
             windows.forget(self._name)
         return Outcome(ResultHead())
