@@ -3,41 +3,55 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch.autograd.function import once_differentiable
+
+from kt_expert_client.adapter import ActiveAdapter
+from kt_expert_client.errors import UnsupportedModel
+
+_FIRST_PARAMETER = 2  # among the tensors a call is given: after hidden states and routing weights
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class ExpertsCall:
+    """What a forward is told beside its differentiable inputs. `keep` says whether a backward may come; it must be computed
+    outside: inside, gradient mode looks the same under no_grad and in the discarded first pass of reentrant checkpointing, and
+    a ticket kept there would never be used. Dropout seed 0 drops nothing."""
+
+    expert_ids: torch.Tensor  # [T, k]
+    adapters: tuple[ActiveAdapter, ...]
+    keep: bool
+    dropout_seed: int
 
 
 class RemoteLayer(Protocol):
     """What the function needs of a layer that lives elsewhere. Calls wait for the server's answer."""
 
     def forward(
-        self,
-        hidden_states: torch.Tensor,
-        expert_ids: torch.Tensor,
-        routing_weights: torch.Tensor,
-        *,
-        keep: bool,
-        use_adapter: bool,
-        dropout_seed: int,
-    ) -> tuple[torch.Tensor, int]:
-        """Returns the output [T, H] and the ticket (0 where `keep` is false). Seed 0 drops nothing."""
+        self, hidden_states: torch.Tensor, routing_weights: torch.Tensor, call: ExpertsCall
+    ) -> tuple[torch.Tensor, int]:  # fmt: skip
+        """Returns the output [T, H] and the ticket (0 where none is kept)."""
 
-    def backward(self, ticket: int, grad_output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns the gradients of hidden states [T, H] and routing weights [T, k]."""
+    def backward(
+        self, ticket: int, grad_output: torch.Tensor, parameters: Sequence[torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
+        """Returns the gradients of hidden states [T, H] and routing weights [T, k], and those of the parameters. The ticket
+        may be used again."""
 
     def release(self, ticket: int) -> None:
-        """Forgets a ticket if no backward has consumed it."""
+        """Forgets a ticket."""
 
 
 class ExpertsFunction(torch.autograd.Function):
-    """hidden_states [T, H], routing_weights [T, k], anchor [1] or None, expert_ids [T, k] -> [T, H].
+    """hidden_states [T, H], routing_weights [T, k], a call, and the remote parameters it depends on -> [T, H].
 
-    `keep` must be computed by the caller: inside, gradient mode looks the same under no_grad and in the discarded first
-    pass of reentrant checkpointing, and a ticket kept there would never be consumed. The ticket travels as a saved CPU
-    tensor, so saved-tensor hooks see it: non-reentrant checkpointing drops it after the first pass (the finalizer frees
-    the server's state) and asks for it again before backward, which runs the forward anew under a new ticket.
+    The ticket travels as a saved CPU tensor, so it lives as long as its graph, and saved-tensor hooks see it: non-reentrant
+    checkpointing drops it after the first pass (the finalizer frees the server's state) and asks for it again before backward,
+    which runs the forward anew under a new ticket.
     """
 
     @staticmethod
@@ -45,20 +59,14 @@ class ExpertsFunction(torch.autograd.Function):
         ctx: Any,
         hidden_states: torch.Tensor,
         routing_weights: torch.Tensor,
-        anchor: torch.Tensor | None,
-        expert_ids: torch.Tensor,
         layer: RemoteLayer,
-        keep: bool,
-        use_adapter: bool,
-        dropout_seed: int,
+        call: ExpertsCall,
+        *parameters: torch.Tensor,
     ) -> torch.Tensor:
-        output, ticket = layer.forward(
-            hidden_states, expert_ids, routing_weights, keep=keep, use_adapter=use_adapter, dropout_seed=dropout_seed
-        )
-        ctx.layer = layer
-        ctx.anchor_like = None if anchor is None else (anchor.shape, anchor.dtype, anchor.device)
+        output, ticket = layer.forward(hidden_states, routing_weights, call)
+        ctx.layer, ctx.parameters = layer, parameters
         ctx.weights_dtype = routing_weights.dtype
-        if keep:
+        if call.keep:
             handle = torch.tensor([ticket], dtype=torch.int64)
             weakref.finalize(handle, layer.release, ticket).atexit = False
             ctx.save_for_backward(handle)
@@ -68,18 +76,27 @@ class ExpertsFunction(torch.autograd.Function):
     @once_differentiable  # a second derivative would silently be zero
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (handle,) = ctx.saved_tensors
-        grad_hidden, grad_weights = ctx.layer.backward(int(handle.item()), grad_outputs[0])
-        grad_anchor = None
-        if ctx.anchor_like is not None and ctx.needs_input_grad[2]:
-            shape, dtype, device = ctx.anchor_like
-            grad_anchor = torch.zeros(shape, dtype=dtype, device=device)
+        wanted = [_is_collected(ctx, index) for index in range(len(ctx.parameters))]
+        parameters = [each for each, is_wanted in zip(ctx.parameters, wanted, strict=True) if is_wanted]
+        grad_hidden, grad_weights, gradients = ctx.layer.backward(int(handle.item()), grad_outputs[0], parameters)
+        remaining = iter(gradients)
         return (
             grad_hidden if ctx.needs_input_grad[0] else None,
             grad_weights.to(ctx.weights_dtype) if ctx.needs_input_grad[1] else None,
-            grad_anchor,
             None,
             None,
-            None,
-            None,
-            None,
+            *(next(remaining) if is_wanted else None for is_wanted in wanted),
         )
+
+
+def _is_collected(ctx: Any, index: int) -> bool:
+    """Whether this pass of autograd adds to the parameter's gradient."""
+    node = ctx.next_functions[_FIRST_PARAMETER + index][0]
+    if node is None:
+        return False
+    try:
+        return bool(torch._C._will_engine_execute_node(node))
+    except RuntimeError as error:
+        raise UnsupportedModel(
+            "autograd.grad was asked for the gradient of a remote parameter; call backward(), which collects it in .grad"
+        ) from error

@@ -78,7 +78,9 @@ def main() -> None:
         for entry in trainer.state.log_history
         if "grad_norm" in entry
     ]
-    experts = sum(parameter.numel() for name, parameter in model.named_parameters() if ".experts." in name)
+    experts = sum(
+        each.numel() for name, each in model.named_parameters() if ".experts." in name and each.untyped_storage().nbytes()
+    )
     result = {"history": history, "expert_parameters": experts}
     (options.out / "result.json").write_text(json.dumps(result), encoding="utf-8")
 

@@ -72,5 +72,7 @@ print(model.generate(input_ids=tokens, max_new_tokens=4, do_sample=False).tolist
         env={**os.environ, "KT_EXPERT_SERVER": server.address},
     )
     assert result.returncode == 0, result.stderr
-    expected = load_stock(qwen3_checkpoint).generate(input_ids=torch.arange(6)[None], max_new_tokens=4, do_sample=False)
-    assert result.stdout.splitlines() == ["0", str(expected.tolist())]
+    stock = load_stock(qwen3_checkpoint)
+    expected = stock.generate(input_ids=torch.arange(6)[None], max_new_tokens=4, do_sample=False)
+    experts = sum(p.numel() for n, p in stock.named_parameters() if ".experts." in n)
+    assert result.stdout.splitlines() == [str(experts), str(expected.tolist())]

@@ -84,16 +84,6 @@ def test_a_step_with_a_closure_is_refused(server: ServerProcess, qwen3_checkpoin
         optimizer_of(model).step(lambda: torch.zeros(()))
 
 
-def test_watching_one_model_twice_steps_once(server: ServerProcess, qwen3_checkpoint: Path) -> None:
-    from kt_expert_client.integrations.transformers import OFFLOADER
-
-    model = adapted(qwen3_checkpoint, server.address)
-    OFFLOADER._optimizer_hook.watch(offload_of(model))
-    backward(model, 1)
-    optimizer_of(model).step()
-    assert offload_of(model).run.steps_taken == 1
-
-
 def test_a_new_optimizer_starts_with_new_moments(server: ServerProcess, qwen3_checkpoint: Path, tmp_path: Path) -> None:
     """Two trainings one after the other, the second with an optimizer of its own, as in process."""
     found = []

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from kt_expert_client.autograd import ExpertsFunction
+from kt_expert_client.autograd import ExpertsCall, ExpertsFunction
 from kt_expert_client.errors import UnsupportedModel
 from kt_expert_client.offload import LocalLayerSpec, ModelOffload, OffloadedLayer
+from kt_expert_client.parameters.weights import adapters_on, make_weight
 
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 _SILU_NAMES = {"SiLU", "SiLUActivation"}
@@ -21,10 +22,15 @@ _GPT_OSS_CLASS = "GptOssExperts"
 GATE_UP = "gate_up_proj"
 DOWN = "down_proj"
 _LARGEST_SEED = (1 << 63) - 1
+_INPUT_NAMES = (
+    ("hidden_states",),
+    ("top_k_index", "router_indices", "selected_experts"),
+    ("top_k_weights", "routing_weights"),
+)
 
 
 class RemoteExperts(nn.Module):
-    """Mixin in front of a stock experts class. Its parameters exist as shapes only."""
+    """Mixin in front of a stock experts class. It has no parameters until it is connected, and remote ones from then on."""
 
     kt_shapes: dict[str, tuple[int, ...]]
     kt_dtype: torch.dtype
@@ -42,15 +48,11 @@ class RemoteExperts(nn.Module):
         self.kt_offload = None
         self._is_hf_initialized = True  # keeps _init_weights from initialising parameters that are not there
 
-    def kt_add_placeholders(self, dtype: torch.dtype) -> None:
-        """Parameters of the right shape that share one element, so that PEFT can find and wrap them."""
+    def kt_connect(self, layer: OffloadedLayer, offload: ModelOffload, dtype: torch.dtype) -> None:
+        """From now on its weights are those of that layer on the server."""
+        self.kt_layer, self.kt_offload = layer, offload
         for name, shape in self.kt_shapes.items():
-            placeholder = torch.zeros(1, dtype=dtype).expand(shape)
-            self.register_parameter(name, nn.Parameter(placeholder, requires_grad=False))
-
-    def kt_drop_placeholders(self) -> None:
-        for name in self.kt_shapes:
-            self._parameters.pop(name, None)
+            self.register_parameter(name, make_weight(layer.layer, name, shape, dtype))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RemoteExperts:
         """A copy talks to the same server through the same run."""
@@ -62,28 +64,41 @@ class RemoteExperts(nn.Module):
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # a call to another machine is nothing to compile
     def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """(hidden_states [T, H], expert ids [T, k], routing weights [T, k]) -> [T, H], by position or by stock names."""
-        hidden_states, expert_ids, routing_weights = (*args, *kwargs.values())[:3]
+        hidden_states, expert_ids, routing_weights = self._kt_inputs(args, kwargs)
         layer, offload = self.kt_layer, self.kt_offload
         if layer is None or offload is None:
             raise UnsupportedModel(
                 "this model was built without expert weights and is not connected to a server; call "
                 "kt_expert_client.attach(model)"
             )
-        anchor = offload.anchor.weight if offload.anchor is not None else None
-        needs_grad = hidden_states.requires_grad or routing_weights.requires_grad
-        needs_grad = needs_grad or (anchor is not None and anchor.requires_grad)
-        switch = getattr(self, "kt_switch", None)
-        output: torch.Tensor = ExpertsFunction.apply(  # type: ignore[no-untyped-call]  # torch leaves it unannotated
-            hidden_states,
-            routing_weights,
-            anchor,
+        adapters, leaves = adapters_on(getattr(self, GATE_UP), getattr(self, DOWN))
+        if offload.ddp_parameter is not None:
+            leaves.append(offload.ddp_parameter)
+        inputs = [hidden_states, routing_weights, *leaves]
+        call = ExpertsCall(
             expert_ids,
-            layer,
-            torch.is_grad_enabled() and needs_grad,
-            switch is None or switch.kt_adapter_on,
+            adapters,
+            torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs),
             draw_dropout_seed() if self.training and offload.options.dropout > 0 else 0,
         )
+        output: torch.Tensor = ExpertsFunction.apply(  # type: ignore[no-untyped-call]  # torch leaves it unannotated
+            hidden_states, routing_weights, layer, call, *leaves
+        )
         return output
+
+    @staticmethod
+    def _kt_inputs(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Hidden states, expert ids and routing weights, by position or by any of the names stock classes give them."""
+        given = list(args)
+        for names in _INPUT_NAMES[len(given) :]:
+            found = [kwargs.pop(name) for name in names if name in kwargs]
+            if len(found) != 1:
+                raise TypeError(
+                    f"experts take hidden_states, expert ids and routing weights; got {sorted(kwargs)} beside {len(args)}"
+                )
+            given.append(found[0])
+        hidden_states, expert_ids, routing_weights = given[:3]
+        return hidden_states, expert_ids, routing_weights
 
 
 def draw_dropout_seed() -> int:

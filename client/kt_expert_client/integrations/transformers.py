@@ -24,11 +24,15 @@ from kt_expert_client.integrations.experts import (
     remote_class,
     restore_stock_classes,
 )
-from kt_expert_client.offload import ModelOffload, OptimizerHook
+from kt_expert_client.offload import ModelOffload
 from kt_expert_client.options import RunOptions
+from kt_expert_client.parameters import gradient_operations, operations  # noqa: F401  # register what they define
+from kt_expert_client.parameters.ddp import NamesForDdp
+from kt_expert_client.parameters.driver import OptimizerDriver
 from kt_expert_client.start import SERVER_VARIABLE
 
 OFFLOAD_ATTRIBUTE = "kt_expert_offload"
+_DDP_ATTRIBUTE = "_ddp_params_and_buffers_to_ignore"  # torch's name
 _EXPERT_KEYS = r"\.experts\."
 _CONFIG_SIGNS_OF_MOE = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
@@ -41,7 +45,8 @@ class Offloader:
         self._targets: list[tuple[str, RunOptions]] = []
         self._clients: dict[str, Client] = {}
         self._originals: dict[str, Any] = {}
-        self._optimizer_hook = OptimizerHook()
+        self._optimizer_driver = OptimizerDriver()
+        self._peft_registration: Any = None
 
     def client(self, address: str) -> Client:
         with self._lock:
@@ -64,8 +69,7 @@ class Offloader:
 
     def bind(self, model: nn.Module, address: str, options: RunOptions) -> ModelOffload | None:
         """Connects a model's remote experts to the server. None where it has none."""
-        from kt_expert_client.integrations import peft as peft_integration
-        from kt_expert_client.integrations import trainer as trainer_integration
+        from kt_expert_client.integrations.peft import Registration
 
         remote = [(name, module) for name, module in model.named_modules() if isinstance(module, RemoteExperts)]
         if not remote:
@@ -75,11 +79,13 @@ class Offloader:
         wire_dtype = "bf16" if dtype == torch.bfloat16 else "fp32"
         offload = ModelOffload(self.client(address), _model_types(model), specs, wire_dtype, options)
         for spec, (_, module) in zip(specs, remote, strict=True):
-            module.kt_layer = offload.layers[spec.layer]
-            module.kt_offload = offload
+            module.kt_connect(offload.layers[spec.layer], offload, dtype)
         object.__setattr__(model, OFFLOAD_ATTRIBUTE, offload)
-        peft_integration.install(self._optimizer_hook)
-        trainer_integration.install()
+        object.__setattr__(model, _DDP_ATTRIBUTE, NamesForDdp(model, offload.use_ddp_parameter))
+        self._optimizer_driver.install()
+        if self._peft_registration is None:
+            self._peft_registration = Registration()
+        self._peft_registration.install()
         return offload
 
     def close(self) -> None:

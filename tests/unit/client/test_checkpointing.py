@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 import torch
-from kt_expert_client.autograd import ExpertsFunction
+from kt_expert_client.autograd import ExpertsCall, ExpertsFunction
+from kt_expert_client.errors import UnsupportedModel
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 Model = Callable[[torch.Tensor], torch.Tensor]
@@ -20,39 +21,35 @@ class CountingLayer:
     def __init__(self) -> None:
         self.live: set[int] = set()
         self.peak = self.forwards = 0
+        self.wanted: list[list[float]] = []
 
     def forward(
-        self,
-        hidden_states: torch.Tensor,
-        expert_ids: torch.Tensor,
-        routing_weights: torch.Tensor,
-        *,
-        keep: bool,
-        use_adapter: bool,
-        dropout_seed: int,
+        self, hidden_states: torch.Tensor, routing_weights: torch.Tensor, call: ExpertsCall
     ) -> tuple[torch.Tensor, int]:
-        assert use_adapter
-        assert dropout_seed == 5
-        assert expert_ids.shape == routing_weights.shape
+        assert call.dropout_seed == 5
+        assert call.expert_ids.shape == routing_weights.shape
         self.forwards += 1
-        if keep:
+        if call.keep:
             self.live.add(self.forwards)
             self.peak = max(self.peak, len(self.live))
-        return hidden_states.detach() * 2, self.forwards if keep else 0
+        return hidden_states.detach() * 2, self.forwards if call.keep else 0
 
-    def backward(self, ticket: int, grad_output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        self.live.remove(ticket)
-        return grad_output * 2, torch.zeros(len(grad_output), 1)
+    def backward(
+        self, ticket: int, grad_output: torch.Tensor, parameters: Sequence[torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
+        assert ticket in self.live
+        self.wanted.append([each.item() for each in parameters])
+        return grad_output * 2, torch.zeros(len(grad_output), 1), [torch.ones_like(each) for each in parameters]
 
     def release(self, ticket: int) -> None:
         self.live.discard(ticket)
 
 
-def one(layer: CountingLayer) -> Model:
+def one(layer: CountingLayer, *parameters: torch.Tensor) -> Model:
     def run(x: torch.Tensor) -> torch.Tensor:
         weights, ids = torch.ones(len(x), 1), torch.zeros(len(x), 1, dtype=torch.int64)
-        keep = torch.is_grad_enabled() and x.requires_grad
-        return ExpertsFunction.apply(x, weights, None, ids, layer, keep, True, 5)
+        keep = torch.is_grad_enabled() and any(each.requires_grad for each in (x, *parameters))
+        return ExpertsFunction.apply(x, weights, layer, ExpertsCall(ids, (), keep, 5), *parameters)
 
     return run
 
@@ -89,6 +86,32 @@ def test_no_ticket_outlives_its_backward(regime: str, on_cpu: bool, early_stop: 
     assert not layer.live
     assert layer.forwards == forwards
     assert layer.peak == 2
+
+
+def test_a_ticket_lives_as_long_as_its_graph() -> None:
+    layer = CountingLayer()
+    x = torch.ones(3, 2, requires_grad=True)
+    y = one(layer)(x).sum()
+    y.backward(retain_graph=True)
+    assert len(layer.live) == 1
+    y.backward()
+    gc.collect()
+    assert torch.equal(x.grad, torch.full((3, 2), 4.0))
+    assert not layer.live
+
+
+def test_only_what_autograd_collects_is_asked_for() -> None:
+    layer = CountingLayer()
+    first, frozen, last = (torch.tensor(float(number), requires_grad=number != 2) for number in (1, 2, 3))
+    x = torch.ones(3, 2, requires_grad=True)
+    y = one(layer, first, frozen, last)(x).sum()
+    torch.autograd.grad(y, [x], retain_graph=True)
+    y.backward(inputs=[last], retain_graph=True)
+    y.backward(retain_graph=True)
+    assert layer.wanted == [[], [3.0], [1.0, 3.0]]
+    assert (first.grad, frozen.grad, last.grad) == (torch.tensor(1.0), None, torch.tensor(2.0))
+    with pytest.raises(UnsupportedModel, match=r"autograd\.grad was asked for the gradient of a remote parameter"):
+        torch.autograd.grad(y, [first])
 
 
 def test_without_gradients_nothing_is_kept() -> None:

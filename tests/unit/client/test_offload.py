@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from kt_expert_client.autograd import ExpertsCall
 from kt_expert_client.errors import WrongPhase
 from kt_expert_client.offload import OffloadedLayer
 
@@ -15,7 +16,7 @@ class FakeRun:
 
     def __init__(self) -> None:
         self.ticket = 0
-        self.consumed: list[int] = []
+        self.used: list[int] = []
         self.released: list[int] = []
 
     def submit_forward(self, layer: int, x: torch.Tensor, *_: object, **__: object) -> Any:
@@ -23,44 +24,51 @@ class FakeRun:
         self._last = x
         return self
 
-    def submit_backward(self, layer: int, ticket: int, grad: torch.Tensor, **_: object) -> Any:
-        self.consumed.append(ticket)
+    def submit_backward(self, layer: int, ticket: int, grad: torch.Tensor, *, keep_ticket: bool, **_: object) -> Any:
+        assert keep_ticket
+        self.used.append(ticket)
         return self
 
     def release(self, ticket: int) -> None:
         self.released.append(ticket)
 
     def result(self) -> Any:
-        return self._last
+        return self._last, self._last
+
+
+class FakeParameters:
+    def __init__(self) -> None:
+        self.run = FakeRun()
+
+    def settle(self) -> None:
+        pass
 
 
 class FakeOffload:
     def __init__(self) -> None:
-        self.run = FakeRun()
-
-    def begins_window(self) -> bool:
-        return False
+        self.parameters = FakeParameters()
 
 
 def forward(layer: OffloadedLayer) -> int:
     x = torch.zeros(1, 4)
-    _, ticket = layer.forward(x, x.long(), x, keep=True, use_adapter=True, dropout_seed=0)
+    _, ticket = layer.forward(x, x, ExpertsCall(x.long(), (), keep=True, dropout_seed=0))
     return ticket
 
 
 def test_a_ticket_goes_back_to_the_run_that_made_it() -> None:
     offload = FakeOffload()
     layer = OffloadedLayer(offload, 0)  # type: ignore[arg-type]
-    first_run = offload.run
+    first_run = offload.parameters.run
     used, dropped = forward(layer), forward(layer)
-    offload.run = FakeRun()  # another adapter, another run
+    offload.parameters.run = FakeRun()  # other options, another run
     forward(layer)
-    layer.backward(used, torch.zeros(1, 4))
+    layer.backward(used, torch.zeros(1, 4), [])
+    layer.backward(used, torch.zeros(1, 4), [])
     layer.release(used)
     layer.release(dropped)
     layer.release(dropped)
-    assert (first_run.consumed, first_run.released) == ([1], [2])
-    assert (offload.run.consumed, offload.run.released) == ([], [])
+    assert (first_run.used, first_run.released) == ([1, 1], [1, 2])
+    assert (offload.parameters.run.used, offload.parameters.run.released) == ([], [])
 
 
 def test_a_ticket_that_was_released_is_refused_with_the_cause() -> None:
@@ -68,4 +76,4 @@ def test_a_ticket_that_was_released_is_refused_with_the_cause() -> None:
     ticket = forward(layer)
     layer.release(ticket)
     with pytest.raises(WrongPhase, match=r"of layer 3 has been released.*pin_memory=False"):
-        layer.backward(ticket, torch.zeros(1, 4))
+        layer.backward(ticket, torch.zeros(1, 4), [])

@@ -1,0 +1,1 @@
+"""Parameters on the server as the trainer sees them: tensors with a shape, a dtype and a device, and no storage here."""

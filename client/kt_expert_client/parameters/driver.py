@@ -1,0 +1,166 @@
+"""torch optimizers that hold remote parameters: each step of theirs is a step on the server, with the rates and the moments of
+each parameter, while torch's own code passes these parameters over."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from kt_expert_client.errors import UnsupportedModel
+from kt_expert_client.optimizers import Adafactor, Sgd, Update, translate
+from kt_expert_client.parameters.gradients import tensor_sets
+from kt_expert_client.parameters.lora import GradientSource, LoraMatrix, MomentSource, gradient_of, matrix_of
+from kt_expert_client.parameters.store import ParameterStore
+from kt_expert_client.parameters.tensor import RemoteTensor, Stored
+
+_SLOTS: dict[type[Any], tuple[str, ...]] = {Sgd: ("momentum_buffer",), Adafactor: ("row_var", "col_var")}
+_ADAM_SLOTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class _Taken:
+    """A parameter that a step is for."""
+
+    parameter: torch.Tensor
+    matrix: LoraMatrix
+    gradient: GradientSource
+    update: Update
+    slots: tuple[str, ...]
+    is_new: bool
+
+
+class OptimizerDriver:
+    """One pair of hooks for the whole process, through torch's own registration."""
+
+    def __init__(self) -> None:
+        self._hidden: weakref.WeakKeyDictionary[torch.optim.Optimizer, list[tuple[torch.Tensor, torch.Tensor]]]
+        self._hidden = weakref.WeakKeyDictionary()
+        self._remove: list[Callable[[], None]] = []
+
+    def install(self) -> None:
+        """Does nothing where it is in place."""
+        if not self._remove:
+            from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+            self._remove = [
+                register_optimizer_step_pre_hook(self._before).remove,
+                register_optimizer_step_post_hook(self._after).remove,
+            ]
+
+    def _before(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        taken = [
+            (group, parameter)
+            for group in optimizer.param_groups
+            for parameter in group["params"]
+            if matrix_of(parameter) is not None and parameter.grad is not None
+        ]
+        if not taken:
+            return
+        if any(callable(argument) for argument in (*args[1:], *kwargs.values())):
+            raise UnsupportedModel(
+                "optimizer.step(closure) computes gradients after the server has to know them; call backward, then step "
+                "without a closure"
+            )
+        if not _found_inf(optimizer):  # else the gradient scaler has this step skipped
+            self._step(optimizer, [_take(optimizer, group, parameter) for group, parameter in taken])
+        self._hidden[optimizer] = [(parameter, parameter.grad) for _, parameter in taken]
+        for _, parameter in taken:
+            parameter.grad = None
+
+    def _after(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        del args, kwargs
+        for parameter, gradient in self._hidden.pop(optimizer, []):
+            parameter.grad = gradient
+
+    def _step(self, optimizer: torch.optim.Optimizer, taken: list[_Taken]) -> None:
+        stores = {each.matrix.store for each in taken}
+        for store in stores:
+            _step_one(store, optimizer, [each for each in taken if each.matrix.store is store])
+
+
+def _step_one(store: ParameterStore, optimizer: torch.optim.Optimizer, taken: list[_Taken]) -> None:
+    store.settle()
+    gradients = store.gradients
+    for each in taken:
+        gradients.require_live(each.gradient)
+        _upload_moments(optimizer, each)
+    gradients.flush(scales=False)
+    groups: dict[tuple[Update, float, bool], list[_Taken]] = {}
+    for each in taken:
+        scale = gradients.scale_of(each.matrix.place) / _grad_scale(optimizer)
+        groups.setdefault((each.update, scale, each.is_new), []).append(each)
+    messages = []
+    for (update, scale, is_new), members in groups.items():
+        message = update.group()
+        message.sets.extend(each.to_proto() for each in tensor_sets(member.matrix.place for member in members))
+        message.grad_scale, message.new_optimizer = scale, is_new
+        messages.append(message)
+    places = {each.matrix.place for each in taken}
+    store.run.take_step(messages, gradients.kept(places))
+    gradients.spent(places)
+    for each in taken:
+        _count(optimizer, each)
+
+
+def _take(optimizer: torch.optim.Optimizer, group: dict[str, Any], parameter: torch.Tensor) -> _Taken:
+    matrix, gradient = matrix_of(parameter), gradient_of(parameter.grad)
+    assert matrix is not None  # noqa: S101  # the caller has looked
+    if gradient is None:
+        raise UnsupportedModel(f".grad of {matrix.place} was replaced by a tensor of this process; use .grad.copy_()")
+    update = translate(optimizer, group)
+    slots = _SLOTS.get(type(update), _ADAM_SLOTS)
+    return _Taken(
+        parameter, matrix, gradient, update, slots, is_new=not _has_moments(optimizer.state.get(parameter, {}), slots)
+    )
+
+
+def _has_moments(state: dict[str, Any], slots: Iterable[str]) -> bool:
+    return any(state.get(slot) is not None for slot in slots)
+
+
+def _upload_moments(optimizer: torch.optim.Optimizer, each: _Taken) -> None:
+    """Moments that were loaded into the optimizer go to the server before they are used."""
+    state = optimizer.state.get(each.parameter, {})
+    local = [
+        slot for slot in each.slots if isinstance(state.get(slot), torch.Tensor) and not isinstance(state[slot], RemoteTensor)
+    ]
+    count = int(state.get("step", 0 if not local else 1))
+    for slot in local:
+        each.matrix.write(state[slot], slot, step=count)
+        state[slot] = _moment(each, slot)
+    if local:
+        each.matrix.store.count_updates([each.matrix], [count])
+
+
+def _moment(each: _Taken, slot: str) -> RemoteTensor:
+    made: RemoteTensor = RemoteTensor(Stored(MomentSource(each.matrix, slot)), each.parameter, dtype=torch.float32)
+    return made
+
+
+def _count(optimizer: torch.optim.Optimizer, each: _Taken) -> None:
+    """What the optimizer knows of the parameter after a step, under torch's names."""
+    state = optimizer.state[each.parameter]
+    if isinstance(each.update, Sgd):
+        state["momentum_buffer"] = _moment(each, "momentum_buffer") if each.update.momentum else None
+        return
+    count = int(state.get("step", 0)) + 1
+    state["step"] = torch.tensor(float(count))
+    for slot in each.slots:
+        state[slot] = _moment(each, slot)
+    each.matrix.store.count_updates([each.matrix], [count])
+
+
+def _found_inf(optimizer: torch.optim.Optimizer) -> bool:
+    """torch.amp.GradScaler's word to fused optimizers that this step is to be skipped."""
+    found = getattr(optimizer, "found_inf", None)
+    return found is not None and float(found) != 0.0
+
+
+def _grad_scale(optimizer: torch.optim.Optimizer) -> float:
+    """The factor gradients still carry: GradScaler leaves dividing by it to fused optimizers."""
+    scale = getattr(optimizer, "grad_scale", None)
+    return 1.0 if scale is None else float(scale)

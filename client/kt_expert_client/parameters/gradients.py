@@ -1,0 +1,235 @@
+"""Gradients of remote parameters: which of them mean something, what is to be done to them before they are used next, and
+their norms.
+
+A gradient lives from the first backward that finds its parameter's `.grad` empty to the next such one. Scaling, clamping and
+zeroing are remembered and travel with the next request that needs them. Norms of all live gradients are asked for together,
+and kept until a gradient changes.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from kt_expert_proto.v1 import session_pb2 as pb
+
+from kt_expert_client.adapter import TensorSet
+from kt_expert_client.errors import UnsupportedModel, WrongPhase
+from kt_expert_client.parameters.lora import GradientSource, LoraMatrix, LoraPlace, gradient_of
+from kt_expert_client.parameters.tensor import RemoteTensor, Stored
+
+if TYPE_CHECKING:
+    from kt_expert_client.parameters.store import ParameterStore
+
+_NO_PASS = -1
+
+
+@dataclass(slots=True)
+class _Slot:
+    """The gradient of one parameter."""
+
+    parameter: weakref.ref[torch.Tensor]
+    generation: int = 0
+    begun_in: int = _NO_PASS  # the autograd pass that began it
+    is_spent: bool = False  # a step has taken it; it is there until it is cleared
+    scale: float = 1.0  # to be multiplied with
+    edits: list[tuple[str, float, float]] = field(default_factory=list)  # before that: zero, scale or clamp
+
+
+class Gradients:
+    """Of all remote parameters of a model."""
+
+    def __init__(self, store: ParameterStore) -> None:
+        self._store = store
+        self._slots: dict[LoraPlace, _Slot] = {}
+        self._norms: dict[float, dict[LoraPlace, float]] = {}
+
+    def add(self, matrix: LoraMatrix, parameter: torch.Tensor) -> None:
+        """A parameter from now on."""
+        self._slots[matrix.place] = _Slot(weakref.ref(parameter))
+
+    def forget(self, adapter: str) -> None:
+        self._slots = {place: slot for place, slot in self._slots.items() if place.adapter != adapter}
+        self.changed()
+
+    def changed(self) -> None:
+        """Some gradient has other values."""
+        self._norms.clear()
+
+    def require_live(self, gradient: GradientSource) -> None:
+        """Raises WrongPhase for a gradient that was cleared and begun anew since."""
+        if self._slot(gradient).generation != gradient.generation:
+            raise WrongPhase(f"{gradient.name} was replaced by a newer one; keep gradients with .clone()")
+
+    # Backward
+
+    def target(self, matrix: LoraMatrix, parameter: torch.Tensor) -> tuple[GradientSource, int, int]:
+        """For a backward that is about to add to the parameter's gradient: what that is, and the bits of tensors that begin
+        anew, and that go on from what a step has taken."""
+        slot, bits, current = self._slots[matrix.place], matrix.place.bits, torch._C._current_graph_task_id()
+        if parameter._backward_hooks:
+            raise UnsupportedModel(
+                f"{matrix.place} has a tensor hook, which changes gradients before they are added up; on the server they are "
+                "added up at once. Use register_post_accumulate_grad_hook, or lora_location='trainer'"
+            )
+        held, self_begun = parameter.grad, slot.begun_in == current
+        gradient = gradient_of(held)
+        if held is not None and gradient is None:
+            raise UnsupportedModel(
+                f".grad of {matrix.place} was replaced by a tensor of this process; use .grad.copy_(), or set it to None"
+            )
+        self.changed()
+        if gradient is None and not self_begun:
+            slot.generation, slot.begun_in, slot.is_spent = slot.generation + 1, current, False
+            slot.scale, slot.edits = 1.0, []
+            return GradientSource(matrix, slot.generation), bits, 0
+        if gradient is not None:
+            self.require_live(gradient)
+        if slot.edits and slot.edits[-1][0] == "zero" and slot.scale == 1.0:
+            slot.edits, slot.is_spent, slot.begun_in = [], False, current
+            return GradientSource(matrix, slot.generation), bits, 0
+        if slot.edits or slot.scale != 1.0:
+            self.flush()
+        continued = bits if slot.is_spent else 0
+        slot.is_spent = False
+        return GradientSource(matrix, slot.generation), 0, continued
+
+    # Changes in place
+
+    def scale(self, gradient: GradientSource, factor: float) -> None:
+        self.require_live(gradient)
+        self._slot(gradient).scale *= factor
+        self.changed()
+
+    def clamp(self, gradient: GradientSource, least: float | None, most: float | None) -> None:
+        self.require_live(gradient)
+        if self._store.world_size > 1:
+            raise UnsupportedModel("clipping gradients by value needs their average over the ranks; use clip_grad_norm_")
+        self._edit(gradient, "clamp", -math.inf if least is None else least, math.inf if most is None else most)
+
+    def zero(self, gradient: GradientSource) -> None:
+        self.require_live(gradient)
+        slot = self._slot(gradient)
+        slot.scale, slot.edits = 1.0, []
+        self._edit(gradient, "zero", 0.0, 0.0)
+
+    def _edit(self, gradient: GradientSource, what: str, first: float, second: float) -> None:
+        slot = self._slot(gradient)
+        if slot.scale != 1.0:
+            slot.edits.append(("scale", slot.scale, 0.0))
+            slot.scale = 1.0
+        slot.edits.append((what, first, second))
+        self.changed()
+
+    def flush(self, *, scales: bool = True) -> None:
+        """Sends what is to be done. Without `scales`, a last scaling is left to the step."""
+        rounds: list[dict[tuple[str, float, float], list[LoraPlace]]] = []
+        for place, slot in self._slots.items():
+            edits, slot.edits = slot.edits, []
+            if scales and slot.scale != 1.0:
+                edits.append(("scale", slot.scale, 0.0))
+                slot.scale = 1.0
+            for index, edit in enumerate(edits):
+                if index == len(rounds):
+                    rounds.append({})
+                rounds[index].setdefault(edit, []).append(place)
+        messages = [_message(edit, tensor_sets(places)) for each in rounds for edit, places in each.items()]
+        if messages:
+            self._store.run.adapters.edit(messages)
+
+    def scale_of(self, place: LoraPlace) -> float:
+        """What a step has to multiply the gradient with."""
+        return self._slots[place].scale
+
+    def spent(self, places: Iterable[LoraPlace]) -> None:
+        """A step has taken these, scaled."""
+        for place in places:
+            self._slots[place].is_spent = True
+        self.changed()
+
+    def kept(self, taken: set[LoraPlace]) -> list[TensorSet]:
+        """Live gradients that a step leaves to others."""
+        live = [place for place in self._live() if place not in taken and not self._slots[place].is_spent]
+        return tensor_sets(live)
+
+    # Norms
+
+    def norm(self, gradient: GradientSource, order: float) -> float:
+        """Of the gradient averaged over the ranks."""
+        self.require_live(gradient)
+        if order not in self._norms:
+            self.flush(scales=False)
+            self._norms[order] = self._ask_norms(order)
+        norm = self._norms[order][gradient.matrix.place]
+        return norm if order == 0.0 else norm * abs(self._slot(gradient).scale)
+
+    def _ask_norms(self, order: float) -> dict[LoraPlace, float]:
+        places = self._live()
+        sets = tensor_sets(places)
+        _, norms = self._store.run.adapters.norms(sets, order)
+        found: dict[tuple[str, int, int], float] = {}
+        values = iter(norms)
+        for each in sets:
+            for layer in each.layers:
+                for bit in (bit for bit in range(each.tensors.bit_length()) if each.tensors >> bit & 1):
+                    found[each.adapter, layer, bit] = next(values)
+        return {place: _joined([found[place.adapter, place.layer, bit] for bit in _bits(place)], order) for place in places}
+
+    def _live(self) -> list[LoraPlace]:
+        found = []
+        for place, slot in self._slots.items():
+            parameter = slot.parameter()
+            gradient = None if parameter is None else gradient_of(parameter.grad)
+            if gradient is not None and gradient.generation == slot.generation:
+                found.append(place)
+        return found
+
+    def _slot(self, gradient: GradientSource) -> _Slot:
+        return self._slots[gradient.matrix.place]
+
+
+def tensor_sets(places: Iterable[LoraPlace]) -> list[TensorSet]:
+    """Their tensors, as few sets as they make."""
+    bits: dict[tuple[str, int], int] = {}
+    for place in places:
+        bits[place.adapter, place.layer] = bits.get((place.adapter, place.layer), 0) | place.bits
+    layers: dict[tuple[str, int], list[int]] = {}
+    for (adapter, layer), tensors in bits.items():
+        layers.setdefault((adapter, tensors), []).append(layer)
+    return [TensorSet(adapter, tensors, tuple(sorted(each))) for (adapter, tensors), each in layers.items()]
+
+
+def handle(gradient: GradientSource, like: torch.Tensor) -> RemoteTensor:
+    """The gradient as a tensor."""
+    made: RemoteTensor = RemoteTensor(Stored(gradient), like)
+    return made
+
+
+def _bits(place: LoraPlace) -> list[int]:
+    return [bit for bit in range(place.bits.bit_length()) if place.bits >> bit & 1]
+
+
+def _joined(norms: list[float], order: float) -> float:
+    """The norm of tensors that have these norms."""
+    if any(map(math.isnan, norms)):
+        return math.nan
+    if math.isinf(order):
+        return max(norms) if order > 0 else min(norms)
+    if order == 0.0:
+        return sum(norms)
+    return norms[0] if len(norms) == 1 else float(sum(norm**order for norm in norms) ** (1.0 / order))
+
+
+def _message(edit: tuple[str, float, float], sets: list[TensorSet]) -> pb.GradientEdit:
+    what, first, second = edit
+    messages = [each.to_proto() for each in sets]
+    if what == "scale":
+        return pb.GradientEdit(sets=messages, scale=first)
+    if what == "zero":
+        return pb.GradientEdit(sets=messages, zero=True)
+    least = None if first == -math.inf else first
+    return pb.GradientEdit(sets=messages, clamp=pb.Clamp(least=least, most=None if second == math.inf else second))

@@ -1,0 +1,221 @@
+"""A tensor whose values are on the server, or are defined by such tensors.
+
+torch asks a subclass without storage for each operation (`__torch_dispatch__`). What has a meaning on the server happens there
+(operations.py); anything else is computed here, from values that are read for it and written back where it changes them
+(fallback.py). So nothing is ignored and nothing approximated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from kt_expert_client.errors import UnsupportedModel
+
+
+class Source(Protocol):
+    """Values on the server, in the layout the trainer knows. Calls wait for the server's answer."""
+
+    @property
+    def name(self) -> str:
+        """For messages."""
+
+    def read(self) -> torch.Tensor:
+        """All of it, on the CPU, in fp32 or the dtype the server has it in."""
+
+    def write(self, values: torch.Tensor) -> None:
+        """Replaces all of it. Raises UnsupportedModel where that is not possible."""
+
+    def copy(self, memo: dict[int, Any]) -> Source | None:
+        """An independent copy on the server, or what needs none; None where a copy of the values is a plain tensor."""
+
+    def adopted(self, parameter: torch.Tensor) -> None:
+        """A parameter stands for it."""
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Stored:
+    """The values of a source, contiguous."""
+
+    source: Source
+
+    def read(self) -> torch.Tensor:
+        return self.source.read()
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class View:
+    """A stored tensor seen with other sizes and strides."""
+
+    base: RemoteTensor
+    geometry: torch.Tensor  # on the meta device
+
+    def read(self) -> torch.Tensor:
+        return self.base.values().contiguous().as_strided(
+            self.geometry.shape, self.geometry.stride(), self.geometry.storage_offset()
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Product:
+    """scale * left @ right, a matrix for each expert: what LoRA adds to a weight."""
+
+    left: RemoteTensor
+    right: RemoteTensor
+    scale: float
+
+    def read(self) -> torch.Tensor:
+        return torch.bmm(self.left.values(), self.right.values()) * self.scale
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Sum:
+    """A stored weight and products that are added to it. Without the weight: products alone."""
+
+    base: RemoteTensor | None
+    products: tuple[Product, ...]
+
+    def read(self) -> torch.Tensor:
+        total = None if self.base is None else self.base.values()
+        for product in self.products:
+            values = product.read()
+            total = values if total is None else total + values.to(total.dtype)
+        assert total is not None  # noqa: S101
+        return total
+
+
+Value = Stored | View | Product | Sum
+
+
+@dataclass(frozen=True, slots=True)
+class _Elsewhere:
+    """In place of a storage: none of this process's memory."""
+
+    number: int
+
+    def data_ptr(self) -> int:
+        return self.number
+
+    def nbytes(self) -> int:
+        return 0
+
+    def size(self) -> int:
+        return 0
+
+
+Handler = Callable[..., Any]
+HANDLERS: dict[Any, Handler] = {}  # by operation; filled where the modules of this package are imported
+
+
+class RemoteTensor(torch.Tensor):
+    """`remote` says what its values are; shape, dtype and device are as the trainer sees them."""
+
+    remote: Value
+    _copy: torch.Tensor
+
+    @staticmethod
+    def __new__(
+        cls: type[RemoteTensor],
+        remote: Value,
+        like: torch.Tensor,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | None = None,
+    ) -> RemoteTensor:
+        made: RemoteTensor = torch.Tensor._make_wrapper_subclass(
+            cls,
+            like.shape,
+            strides=like.stride(),
+            storage_offset=like.storage_offset(),
+            dtype=dtype or like.dtype,
+            device=device or (torch.device("cpu") if like.is_meta else like.device),
+        )
+        made.remote = remote
+        return made
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]  # torch leaves it unannotated
+        del tensor_contents
+        return f"RemoteTensor({self.describe()}, shape={tuple(self.shape)}, dtype={self.dtype})"
+
+    def describe(self) -> str:
+        """What it is, for messages."""
+        remote = self.remote
+        if isinstance(remote, Stored):
+            return remote.source.name
+        return f"a view of {remote.base.describe()}" if isinstance(remote, View) else "a weight with LoRA on it"
+
+    def values(self) -> torch.Tensor:
+        """Its values as a plain tensor of its dtype on the CPU, read now."""
+        with torch.no_grad():
+            return self.remote.read().to(self.dtype)
+
+    def write(self, values: torch.Tensor) -> None:
+        """Replaces its values. Raises UnsupportedModel where they follow from others."""
+        if not isinstance(self.remote, Stored):
+            raise UnsupportedModel(f"{self.describe()} cannot be written; write what it is made of")
+        self.remote.source.write(values.detach())
+
+    # What libraries ask of a tensor's memory
+
+    def untyped_storage(self) -> Any:
+        """Something that tells shared tensors apart without a read: the same for the same values."""
+        return _Elsewhere(id(self.remote.source if isinstance(self.remote, Stored) else self))
+
+    def data_ptr(self) -> int:
+        """Of a copy of the values that is read now and lives as long as this tensor: what safetensors writes. Raises
+        UnsupportedModel for a parameter: whoever has its address may change it, and the server would not know."""
+        if isinstance(self, torch.nn.Parameter) and self.requires_grad:
+            raise UnsupportedModel(
+                f"{self.describe()} has no address in this process; read it (.detach().cpu()), or train it with "
+                "lora_location='trainer'"
+            )
+        self._copy = self.values().contiguous()
+        return self._copy.data_ptr()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickled as its values."""
+        return self.values().__reduce_ex__(protocol)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
+        source = self.remote.source if isinstance(self.remote, Stored) else None
+        copied = None if source is None else source.copy(memo)
+        made = self.values().clone() if copied is None else RemoteTensor(Stored(copied), self)
+        if isinstance(self, torch.nn.Parameter):
+            made = torch.nn.Parameter(made, self.requires_grad)
+            if copied is not None:
+                copied.adopted(made)
+        memo[id(self)] = made
+        return made
+
+    def geometry(self) -> torch.Tensor:
+        """A meta tensor of its sizes and strides."""
+        return torch.empty_strided(self.shape, self.stride(), dtype=self.dtype, device="meta")
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]  # torch's annotations lack the classmethod
+        cls, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[Any, Any] | None = None
+    ) -> Any:
+        del types
+        handler = HANDLERS.get(func)
+        if handler is not None:
+            result = handler(func, *args, **(kwargs or {}))
+            if result is not NotImplemented:
+                return result
+        from kt_expert_client.parameters.fallback import compute_here
+
+        return compute_here(func, args, kwargs or {})
+
+
+def handles(*operations: Any) -> Callable[[Handler], Handler]:
+    """Registers what answers these operations: called with the operation and its arguments; NotImplemented leaves one to the
+    fallback."""
+
+    def register(handler: Handler) -> Handler:
+        for operation in operations:
+            HANDLERS[operation] = handler
+        return handler
+
+    return register

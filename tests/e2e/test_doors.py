@@ -1,0 +1,294 @@
+"""What a trainer may do to parameters, adapters and optimizers beside training them: the same as in process."""
+
+from __future__ import annotations
+
+import copy
+import io
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import kt_expert_client as kt
+import pytest
+import torch
+from kt_expert_client.parameters.tensor import RemoteTensor
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.optimizers import create_loraplus_optimizer
+from safetensors.torch import load_file, save_file
+from support.models import random_tokens
+from support.server import ServerProcess
+from support.training import adapted, logits, lora_config
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")  # the libraries' own
+LOGIT_BOUND = 1e-5  # of the largest; Adam divides by the size of small gradients, and so makes much of their rounding
+LOSS_BOUND = 2e-6
+Pair = tuple[PeftModel, PeftModel]  # in process, and with experts on the server
+
+
+@pytest.fixture
+def pair(server: ServerProcess, qwen3_checkpoint: Path) -> Pair:
+    models = adapted(qwen3_checkpoint, None), adapted(qwen3_checkpoint, server.address)
+    for model in models:
+        randomise(model, 3)
+    return models
+
+
+def randomise(model: Any, seed: int) -> None:
+    """Values for every LoRA matrix, so that none is zero. By name: the order of two models may differ."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for _, parameter in sorted(lora_of(model).items()):
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
+
+
+def lora_of(model: Any, part: str = "lora_") -> dict[str, torch.nn.Parameter]:
+    return {name: parameter for name, parameter in model.named_parameters() if part in name}
+
+
+def loss(model: Any, seed: int = 1) -> torch.Tensor:
+    tokens = random_tokens(2, 10, seed=seed)
+    found: torch.Tensor = model(input_ids=tokens, labels=tokens).loss
+    return found
+
+
+def train(
+    model: Any, optimizer: torch.optim.Optimizer, steps: int = 3, change: Callable[[Any], object] = lambda _: None
+) -> list[float]:
+    losses = []
+    for step in range(steps):
+        value = loss(model, step)
+        value.backward()
+        change(model)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(value.item())
+    return losses
+
+
+def same(pair: Any, *, bound: float = LOGIT_BOUND) -> None:
+    tokens = random_tokens(2, 9)
+    ours, theirs = (logits(model, tokens) for model in reversed(pair))
+    assert (ours - theirs).abs().max() <= bound * max(1.0, float(theirs.abs().max()))
+
+
+def both(
+    pair: Pair, optimizer: Callable[[Any], torch.optim.Optimizer], *, bound: float = LOGIT_BOUND, **kwargs: Any
+) -> None:  # fmt: skip
+    losses = [train(model, optimizer(model), **kwargs) for model in pair]
+    assert losses[1] == pytest.approx(losses[0], abs=LOSS_BOUND)
+    same(pair, bound=bound)
+
+
+def adamw(model: Any) -> torch.optim.Optimizer:
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+
+
+def sgd(model: Any) -> torch.optim.Optimizer:
+    return torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05, momentum=0.9)
+
+
+def test_names_counts_and_shapes_are_stocks(pair: Pair) -> None:
+    stock, remote = ({name: tuple(p.shape) for name, p in model.named_parameters()} for model in pair)
+    assert remote == stock
+    assert pair[1].get_nb_trainable_parameters() == pair[0].get_nb_trainable_parameters()
+    assert pair[1].num_parameters() == pair[0].num_parameters()
+    assert all(isinstance(p, RemoteTensor) == (".experts." in name) for name, p in pair[1].named_parameters())
+
+
+def test_groups_have_rates_of_their_own(pair: Pair) -> None:
+    both(pair, lambda model: torch.optim.AdamW([
+        {"params": list(lora_of(model, "lora_A").values()), "lr": 1e-3, "weight_decay": 0.1},
+        {"params": list(lora_of(model, "lora_B").values()), "lr": 2e-2, "betas": (0.8, 0.9)},
+    ]))  # fmt: skip
+
+
+def test_lora_plus(pair: Pair) -> None:
+    both(pair, lambda model: create_loraplus_optimizer(model, torch.optim.AdamW, lr=1e-3, loraplus_lr_ratio=16))
+
+
+@pytest.mark.parametrize("frozen", [".experts.", "lora_A", "layers.1."])
+def test_parameters_are_frozen_by_name(pair: Pair, frozen: str) -> None:
+    for model in pair:
+        for name, parameter in lora_of(model).items():
+            parameter.requires_grad_(frozen not in name)
+    both(pair, adamw)
+
+
+@pytest.mark.parametrize(
+    "clip",
+    [
+        lambda model: torch.nn.utils.clip_grad_value_(model.parameters(), 1e-3),
+        lambda model: torch.nn.utils.clip_grad_norm_(model.parameters(), 0.01),
+        lambda model: torch.nn.utils.clip_grad_norm_(model.parameters(), 0.01, norm_type=1.0),
+        lambda model: torch.nn.utils.clip_grad_norm_(model.parameters(), 0.001, norm_type=float("inf")),
+        lambda model: [torch.nn.utils.clip_grad_norm_([p], 0.001) for p in model.parameters() if p.grad is not None],
+        lambda model: [p.grad.mul_(0.5).clamp_(max=1e-4) for p in model.parameters() if p.grad is not None],
+        lambda model: [p.grad.div_(3) for p in model.parameters() if p.grad is not None],
+        lambda model: [p.grad.zero_() for name, p in lora_of(model, "lora_A").items()],
+    ],
+    ids=["value", "2", "1", "inf", "one by one", "scale and clamp", "divide", "zero some"],
+)
+def test_gradients_are_changed_as_in_process(pair: Pair, clip: Callable[[Any], object]) -> None:
+    both(pair, adamw, change=clip)
+
+
+def test_gradients_have_stocks_values(pair: Pair) -> None:
+    for model in pair:
+        loss(model, 1).backward()
+        loss(model, 2).backward()
+    for (name, expected), (_, got) in zip(lora_of(pair[0]).items(), lora_of(pair[1]).items(), strict=True):
+        assert torch.allclose(got.grad.detach().cpu(), expected.grad, rtol=1e-4, atol=2e-6), name
+        assert bool(torch.isfinite(got.grad).all())
+
+
+def test_only_what_a_pass_collects_is_added_up(pair: Pair) -> None:
+    for model in pair:
+        loss(model, 1).backward()
+        embeddings = model.get_input_embeddings().weight.requires_grad_()
+        torch.autograd.grad(loss(model, 2), [embeddings])
+        value = loss(model, 3)
+        value.backward(inputs=[next(p for n, p in lora_of(model).items() if "q_proj" in n)], retain_graph=True)
+        value.backward(inputs=[p for n, p in lora_of(model, "lora_B").items()])
+        embeddings.requires_grad_(False)
+    for (name, expected), (_, got) in zip(lora_of(pair[0]).items(), lora_of(pair[1]).items(), strict=True):
+        assert torch.allclose(got.grad.detach().cpu(), expected.grad, rtol=1e-4, atol=2e-6), name
+
+
+def test_two_losses_on_one_graph(pair: Pair) -> None:
+    def step(model: Any, optimizer: torch.optim.Optimizer) -> None:
+        value = loss(model, 1)
+        value.backward(retain_graph=True)
+        (value * 0.5).backward()
+        optimizer.step()
+
+    for model in pair:
+        step(model, adamw(model))
+    same(pair)
+
+
+def test_a_second_adapter(pair: Pair) -> None:
+    config, bound = lora_config(r=2, lora_alpha=6), 1e-4  # each training makes more of the last one's rounding
+    for model in pair:
+        torch.manual_seed(11)
+        model.add_adapter("second", config)
+        model.set_adapter("second")
+    same(pair, bound=bound)
+    for model in pair:
+        randomise(model, 5)
+        model.set_adapter("second")
+    both(pair, sgd, bound=bound)
+    for model in pair:
+        model.set_adapter("default")
+    same(pair, bound=bound)
+    for model in pair:
+        model.base_model.set_adapter(["default", "second"])
+    both(pair, sgd, bound=bound)
+    for model in pair:
+        with model.disable_adapter():
+            pass
+        model.delete_adapter("second")
+        model.set_adapter("default")
+    both(pair, sgd, bound=bound)
+
+
+def test_saved_and_loaded_as_a_second_adapter(pair: Pair, tmp_path: Path) -> None:
+    for name, model in zip(("stock", "remote"), pair, strict=True):
+        model.save_pretrained(tmp_path / name)
+    stock, remote = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("stock", "remote"))
+    assert stock.keys() == remote.keys()
+    assert all(torch.equal(remote[key], value) for key, value in stock.items())
+    for model in pair:
+        randomise(model, 9)
+        model.load_adapter(tmp_path / "stock", "reference")
+        model.set_adapter("reference")
+    same(pair)
+    for model in pair:
+        model.set_adapter("default")
+    same(pair)
+
+
+def test_state_dicts_go_both_ways(pair: Pair, tmp_path: Path) -> None:
+    stock, remote = (get_peft_model_state_dict(model) for model in pair)
+    assert stock.keys() == remote.keys()
+    save_file({key: value.contiguous() for key, value in remote.items()}, tmp_path / "one.safetensors")
+    assert all(torch.equal(value, stock[key]) for key, value in load_file(tmp_path / "one.safetensors").items())
+    buffer = io.BytesIO()
+    torch.save({key: value for key, value in pair[1].state_dict().items() if "lora_" in key}, buffer)
+    buffer.seek(0)
+    saved = torch.load(buffer, weights_only=True)
+    assert all(torch.equal(value, pair[0].state_dict()[key]) for key, value in saved.items())
+    for model in pair:
+        randomise(model, 8)
+    set_peft_model_state_dict(pair[1], stock)
+    set_peft_model_state_dict(pair[0], stock)
+    same(pair)
+    pair[1].load_state_dict({key: value * 2 for key, value in saved.items()}, strict=False)
+    pair[0].load_state_dict({key: value * 2 for key, value in saved.items()}, strict=False)
+    same(pair)
+
+
+def test_an_optimizers_state_goes_both_ways(pair: Pair) -> None:
+    optimizers = [adamw(model) for model in pair]
+    for model, optimizer in zip(pair, optimizers, strict=True):
+        train(model, optimizer, 2)
+    crossed = [copy.deepcopy(optimizer.state_dict()) for optimizer in reversed(optimizers)]
+    for model, state in zip(pair, crossed, strict=True):
+        fresh = adamw(model)
+        fresh.load_state_dict(state)
+        train(model, fresh, 3)
+    same(pair)
+
+
+def test_a_deep_copy_is_independent(pair: Pair) -> None:
+    copies = tuple(copy.deepcopy(model) for model in pair)
+    both(pair, adamw)
+    same(copies)
+    both(copies, adamw)  # type: ignore[arg-type]
+    same(pair)
+
+
+def test_moves_and_casts_leave_parameters_where_they_are(pair: Pair) -> None:
+    remote = pair[1]
+    remote.to("cpu")
+    remote.to(torch.float64).to(torch.float32)
+    assert all(isinstance(p, RemoteTensor) for name, p in remote.named_parameters() if ".experts." in name)
+    pair[0].to(torch.float64).to(torch.float32)
+    both(pair, adamw)
+
+
+def test_arithmetic_on_parameters(pair: Pair) -> None:
+    """Anything torch can do to a parameter, read and written back where nothing better is known."""
+    for model in pair:
+        with torch.no_grad():
+            for parameter in lora_of(model).values():
+                parameter.mul_(0.5).add_(0.01)
+                parameter[0].zero_()
+                parameter.data.clamp_(-0.3, 0.3)
+                torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(4))
+    norms = [sum(float((p.detach() ** 2).sum() + p.detach().abs().max()) for p in lora_of(model).values()) for model in pair]
+    assert norms[1] == pytest.approx(norms[0], rel=1e-6)
+    same(pair)
+
+
+def test_the_gradient_scaler(pair: Pair) -> None:
+    for model in pair:
+        optimizer, scaler = adamw(model), torch.amp.GradScaler("cpu", init_scale=64.0)
+        for step in range(3):
+            scaler.scale(loss(model, step)).backward()
+            scaler.unscale_(optimizer)
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 0.05)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+    same(pair)
+
+
+def test_full_fine_tuning_is_refused_where_it_would_be_silent(server: ServerProcess, qwen3_checkpoint: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    with kt.offload_experts(server.address):
+        model = AutoModelForCausalLM.from_pretrained(qwen3_checkpoint, dtype=torch.float32)
+    with pytest.raises(kt.UnsupportedModel, match="full fine-tuning of experts is not available"):
+        loss(model).backward()
+    with pytest.raises(kt.UnsupportedModel, match="of the experts of layer 0 is on the server"), torch.no_grad():
+        next(p for n, p in model.named_parameters() if ".experts." in n).zero_()
