@@ -292,3 +292,11 @@ def test_full_fine_tuning_is_refused_where_it_would_be_silent(server: ServerProc
         loss(model).backward()
     with pytest.raises(kt.UnsupportedModel, match="of the experts of layer 0 is on the server"), torch.no_grad():
         next(p for n, p in model.named_parameters() if ".experts." in n).zero_()
+
+
+@pytest.mark.parametrize("make", [torch.optim.Adafactor, torch.optim.RMSprop, torch.optim.NAdam])
+def test_an_optimizer_of_other_numbers_is_refused(pair: Pair, make: Any) -> None:
+    optimizer = make([p for p in pair[1].parameters() if p.requires_grad], lr=1e-2)
+    loss(pair[1]).backward()
+    with pytest.raises(kt.UnsupportedModel, match=f"torch.optim.*{make.__name__}"):
+        optimizer.step()

@@ -17,7 +17,7 @@ from kt_expert_client.parameters.lora import GradientSource, LoraMatrix, MomentS
 from kt_expert_client.parameters.store import ParameterStore
 from kt_expert_client.parameters.tensor import RemoteTensor, Stored
 
-_SLOTS: dict[type[Any], tuple[str, ...]] = {Sgd: ("momentum_buffer",), Adafactor: ("row_var", "col_var")}
+_SGD_SLOTS = ("momentum_buffer",)
 _ADAM_SLOTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -112,7 +112,12 @@ def _take(optimizer: torch.optim.Optimizer, group: dict[str, Any], parameter: to
     if gradient is None:
         raise UnsupportedModel(f".grad of {matrix.place} was replaced by a tensor of this process; use .grad.copy_()")
     update = translate(optimizer, group)
-    slots = _SLOTS.get(type(update), _ADAM_SLOTS)
+    if isinstance(update, Adafactor):
+        raise UnsupportedModel(
+            "torch.optim.Adafactor factors the moments of a whole parameter, in which PEFT keeps all experts' matrices, and "
+            "the server those of each expert's matrix: the numbers would differ; use AdamW, Adam or SGD"
+        )
+    slots = _SGD_SLOTS if isinstance(update, Sgd) else _ADAM_SLOTS
     return _Taken(
         parameter, matrix, gradient, update, slots, is_new=not _has_moments(optimizer.state.get(parameter, {}), slots)
     )
