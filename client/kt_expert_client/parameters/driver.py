@@ -138,7 +138,7 @@ def _upload_moments(optimizer: torch.optim.Optimizer, each: _Taken) -> None:
         each.matrix.write(state[slot], slot, step=count)
         state[slot] = _moment(each, slot)
     if local:
-        each.matrix.store.count_updates([each.matrix], [count])
+        each.matrix.store.count_updates(each.matrix, count)
 
 
 def _moment(each: _Taken, slot: str) -> RemoteTensor:
@@ -156,7 +156,7 @@ def _count(optimizer: torch.optim.Optimizer, each: _Taken) -> None:
     state["step"] = torch.tensor(float(count))
     for slot in each.slots:
         state[slot] = _moment(each, slot)
-    each.matrix.store.count_updates([each.matrix], [count])
+    each.matrix.store.count_updates(each.matrix, count)
 
 
 def _found_inf(optimizer: torch.optim.Optimizer) -> bool:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
+from kt_expert_proto.lora import tensor_names
 from kt_expert_proto.v1 import session_pb2 as pb
 
 from kt_expert_client.adapter import TensorSet
@@ -51,10 +52,6 @@ class Gradients:
     def add(self, matrix: LoraMatrix, parameter: torch.Tensor) -> None:
         """A parameter from now on."""
         self._slots[matrix.place] = _Slot(weakref.ref(parameter))
-
-    def forget(self, adapter: str) -> None:
-        self._slots = {place: slot for place, slot in self._slots.items() if place.adapter != adapter}
-        self.changed()
 
     def changed(self) -> None:
         """Some gradient has other values."""
@@ -171,13 +168,9 @@ class Gradients:
         places = self._live()
         sets = tensor_sets(places)
         _, norms = self._store.run.adapters.norms(sets, order)
-        found: dict[tuple[str, int, int], float] = {}
-        values = iter(norms)
-        for each in sets:
-            for layer in each.layers:
-                for bit in (bit for bit in range(each.tensors.bit_length()) if each.tensors >> bit & 1):
-                    found[each.adapter, layer, bit] = next(values)
-        return {place: _joined([found[place.adapter, place.layer, bit] for bit in _bits(place)], order) for place in places}
+        named = ((each.adapter, layer, name) for each in sets for layer in each.layers for name in tensor_names(each.tensors))
+        found = dict(zip(named, norms, strict=True))
+        return {place: _joined([found[place.adapter, place.layer, name] for name in place.tensors], order) for place in places}
 
     def _live(self) -> list[LoraPlace]:
         found = []
@@ -207,10 +200,6 @@ def handle(gradient: GradientSource, like: torch.Tensor) -> RemoteTensor:
     """The gradient as a tensor."""
     made: RemoteTensor = RemoteTensor(Stored(gradient), like)
     return made
-
-
-def _bits(place: LoraPlace) -> list[int]:
-    return [bit for bit in range(place.bits.bit_length()) if place.bits >> bit & 1]
 
 
 def _joined(norms: list[float], order: float) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -28,7 +28,6 @@ class ParameterStore:
         self._dropout = dropout
         self._joined: tuple[Run, Membership] | None = None
         self._awaits_values = False  # other ranks' values of what was written since
-        self._matrices: dict[LoraPlace, LoraMatrix] = {}
         self._updates: dict[LoraPlace, int] = {}
         self._copies = itertools.count(1)
         self.gradients = Gradients(self)
@@ -58,7 +57,6 @@ class ParameterStore:
             lora = LayerLora(place.layer, True, rank, rank, 0, 1.0, 1.0, dropout=self._dropout)
         self.run.adapters.create(place.adapter, [lora], trainable=True)
         matrix = LoraMatrix(self, place, shape)
-        self._matrices[place] = matrix
         if values is not None:
             matrix.write(values, "parameter")
         return matrix
@@ -71,15 +69,7 @@ class ParameterStore:
             self.settle()
             name = copies[matrix.place.adapter] = f"{matrix.place.adapter}.copy{next(self._copies)}"
             self.run.adapters.copy(matrix.place.adapter, name)
-        copied = LoraMatrix(self, replace(matrix.place, adapter=name), matrix.shape)
-        self._matrices[copied.place] = copied
-        return copied
-
-    def delete(self, adapter: str) -> None:
-        """The adapter is not in the model any more."""
-        self.gradients.forget(adapter)
-        self._matrices = {place: each for place, each in self._matrices.items() if place.adapter != adapter}
-        self.run.adapters.delete(adapter)
+        return LoraMatrix(self, replace(matrix.place, adapter=name), matrix.shape)
 
     def read(self, key: TensorKey, size: tuple[int, int, int]) -> torch.Tensor:
         self.settle()
@@ -105,8 +95,8 @@ class ParameterStore:
         """How many updates its moments stand for."""
         return self._updates.get(matrix.place, 0)
 
-    def count_updates(self, matrices: Sequence[LoraMatrix], counts: Sequence[int]) -> None:
-        self._updates.update({matrix.place: count for matrix, count in zip(matrices, counts, strict=True)})
+    def count_updates(self, matrix: LoraMatrix, count: int) -> None:
+        self._updates[matrix.place] = count
 
     def _join(self) -> tuple[Run, Membership]:
         if self._joined is None:

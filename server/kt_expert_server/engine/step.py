@@ -99,20 +99,22 @@ class StepWork(Work):
     def __init__(self, engine: native.Engine, members: Collective, by_rank: Mapping[int, StepParams]) -> None:
         super().__init__()
         self._engine, self._members, self._by_rank = engine, members, by_rank
+        self._groups: tuple[ParamGroup, ...] = ()
         self._plans: list[_LayerPlan] = []
         self._kept: dict[int, dict[str, dict[int, int]]] = {}
 
     def prepare(self) -> None:
         """Raises InvalidRequest where members ask for different steps, NotFound for what there is not."""
-        params, members = agreed_params(self._by_rank), self._members
-        self._plans = self._plan(params)
+        members = self._members
+        self._groups = agreed_params(self._by_rank).groups
+        self._plans = self._plan()
         self._kept = {
             rank: kept_bits(members.adapters, members.windows[rank], each.kept) for rank, each in self._by_rank.items()
         }
 
-    def _plan(self, params: StepParams) -> list[_LayerPlan]:
+    def _plan(self) -> list[_LayerPlan]:
         plans: dict[tuple[str, int], _LayerPlan] = {}
-        for group in params.groups:
+        for group in self._groups:
             update, scale = group.native(), group.grad_scale / self._members.world_size
             for each in self._members.resolve(group.sets):
                 plan = plans.setdefault(
@@ -136,7 +138,7 @@ class StepWork(Work):
         gradients = [self._members.gradients(LayerSet(plan.adapter, plan.index, plan.layer, plan.bits)) for plan in self._plans]
         for plan in self._plans:
             plan.layer.require_kind(plan.kind, plan.forgotten)
-        for group in agreed_params(self._by_rank).groups:
+        for group in self._groups:
             if group.new_optimizer:
                 self._forget_elsewhere(group)
         updates = []

@@ -14,8 +14,11 @@ Reserve = Callable[[Kind, int, str, str], Reservation]  # kind, bytes, owner, wh
 
 def reserve_training(reserve: Reserve, needed: TrainingBytes, owner: str, adapter: str) -> list[Reservation]:
     """All of it or nothing. Raises OutOfCapacity."""
-    sizes = {Kind.GRADIENTS: needed.gradients, Kind.OPTIMIZER: needed.optimizer, Kind.SCRATCH: needed.scratch}
-    return reserve_all(reserve, sizes, owner, adapter)
+    return reserve_all(reserve, training_sizes(needed), owner, adapter)
+
+
+def training_sizes(needed: TrainingBytes) -> dict[Kind, int]:
+    return {Kind.GRADIENTS: needed.gradients, Kind.OPTIMIZER: needed.optimizer, Kind.SCRATCH: needed.scratch}
 
 
 def reserve_all(reserve: Reserve, sizes: dict[Kind, int], owner: str, adapter: str) -> list[Reservation]:

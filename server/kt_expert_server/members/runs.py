@@ -17,7 +17,7 @@ from kt_expert_server.checkpoints.work import ApplyWork
 from kt_expert_server.engine.budget import Holdings, MemoryBudget, Reservation
 from kt_expert_server.engine.kinds import Kind
 from kt_expert_server.engine.tickets import Tickets
-from kt_expert_server.engine.training_memory import reserve_all
+from kt_expert_server.engine.training_memory import reserve_all, training_sizes
 from kt_expert_server.engine.work import Outcome, Work
 from kt_expert_server.errors import (
     AlreadyExists,
@@ -221,8 +221,7 @@ class Runs:
         """Raises OutOfCapacity; nothing is reserved then."""
         sizes = {Kind.ADAPTERS: sum(parameter_bytes(model, lora) for lora in record.lora)}
         if record.trainable:
-            training = self._training_bytes(model, wanted.config, record.lora)
-            sizes |= {Kind.GRADIENTS: training.gradients, Kind.OPTIMIZER: training.optimizer, Kind.SCRATCH: training.scratch}
+            sizes |= training_sizes(self._training_bytes(model, wanted.config, record.lora))
         return reserve_all(self.reserve, sizes, wanted.run, record.name)
 
     def _training_bytes(self, model: BaseModel, config: RunConfig, lora: Sequence[LayerLora]) -> TrainingBytes:

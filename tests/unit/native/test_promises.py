@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
+from typing import Any
 
 import kt_expert_native as native
 import numpy as np
@@ -215,8 +217,8 @@ def test_an_unknown_or_missing_instruction_set_is_an_error() -> None:
         native.Engine(0)
 
 
-def test_replaced_gradients_are_those_of_one_backward() -> None:
-    """Experts without a row in the batch are cleared too, and a cancelled backward clears nothing."""
+def _ready_for_backward() -> tuple[Callable[..., None], native.LoraTensors, native.LoraTensors, np.ndarray]:
+    """A backward whose batch leaves experts out, gradients to add to, others that hold 7, and where dx will be."""
     case = make_case(Shape(6, 40, 24, 9, 2), LORA, seed=9, used_experts=3)
     engine, weights, adapter = native.Engine(2), on_engine.load_weights(case), on_engine.load_adapter(case)
     fresh, used = (native.LoraTensors(on_engine.layer_spec(case), on_engine.lora_spec(case)) for _ in range(2))
@@ -227,38 +229,37 @@ def test_replaced_gradients_are_those_of_one_backward() -> None:
     y, dx, d_weights = np.empty_like(x), np.empty_like(x), np.empty(ids.shape, np.float32)
     ticket = engine.forward(weights, adapter, x, ids, route_weights, y, "activations")
     assert ticket is not None
+
+    def backward(gradients: native.LoraTensors | None, **how: Any) -> None:
+        engine.backward(weights, adapter, gradients, ticket, dy, dx, d_weights, **how)
+
+    return backward, fresh, used, dx
+
+
+def test_replaced_gradients_are_those_of_one_backward() -> None:
+    """Experts without a row in the batch are cleared too, and a cancelled backward clears nothing."""
+    backward, fresh, used, _ = _ready_for_backward()
     token = native.CancelToken()
     token.cancel()
     with pytest.raises(native.Cancelled):
-        engine.backward(weights, adapter, used, ticket, dy, dx, d_weights, token, replaced=list(TENSORS))
+        backward(used, token=token, replaced=list(TENSORS))
     assert all((used.tensor(name) == 7.0).all() for name in used.names())
-    engine.backward(weights, adapter, fresh, ticket, dy, dx, d_weights)
-    engine.backward(weights, adapter, used, ticket, dy, dx, d_weights, replaced=list(TENSORS))
+    backward(fresh)
+    backward(used, replaced=list(TENSORS))
     assert all(np.array_equal(used.tensor(name), fresh.tensor(name)) for name in fresh.names())
 
 
 def test_only_gradients_that_are_wanted_are_touched() -> None:
     """And of these, only those that are to be replaced forget what they held."""
-    case = make_case(Shape(6, 40, 24, 9, 2), LORA, seed=9, used_experts=3)
-    engine, weights, adapter = native.Engine(2), on_engine.load_weights(case), on_engine.load_adapter(case)
-    fresh, used = (native.LoraTensors(on_engine.layer_spec(case), on_engine.lora_spec(case)) for _ in range(2))
-    for name in used.names():
-        used.tensor(name)[...] = 7.0
-    x, dy = on_engine.tokens(case.x, "fp32"), on_engine.tokens(case.dy, "fp32")
-    ids, route_weights = case.ids.to(torch.int32).numpy(), case.routing_weights.float().numpy()
-    y, dx, d_weights = np.empty_like(x), np.empty_like(x), np.empty(ids.shape, np.float32)
-    ticket = engine.forward(weights, adapter, x, ids, route_weights, y, "activations")
-    assert ticket is not None
-    engine.backward(weights, adapter, fresh, ticket, dy, dx, d_weights)
+    backward, fresh, used, dx = _ready_for_backward()
+    backward(fresh)
     whole = dx.copy()
-    engine.backward(
-        weights, adapter, used, ticket, dy, dx, d_weights, wanted=["a_gate", "b_down"], replaced=["b_down", "b_gate"]
-    )
+    backward(used, wanted=["a_gate", "b_down"], replaced=["b_down", "b_gate"])
     assert np.array_equal(dx, whole)
     assert np.array_equal(used.tensor("b_down"), fresh.tensor("b_down"))
     np.testing.assert_allclose(used.tensor("a_gate"), fresh.tensor("a_gate") + 7.0, rtol=1e-5)
     assert all((used.tensor(name) == 7.0).all() for name in used.names() if name not in ("a_gate", "b_down"))
-    engine.backward(weights, adapter, None, ticket, dy, dx, d_weights, wanted=[])
+    backward(None, wanted=[])
     assert np.array_equal(dx, whole)
 
 
