@@ -300,3 +300,18 @@ def test_an_optimizer_of_other_numbers_is_refused(pair: Pair, make: Any) -> None
     loss(pair[1]).backward()
     with pytest.raises(kt.UnsupportedModel, match=f"torch.optim.*{make.__name__}"):
         optimizer.step()
+
+
+def test_moments_that_another_optimizer_replaced_are_not_taken_for_ones_own(pair: Pair) -> None:
+    remote = pair[1]
+    first, second = adamw(remote), adamw(remote)
+    train(remote, first, 1)
+    saved = copy.deepcopy(first.state_dict())
+    train(remote, second, 1)
+    loss(remote).backward()
+    with pytest.raises(kt.WrongPhase, match="given up when another optimizer stepped"):
+        first.step()
+    first.load_state_dict(saved)
+    first.step()
+    with pytest.raises(kt.WrongPhase, match="given up when another optimizer stepped"):
+        copy.deepcopy(second.state_dict())

@@ -133,6 +133,12 @@ def _upload_moments(optimizer: torch.optim.Optimizer, each: _Taken) -> None:
     local = [
         slot for slot in each.slots if isinstance(state.get(slot), torch.Tensor) and not isinstance(state[slot], RemoteTensor)
     ]
+    for slot in each.slots:
+        source = state[slot].remote.source if isinstance(state.get(slot), RemoteTensor) else None
+        if source is not None:
+            source.require_live()
+    if local:
+        each.matrix.store.begin_moments(each.matrix)
     count = int(state.get("step", 0 if not local else 1))
     for slot in local:
         each.matrix.write(state[slot], slot, step=count)
@@ -142,12 +148,18 @@ def _upload_moments(optimizer: torch.optim.Optimizer, each: _Taken) -> None:
 
 
 def _moment(each: _Taken, slot: str) -> RemoteTensor:
-    made: RemoteTensor = RemoteTensor(Stored(MomentSource(each.matrix, slot)), each.parameter, dtype=torch.float32)
+    made: RemoteTensor = RemoteTensor(Stored(_source(each, slot)), each.parameter, dtype=torch.float32)
     return made
+
+
+def _source(each: _Taken, slot: str) -> MomentSource:
+    return MomentSource(each.matrix, slot, each.matrix.store.moments_of(each.matrix))
 
 
 def _count(optimizer: torch.optim.Optimizer, each: _Taken) -> None:
     """What the optimizer knows of the parameter after a step, under torch's names."""
+    if each.is_new:
+        each.matrix.store.begin_moments(each.matrix)
     state = optimizer.state[each.parameter]
     if isinstance(each.update, Sgd):
         state["momentum_buffer"] = _moment(each, "momentum_buffer") if each.update.momentum else None

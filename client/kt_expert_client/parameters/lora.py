@@ -15,6 +15,7 @@ from kt_expert_proto.lora import GRADIENT, PARAMETER, tensor_bits
 
 from kt_expert_client import peft_layout
 from kt_expert_client.adapter import TensorKey
+from kt_expert_client.errors import WrongPhase
 from kt_expert_client.parameters.tensor import RemoteTensor, Stored
 
 if TYPE_CHECKING:
@@ -159,19 +160,29 @@ class GradientSource(_Snapshot):
 
 
 class MomentSource(_Snapshot):
-    """What the optimizer keeps of the matrix. Implements Source."""
+    """What an optimizer keeps of the matrix. The server keeps one set: `generation` says which. Implements Source."""
 
-    def __init__(self, matrix: LoraMatrix, slot: str) -> None:
-        self.matrix, self.slot = matrix, slot
+    def __init__(self, matrix: LoraMatrix, slot: str, generation: int) -> None:
+        self.matrix, self.slot, self.generation = matrix, slot, generation
 
     @property
     def name(self) -> str:
         return f"{self.slot} of " + ParameterSource(self.matrix).name
 
+    def require_live(self) -> None:
+        """Raises WrongPhase where another optimizer has begun since."""
+        if self.generation != self.matrix.store.moments_of(self.matrix):
+            raise WrongPhase(
+                f"{self.name} was given up when another optimizer stepped; the server keeps the moments of one optimizer for "
+                "each parameter. Load the first one's state dict, saved before, to go on with it"
+            )
+
     def read(self) -> torch.Tensor:
+        self.require_live()
         return self.matrix.read(self.slot)
 
     def write(self, values: torch.Tensor) -> None:
+        self.require_live()
         self.matrix.write(values, self.slot, step=self.matrix.store.updates_of(self.matrix))
 
 

@@ -29,6 +29,7 @@ class ParameterStore:
         self._joined: tuple[Run, Membership] | None = None
         self._awaits_values = False  # other ranks' values of what was written since
         self._updates: dict[LoraPlace, int] = {}
+        self._moments: dict[LoraPlace, int] = {}  # how often an optimizer began with them anew
         self._copies = itertools.count(1)
         self.gradients = Gradients(self)
 
@@ -90,6 +91,14 @@ class ParameterStore:
         if self._awaits_values:
             self._awaits_values = False
             self.run.adapters.norms([])
+
+    def moments_of(self, matrix: LoraMatrix) -> int:
+        """Which set of its moments the server has."""
+        return self._moments.get(matrix.place, 0)
+
+    def begin_moments(self, matrix: LoraMatrix) -> None:
+        """Those of an earlier optimizer are given up."""
+        self._moments[matrix.place] = self.moments_of(matrix) + 1
 
     def updates_of(self, matrix: LoraMatrix) -> int:
         """How many updates its moments stand for."""
