@@ -20,6 +20,10 @@ from kt_expert_client.staging import HostBuffer, HostTensor
 
 _TIMEOUT_S = 3600.0  # a tensor may be large and the disk of a server that saves meanwhile slow
 _BARRIER_TIMEOUT_S = 1800.0  # ranks may differ by a whole gradient accumulation
+_PIECE_BYTES = 64 * 1024 * 1024  # larger tensors travel some experts at a time: a layer's weights are gigabytes
+
+
+_DIMENSIONS = 3  # experts, rows, columns
 
 
 class RunAdapters:
@@ -66,30 +70,55 @@ class RunAdapters:
 
     def read(self, key: TensorKey, shape: tuple[int, int, int]) -> torch.Tensor:
         """One tensor as fp32 [E, rows, columns]. Raises NotFound."""
-        pending = self.submit_read(key, shape)
-        pending.wait()
-        return cast("HostBuffer", pending.results[Tensor.ADAPTER]).tensor(torch.float32, shape)
+        pieces = _pieces(shape)
+        if len(pieces) == 1:
+            return _values(self.submit_read(key, shape), shape)
+        whole = torch.empty(shape)
+        waiting: list[tuple[slice, Pending]] = []
+        for piece in pieces:  # the next is asked for while one is on its way
+            waiting.append((piece, self.submit_read(key, (piece.stop - piece.start, *shape[1:]), piece.start)))
+            if len(waiting) > 1:
+                _put(whole, *waiting.pop(0))
+        for each in waiting:
+            _put(whole, *each)
+        return whole
 
     def write(self, key: TensorKey, tensor: torch.Tensor, *, step: int = 0) -> None:
         """Replaces one tensor; `step` is what a moment counts. Raises InvalidRequest or NotFound."""
-        self.submit_write(key, tensor, step=step).wait()
+        shape = tuple(tensor.shape)
+        pieces = _pieces(shape) if len(shape) == _DIMENSIONS else [slice(0, 0)]
+        if len(pieces) == 1:
+            self.submit_write(key, tensor, step=step).wait()
+            return
+        waiting: list[Pending] = []
+        for piece in pieces:
+            waiting.append(self.submit_write(key, tensor[piece], step=step, first_expert=piece.start))
+            if len(waiting) > 1:
+                waiting.pop(0).wait()
+        for each in waiting:
+            each.wait()
 
-    def submit_read(self, key: TensorKey, shape: tuple[int, ...]) -> Pending:
-        """The result is the tensor ADAPTER, fp32 [E * rows, columns]."""
-        name = pb.TensorName(adapter=key.adapter, tensor=key.tensor, part=PART_NUMBERS[key.part])
+    def submit_read(self, key: TensorKey, shape: tuple[int, ...], first_expert: int = 0) -> Pending:
+        """The result is the tensor ADAPTER, fp32 [E * rows, columns], from an expert on."""
+        name = pb.TensorName(
+            adapter=key.adapter, tensor=key.tensor, part=PART_NUMBERS[key.part], first_expert=first_expert, experts=shape[0]
+        )
         call = Call(Op.READ_TENSOR, pb.RequestOpen(read_tensor=name), _TIMEOUT_S, key.layer)
         call.expects = {Tensor.ADAPTER: math.prod(shape) * ITEM_BYTES[Dtype.FP32]}
         return self._session.submit(call)
 
-    def submit_write(self, key: TensorKey, tensor: torch.Tensor, *, step: int = 0) -> Pending:
-        """`tensor` is [E, rows, columns] and may change as soon as this returns. Raises InvalidRequest for another shape."""
-        if tensor.dim() != 3 or key.part not in PART_NUMBERS:
+    def submit_write(self, key: TensorKey, tensor: torch.Tensor, *, step: int = 0, first_expert: int | None = None) -> Pending:
+        """`tensor` is [E, rows, columns] and may change as soon as this returns; with `first_expert`, it is some experts' part.
+        Raises InvalidRequest for another shape."""
+        if tensor.dim() != _DIMENSIONS or key.part not in PART_NUMBERS:
             raise InvalidRequest(f"{key} has shape {tuple(tensor.shape)}, expected [E, rows, columns] of a known part")
         values = tensor.detach().to(device="cpu", dtype=torch.float32).contiguous()
         if values.data_ptr() == tensor.data_ptr():
             values = values.clone()  # it is sent, and perhaps sent again, after this returns
         rows, columns = int(tensor.shape[0] * tensor.shape[1]), int(tensor.shape[2])
         name = pb.TensorName(adapter=key.adapter, tensor=key.tensor, part=PART_NUMBERS[key.part], step=step)
+        if first_expert is not None:
+            name.first_expert, name.experts = first_expert, int(tensor.shape[0])
         sent = (OutTensor(Tensor.ADAPTER, Dtype.FP32, rows, columns, HostTensor(values)),)
         opened = pb.RequestOpen(write_tensor=name)
         return self._session.submit(Call(Op.WRITE_TENSOR, opened, _TIMEOUT_S, key.layer, Dtype.FP32, rows, columns, sent))
@@ -99,3 +128,19 @@ class RunAdapters:
         self._session.submit(call).wait()
         assert call.head is not None  # noqa: S101  # it has succeeded
         return call.head
+
+
+def _pieces(shape: tuple[int, ...]) -> list[slice]:
+    """Experts that travel together."""
+    expert_bytes = math.prod(shape[1:]) * ITEM_BYTES[Dtype.FP32]
+    count = max(1, _PIECE_BYTES // max(1, expert_bytes))
+    return [slice(first, min(first + count, shape[0])) for first in range(0, shape[0], count)] or [slice(0, 0)]
+
+
+def _values(pending: Pending, shape: tuple[int, ...]) -> torch.Tensor:
+    pending.wait()
+    return cast("HostBuffer", pending.results[Tensor.ADAPTER]).tensor(torch.float32, shape)
+
+
+def _put(whole: torch.Tensor, piece: slice, pending: Pending) -> None:
+    whole[piece] = _values(pending, tuple(whole[piece].shape))

@@ -234,16 +234,9 @@ class Run:
         """fp32 tensors [E, rows, columns] of one adapter of the run, or of all."""
         asked = pb.RequestOpen(list_tensors=pb.ListTensors(adapter=adapter, parameters=parameters, moments=moments))
         infos = self._ask(Op.LIST_TENSORS, asked, _TRANSFER_TIMEOUT_S).tensors
-        tensors: AdapterTensors = {}
-        waiting: list[tuple[TensorKey, tuple[int, ...], Pending]] = []
-        for info in infos:  # the next is asked for while one is on its way
-            key, shape = TensorKey(info.layer, info.tensor, PART_NAMES[info.part], info.adapter), tuple(info.shape)
-            waiting.append((key, shape, self.adapters.submit_read(key, shape)))
-            if len(waiting) > 1:
-                _take(tensors, *waiting.pop(0))
-        for each in waiting:
-            _take(tensors, *each)
-        return tensors
+        keys = [TensorKey(info.layer, info.tensor, PART_NAMES[info.part], info.adapter) for info in infos]
+        shapes = [(info.shape[0], info.shape[1], info.shape[2]) for info in infos]
+        return {key: self.adapters.read(key, shape) for key, shape in zip(keys, shapes, strict=True)}
 
     def put_adapter(self, tensors: AdapterTensors, *, step: int | None = None) -> None:
         """Replaces tensors of the run. With moments, `step` is the run's step count from then on, and how many updates
@@ -252,13 +245,8 @@ class Run:
         Tensor by tensor: where one is refused (InvalidRequest, NotFound), those before it have been replaced, that one and
         those after it have not; the step count then stays."""
         ordered = sorted(tensors.items(), key=lambda entry: entry[0].part == STEP)  # counts after what they count
-        waiting: list[Pending] = []
         for key, tensor in ordered:
-            waiting.append(self.adapters.submit_write(key, tensor, step=step or 0))
-            if len(waiting) > 1:
-                waiting.pop(0).wait()
-        for pending in waiting:
-            pending.wait()
+            self.adapters.write(key, tensor, step=step or 0)
         if any(key.part not in (PARAMETER, GRADIENT) for key in tensors):
             opened = pb.RequestOpen(set_step=pb.SetStep(step=step or 0))
             self._step = int(self._ask(Op.SET_STEP, opened, _TRANSFER_TIMEOUT_S).step)
@@ -313,11 +301,6 @@ class Run:
         if not save_for_backward or not self._dropout.get(layer):
             return 0
         return int(torch.randint(1, 2**63 - 1, ()).item())
-
-
-def _take(tensors: AdapterTensors, key: TensorKey, shape: tuple[int, ...], pending: Pending) -> None:
-    pending.wait()
-    tensors[key] = _received(pending, Tensor.ADAPTER).tensor(torch.float32, shape)
 
 
 def memory_of(staging: Staging) -> Callable[[int, Call], Buffer]:

@@ -37,19 +37,19 @@ const LayerWeights& layer_weights() {
   return weights;
 }
 
-std::vector<std::uint8_t> copy_of(const LoraTensors& tensors) {
+std::vector<std::uint8_t> copy_of(const AdapterTensors& tensors) {
   std::vector<std::uint8_t> copy;
-  for (int i = 0; i < kLoraTensors; ++i) {
-    const AlignedBuffer<float>& tensor = tensors.tensor(static_cast<LoraTensor>(i));
+  for (int i = 0; i < kAdapterTensors; ++i) {
+    const AlignedBuffer<float>& tensor = tensors.tensor(static_cast<AdapterTensor>(i));
     const std::uint8_t* bytes = reinterpret_cast<const std::uint8_t*>(tensor.data());
     copy.insert(copy.end(), bytes, bytes + tensor.size() * sizeof(float));
   }
   return copy;
 }
 
-void fill(Bytes& bytes, LoraTensors& tensors) {
-  for (int i = 0; i < kLoraTensors; ++i) {
-    AlignedBuffer<float>& tensor = tensors.tensor(static_cast<LoraTensor>(i));
+void fill(Bytes& bytes, AdapterTensors& tensors) {
+  for (int i = 0; i < kAdapterTensors; ++i) {
+    AlignedBuffer<float>& tensor = tensors.tensor(static_cast<AdapterTensor>(i));
     for (std::size_t at = 0; at < tensor.size(); ++at) tensor.data()[at] = bytes.likely_float();
   }
 }
@@ -83,13 +83,15 @@ class Tokens {
 
 class Trainer {
  public:
-  Trainer(Engine& engine, Bytes& bytes, const LoraSpec& lora)
+  Trainer(Engine& engine, Bytes& bytes, const AdapterSpec& lora)
       : engine_(engine),
         bytes_(bytes),
         parameters_(layer_weights().spec(), lora),
-        gradients_(layer_weights().spec(), lora) {
+        gradients_(layer_weights().spec(), lora),
+        weight_gradients_(layer_weights().spec(), weights_spec()) {
     fill(bytes, parameters_);
     gradients_.zero();
+    weight_gradients_.zero();
   }
 
   void forward() {
@@ -114,14 +116,14 @@ class Trainer {
     args.token = &token;
     args.dropout = {bytes_.next(), bytes_.next()};
     if (bytes_.next() % 4 == 0)
-      args.scales = LoraScales{bytes_.likely_float(), bytes_.likely_float(), bytes_.likely_float()};
+      args.scales = AdapterScales{bytes_.likely_float(), bytes_.likely_float(), bytes_.likely_float()};
     uses_adapter_ = args.lora != nullptr;
     ticket_ = engine_.forward(args);
   }
 
   void backward() {
     if (ticket_ == nullptr) return;
-    const std::vector<std::uint8_t> before = copy_of(gradients_);
+    const std::vector<std::uint8_t> before = copy_of(gradients_), weights_before = copy_of(weight_gradients_);
     const int tokens = ticket_->routing().tokens;
     const FloatType type = bytes_.next() % 8 == 0 ? FloatType::kF32 : type_;
     const Tokens dy(bytes_, tokens, type);
@@ -133,8 +135,9 @@ class Trainer {
     args.weights = &layer_weights();
     args.lora = uses_adapter_ ? &parameters_ : nullptr;
     args.gradients = uses_adapter_ ? &gradients_ : nullptr;
-    args.wanted = bytes_.next() % 2 == 0 ? kAllLoraTensors : bytes_.next() & kAllLoraTensors;
-    args.replaced = bytes_.next() & kAllLoraTensors;
+    args.weight_gradients = bytes_.next() % 4 == 0 ? &weight_gradients_ : nullptr;
+    args.wanted = bytes_.next() % 2 == 0 ? kAllAdapterTensors : bytes_.next() & kAllAdapterTensors;
+    args.replaced = bytes_.next() & kAllAdapterTensors;
     args.ticket = ticket_.get();
     args.dy = dy.in();
     args.dx = dx.out();
@@ -144,14 +147,14 @@ class Trainer {
       engine_.backward(args);
       require(!token.fired());  // what was cancelled before it began has not counted
     } catch (const Error&) {
-      require(copy_of(gradients_) == before);
+      require(copy_of(gradients_) == before && copy_of(weight_gradients_) == weights_before);
     }
   }
 
   void step() {
     const std::vector<std::uint8_t> before = copy_of(parameters_);
     const OptimizerKind kind = static_cast<OptimizerKind>(bytes_.next() % 4);
-    OptimizerState state(layer_weights().spec(), parameters_.lora(), kind,
+    OptimizerState state(layer_weights().spec(), parameters_.spec(), kind,
                          static_cast<MomentType>(bytes_.next() % kMomentTypes));
     LayerUpdate layer;
     for (std::optional<TensorStep>& step : layer.step.tensors) {
@@ -177,14 +180,19 @@ class Trainer {
  private:
   Engine& engine_;
   Bytes& bytes_;
-  LoraTensors parameters_, gradients_;
+  static AdapterSpec weights_spec() {
+    AdapterSpec spec;
+    spec.full = true;
+    return spec;
+  }
+  AdapterTensors parameters_, gradients_, weight_gradients_;
   FloatType type_ = FloatType::kF32;
   bool uses_adapter_ = false;
   std::unique_ptr<Ticket> ticket_;
 };
 
-LoraSpec lora_spec(Bytes& bytes) {
-  LoraSpec lora;
+AdapterSpec lora_spec(Bytes& bytes) {
+  AdapterSpec lora;
   lora.tied = bytes.next() % 2 == 0;
   lora.rank_gate = bytes.next() % 8 == 0 ? static_cast<std::int8_t>(bytes.next()) : bytes.next() % kMostRank;
   lora.rank_up = lora.tied && bytes.next() % 16 != 0 ? lora.rank_gate : bytes.next() % kMostRank;
@@ -201,7 +209,7 @@ LoraSpec lora_spec(Bytes& bytes) {
 void check_requests(Bytes& bytes) {
   static Engine engine(1, "", 1);
   try {
-    const LoraSpec lora = lora_spec(bytes);
+    const AdapterSpec lora = lora_spec(bytes);
     lora.validate();
     Trainer trainer(engine, bytes, lora);
     trainer.forward();

@@ -12,6 +12,8 @@ bits. Errors::
 
 from kt_expert_native._core import (
     MAX_MEMORY_NODES,
+    AdapterSpec,
+    AdapterTensors,
     Cancelled,
     CancelToken,
     DeadlineExceeded,
@@ -20,8 +22,6 @@ from kt_expert_native._core import (
     LayerSpec,
     LayerStep,
     LayerWeights,
-    LoraSpec,
-    LoraTensors,
     NativeError,
     OptimizerState,
     OptimizerUpdate,
@@ -42,8 +42,8 @@ __all__ = [
     "LayerSpec",
     "LayerStep",
     "LayerWeights",
-    "LoraSpec",
-    "LoraTensors",
+    "AdapterSpec",
+    "AdapterTensors",
     "NativeError",
     "OptimizerState",
     "OptimizerUpdate",

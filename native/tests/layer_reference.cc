@@ -75,7 +75,7 @@ class ExpertReference {
       }
     }
     for (int t = 0; t < kLoraTensors; ++t) {
-      const LoraShape shape = lora_shape(layer_, lora_, static_cast<LoraTensor>(t));
+      const TensorShape shape = tensor_shape(layer_, lora_, static_cast<AdapterTensor>(t));
       const std::size_t size = static_cast<std::size_t>(shape.rows * shape.columns);
       const auto first = in_.adapter[t].begin() + static_cast<std::ptrdiff_t>(size) * expert;
       lora_tensors_[t].assign(first, first + static_cast<std::ptrdiff_t>(size));
@@ -90,10 +90,12 @@ class ExpertReference {
                    in_.x.begin() + static_cast<std::ptrdiff_t>((token + 1) * hidden));
     const Matrix dy(in_.dy.begin() + static_cast<std::ptrdiff_t>(token * hidden),
                     in_.dy.begin() + static_cast<std::ptrdiff_t>((token + 1) * hidden));
-    const LoraTensor a_up = lora_.tied ? LoraTensor::kAGate : LoraTensor::kAUp;
-    const Adapted gate{Projection::kGate, LoraTensor::kAGate, LoraTensor::kBGate, lora_.rank_gate, lora_.scale_gate};
-    const Adapted up{Projection::kUp, a_up, LoraTensor::kBUp, lora_.rank_up, lora_.scale_up};
-    const Adapted down{Projection::kDown, LoraTensor::kADown, LoraTensor::kBDown, lora_.rank_down, lora_.scale_down};
+    const AdapterTensor a_up = lora_.tied ? AdapterTensor::kAGate : AdapterTensor::kAUp;
+    const Adapted gate{Projection::kGate, AdapterTensor::kAGate, AdapterTensor::kBGate, lora_.rank_gate,
+                       lora_.scale_gate};
+    const Adapted up{Projection::kUp, a_up, AdapterTensor::kBUp, lora_.rank_up, lora_.scale_up};
+    const Adapted down{Projection::kDown, AdapterTensor::kADown, AdapterTensor::kBDown, lora_.rank_down,
+                       lora_.scale_down};
     const bool gated = has_gate(layer_.activation.kind);
     const Matrix g = gated ? project(gate, x) : Matrix(inter, 0.0), u = project(up, x);
     Matrix h(inter), slope_g(inter), slope_u(inter);
@@ -119,14 +121,14 @@ class ExpertReference {
  private:
   struct Adapted {
     Projection projection;
-    LoraTensor a, b;
+    AdapterTensor a, b;
     int rank;
     double scale;
   };
   std::size_t rows(Projection projection) const {
     return static_cast<std::size_t>(projection == Projection::kDown ? layer_.hidden : layer_.intermediate);
   }
-  const Matrix& lora(LoraTensor tensor) const { return lora_tensors_[static_cast<int>(tensor)]; }
+  const Matrix& lora(AdapterTensor tensor) const { return lora_tensors_[static_cast<int>(tensor)]; }
 
   Matrix project(const Adapted& p, const Matrix& in) const {
     Matrix out = apply(base_[static_cast<int>(p.projection)], in, rows(p.projection), false);
@@ -140,9 +142,13 @@ class ExpertReference {
     return out;
   }
 
-  // Gradient of `in`; adds the projection's LoRA gradients.
+  // Gradient of `in`; adds the projection's gradients.
   Matrix unproject(const Adapted& p, const Matrix& in, const Matrix& d_out, LayerResult& result) const {
     Matrix d_in = apply(base_[static_cast<int>(p.projection)], d_out, rows(p.projection), true);
+    add_outer(weight_gradient(result, AdapterTensor::kWGate, p.projection, d_out.size() * in.size()), d_out, in, 1.0);
+    if (layer_.has_bias) {
+      add_outer(weight_gradient(result, AdapterTensor::kBiasGate, p.projection, d_out.size()), d_out, {1.0}, 1.0);
+    }
     if (p.rank == 0) return d_in;
     const std::size_t rank = static_cast<std::size_t>(p.rank);
     const Matrix d_out_b = apply(lora(p.b), d_out, d_out.size(), true), in_a = apply(lora(p.a), in, rank, false);
@@ -151,13 +157,18 @@ class ExpertReference {
     add_outer(gradient(result, p.b), d_out, in_a, p.scale);
     return d_in;
   }
-  double* gradient(LayerResult& result, LoraTensor tensor) const {
+  // `gate` is the tensor of that kind of the gate projection, after which those of up and down come.
+  double* weight_gradient(LayerResult& result, AdapterTensor gate, Projection projection, std::size_t size) const {
+    const int tensor = static_cast<int>(gate) + static_cast<int>(projection);
+    return result.gradients[tensor].data() + size * static_cast<std::size_t>(expert_);
+  }
+  double* gradient(LayerResult& result, AdapterTensor tensor) const {
     return result.gradients[static_cast<int>(tensor)].data() + lora(tensor).size() * static_cast<std::size_t>(expert_);
   }
 
   const LayerInputs& in_;
   const LayerSpec& layer_;
-  const LoraSpec& lora_;
+  const AdapterSpec& lora_;
   int expert_;
   Matrix base_[kProjections];
   Matrix lora_tensors_[kLoraTensors];
@@ -208,7 +219,7 @@ LayerInputs make_inputs(const LayerCase& spec, unsigned seed) {
     if (layer.has_bias) inputs.biases[p] = values.floats(std::int64_t{layer.experts} * rows, 0.3f);
   }
   for (int t = 0; t < kLoraTensors; ++t) {
-    const LoraShape shape = lora_shape(layer, spec.lora, static_cast<LoraTensor>(t));
+    const TensorShape shape = tensor_shape(layer, spec.lora, static_cast<AdapterTensor>(t));
     const float deviation = shape.columns > 0 ? 1.0f / std::sqrt(static_cast<float>(shape.columns)) : 0.0f;
     inputs.adapter[t] = values.bf16_floats(layer.experts * shape.rows * shape.columns, deviation);
   }
@@ -243,7 +254,14 @@ LayerResult reference(const LayerInputs& inputs, const LayerWeights& weights, bo
   result.y.assign(inputs.x.size(), 0.0);
   result.dx.assign(inputs.x.size(), 0.0);
   result.d_weights.assign(inputs.ids.size(), 0.0);
-  for (int t = 0; t < kLoraTensors; ++t) result.gradients[t].assign(inputs.adapter[t].size(), 0.0);
+  const LayerSpec& layer = inputs.spec.layer;
+  AdapterSpec full;
+  full.full = true;
+  for (int t = 0; t < kAdapterTensors; ++t) {
+    const TensorShape shape =
+        tensor_shape(layer, t < kLoraTensors ? inputs.spec.lora : full, static_cast<AdapterTensor>(t));
+    result.gradients[t].assign(static_cast<std::size_t>(layer.experts * shape.rows * shape.columns), 0.0);
+  }
   for (int e = 0; e < inputs.spec.layer.experts; ++e) {
     const ExpertReference expert(inputs, weights, bf16_operands, e);
     for (std::size_t slot = 0; slot < inputs.ids.size(); ++slot) {
@@ -270,10 +288,10 @@ LayerWeights load_weights(const LayerInputs& inputs, int nodes) {
   return weights;
 }
 
-LoraTensors load_adapter(const LayerInputs& inputs) {
-  LoraTensors adapter(inputs.spec.layer, inputs.spec.lora);
+AdapterTensors load_adapter(const LayerInputs& inputs) {
+  AdapterTensors adapter(inputs.spec.layer, inputs.spec.lora);
   for (int t = 0; t < kLoraTensors; ++t) {
-    std::copy(inputs.adapter[t].begin(), inputs.adapter[t].end(), adapter.tensor(static_cast<LoraTensor>(t)).data());
+    std::copy(inputs.adapter[t].begin(), inputs.adapter[t].end(), adapter.tensor(static_cast<AdapterTensor>(t)).data());
   }
   return adapter;
 }
@@ -281,8 +299,10 @@ LoraTensors load_adapter(const LayerInputs& inputs) {
 LayerResult run_engine(Engine& engine, const LayerInputs& inputs, FloatType type, SavePolicy policy) {
   const LayerCase& spec = inputs.spec;
   const LayerWeights weights = load_weights(inputs, engine.nodes());
-  const LoraTensors adapter = load_adapter(inputs);
-  LoraTensors gradients(spec.layer, spec.lora);
+  const AdapterTensors adapter = load_adapter(inputs);
+  AdapterSpec full;
+  full.full = true;
+  AdapterTensors gradients(spec.layer, spec.lora), weight_gradients(spec.layer, full);
   const std::vector<std::uint8_t> x = token_bytes(inputs.x, type), dy = token_bytes(inputs.dy, type);
   std::vector<std::uint8_t> y(x.size()), dx(x.size());
   std::vector<float> d_weights(inputs.ids.size());
@@ -301,6 +321,7 @@ LayerResult run_engine(Engine& engine, const LayerInputs& inputs, FloatType type
   backward.weights = &weights;
   backward.lora = forward.lora;
   backward.gradients = forward.lora != nullptr ? &gradients : nullptr;
+  backward.weight_gradients = &weight_gradients;
   backward.ticket = ticket.get();
   backward.dy = {dy.data(), type};
   backward.dx = {dx.data(), type};
@@ -310,8 +331,9 @@ LayerResult run_engine(Engine& engine, const LayerInputs& inputs, FloatType type
   result.y = widened(y, type);
   result.dx = widened(dx, type);
   result.d_weights.assign(d_weights.begin(), d_weights.end());
-  for (int t = 0; t < kLoraTensors; ++t) {
-    const AlignedBuffer<float>& tensor = gradients.tensor(static_cast<LoraTensor>(t));
+  for (int t = 0; t < kAdapterTensors; ++t) {
+    const AlignedBuffer<float>& tensor =
+        (t < kLoraTensors ? gradients : weight_gradients).tensor(static_cast<AdapterTensor>(t));
     result.gradients[t].assign(tensor.data(), tensor.data() + tensor.size());
   }
   return result;
@@ -327,7 +349,6 @@ double relative_error(const Matrix& got, const Matrix& expected) {
 }
 
 WorstError worst_error(const LayerResult& got, const LayerResult& expected) {
-  constexpr const char* kNames[kLoraTensors] = {"a_gate", "b_gate", "a_up", "b_up", "a_down", "b_down"};
   WorstError worst;
   const auto consider = [&](const std::string& quantity, const Matrix& left, const Matrix& right) {
     const double error = relative_error(left, right);
@@ -336,13 +357,15 @@ WorstError worst_error(const LayerResult& got, const LayerResult& expected) {
   consider("y", got.y, expected.y);
   consider("dx", got.dx, expected.dx);
   consider("d_weights", got.d_weights, expected.d_weights);
-  for (int t = 0; t < kLoraTensors; ++t) consider(kNames[t], got.gradients[t], expected.gradients[t]);
+  for (int t = 0; t < kAdapterTensors; ++t) {
+    consider(adapter_tensor_name(static_cast<AdapterTensor>(t)), got.gradients[t], expected.gradients[t]);
+  }
   return worst;
 }
 
 bool same_bits(const LayerResult& left, const LayerResult& right) {
   bool same = left.y == right.y && left.dx == right.dx && left.d_weights == right.d_weights;
-  for (int t = 0; t < kLoraTensors; ++t) same = same && left.gradients[t] == right.gradients[t];
+  for (int t = 0; t < kAdapterTensors; ++t) same = same && left.gradients[t] == right.gradients[t];
   return same;
 }
 

@@ -13,7 +13,7 @@ using Matrix = std::vector<double>;  // row-major
 struct LayerCase {
   std::string name;
   LayerSpec layer;
-  LoraSpec lora;
+  AdapterSpec lora;
   int tokens = 0;
   int top_k = 0;
   WeightFormat format = WeightFormat::kBf16;
@@ -36,7 +36,7 @@ LayerInputs select_tokens(const LayerInputs& inputs, int first, int count);
 
 struct LayerResult {
   Matrix y, dx, d_weights;
-  Matrix gradients[kLoraTensors];
+  Matrix gradients[kAdapterTensors];
 };
 
 // `weights` decides what the dense weights are: what the engine's formats decode to, rounded to bf16 where the ISA
@@ -44,7 +44,7 @@ struct LayerResult {
 LayerResult reference(const LayerInputs& inputs, const LayerWeights& weights, bool bf16_operands);
 
 LayerWeights load_weights(const LayerInputs& inputs, int nodes);
-LoraTensors load_adapter(const LayerInputs& inputs);
+AdapterTensors load_adapter(const LayerInputs& inputs);
 LayerResult run_engine(Engine& engine, const LayerInputs& inputs, FloatType type, SavePolicy policy);
 
 // Relative L2; the absolute norm where nothing is expected.
@@ -53,7 +53,7 @@ struct WorstError {
   double error = 0.0;
   std::string quantity;
 };
-// Of y, dx, d_weights and every LoRA gradient.
+// Of y, dx, d_weights and every gradient of LoRA and of weights.
 WorstError worst_error(const LayerResult& got, const LayerResult& expected);
 bool same_bits(const LayerResult& left, const LayerResult& right);
 

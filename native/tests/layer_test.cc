@@ -5,6 +5,7 @@
 #include <string>
 
 #include "isas.h"
+#include "kt_expert/error.h"
 #include "layer_reference.h"
 
 namespace kt_expert {
@@ -34,13 +35,13 @@ LayerSpec layer(int experts, int hidden, int intermediate, ActivationSpec activa
   return spec;
 }
 
-const LoraSpec kSplit{false, 4, 3, 5, 2.0f, 1.5f, 0.5f};
-const LoraSpec kTied{true, 4, 4, 8, 2.0f, 2.0f, 1.0f};
-const LoraSpec kUngated{false, 0, 6, 2, 0.0f, 0.5f, 2.0f};
-const LoraSpec kDownOnly{false, 0, 0, 16, 0.0f, 0.0f, 1.0f};
-const LoraSpec kWide{true, 40, 40, 150, 0.2f, 0.2f, 0.1f};
-const LoraSpec kThin{false, 1, 1, 1, 2.0f, 2.0f, 2.0f};
-const LoraSpec kWidest{false, 256, 256, 256, 0.1f, 0.1f, 0.1f};
+const AdapterSpec kSplit{false, 4, 3, 5, 2.0f, 1.5f, 0.5f};
+const AdapterSpec kTied{true, 4, 4, 8, 2.0f, 2.0f, 1.0f};
+const AdapterSpec kUngated{false, 0, 6, 2, 0.0f, 0.5f, 2.0f};
+const AdapterSpec kDownOnly{false, 0, 0, 16, 0.0f, 0.0f, 1.0f};
+const AdapterSpec kWide{true, 40, 40, 150, 0.2f, 0.2f, 0.1f};
+const AdapterSpec kThin{false, 1, 1, 1, 2.0f, 2.0f, 2.0f};
+const AdapterSpec kWidest{false, 256, 256, 256, 0.1f, 0.1f, 0.1f};
 
 std::vector<LayerCase> cases() {
   return {
@@ -60,7 +61,7 @@ std::vector<LayerCase> cases() {
       {"wide-lora", layer(3, 48, 40), kWide, 21, 2},
       {"rank-1", layer(3, 37, 29), kThin, 11, 2},
       {"rank-256", layer(2, 37, 29), kWidest, 11, 2},
-      {"no-adapter", layer(4, 48, 40), LoraSpec{}, 21, 2},
+      {"no-adapter", layer(4, 48, 40), AdapterSpec{}, 21, 2},
   };
 }
 
@@ -146,8 +147,8 @@ TEST_CASE("every weight format meets the contract against its own weights") {
 TEST_CASE("layers with activations in eight bits are near their golden") {
   for_each_isa([](Isa isa) {
     if (!rounds_activations(isa)) return;
-    LayerInputs inputs =
-        make_inputs({"unsigned", layer(3, 150, 140, {Activation::kRelu2}), LoraSpec{}, 40, 2, WeightFormat::kInt8}, 16);
+    LayerInputs inputs = make_inputs(
+        {"unsigned", layer(3, 150, 140, {Activation::kRelu2}), AdapterSpec{}, 40, 2, WeightFormat::kInt8}, 16);
     for (auto& matrices : inputs.weights) {
       for (auto& matrix : matrices) {
         for (bf16_t& value : matrix) value = static_cast<bf16_t>(value & 0x7FFFu);
@@ -164,7 +165,7 @@ TEST_CASE("layers with activations in eight bits are near their golden") {
 }
 
 TEST_CASE("every ISA drops the same values of LoRA's inputs") {
-  LoraSpec dropping = kSplit;
+  AdapterSpec dropping = kSplit;
   dropping.dropout = 0.4f;
   const LayerInputs inputs = make_inputs({"dropout", layer(4, 70, 44), dropping, 40, 2}, 17);
   Engine scalar(2, "scalar", 1);
@@ -252,6 +253,68 @@ TEST_CASE("more nodes than slices of I still compute") {
   Engine engine(2, "scalar", 5);
   const LayerResult got = run_engine(engine, inputs, FloatType::kF32, SavePolicy::kActivations);
   CHECK(worst_error(got, reference(inputs, load_weights(inputs, 1), false)).error <= kFp32Bound);
+}
+
+TEST_CASE("masters hold what the weights decode to, and encode to the same bits") {
+  for (const int nodes : {1, 3}) {
+    CAPTURE(nodes);
+    const LayerInputs inputs =
+        make_inputs({"masters", layer(3, 70, 45, {Activation::kGptOss, 1.702f, 1.0f}, true), kTied, 4, 2}, 21);
+    Engine engine(3, "scalar", nodes);
+    const LayerWeights weights = load_weights(inputs, nodes);
+    AdapterSpec full;
+    full.full = true;
+    AdapterTensors masters(inputs.spec.layer, full);
+    engine.decode_weights(weights, masters);
+    LayerWeights encoded(inputs.spec.layer, WeightFormat::kBf16, nodes);
+    engine.encode_weights(masters, 0, 2, encoded);
+    engine.encode_weights(masters, 2, 1, encoded);
+    constexpr AdapterTensor kWeights[] = {AdapterTensor::kWGate, AdapterTensor::kWUp, AdapterTensor::kWDown};
+    for (int p = 0; p < kProjections; ++p) {
+      const Projection projection = static_cast<Projection>(p);
+      for (int e = 0; e < inputs.spec.layer.experts; ++e) {
+        const std::vector<float> values = weights.dequantized(projection, e);
+        CHECK(values == encoded.dequantized(projection, e));
+        CHECK(std::equal(values.begin(), values.end(), masters.expert(kWeights[p], e)));
+        const Span<float> bias = encoded.bias(projection, e);
+        CHECK(std::equal(bias.begin(), bias.end(), weights.bias(projection, e)));
+      }
+    }
+    LayerWeights quantised(inputs.spec.layer, WeightFormat::kInt8, nodes);
+    CHECK_THROWS_AS(engine.encode_weights(masters, 0, 3, quantised), InvalidArgument);
+    CHECK_THROWS_AS(engine.encode_weights(masters, 2, 2, encoded), InvalidArgument);
+    AdapterTensors lora(inputs.spec.layer, kTied);
+    CHECK_THROWS_AS(engine.decode_weights(weights, lora), InvalidArgument);
+  }
+}
+
+TEST_CASE("a step on weights is seen by the next pass, rounded once") {
+  const LayerInputs inputs = make_inputs({"step", layer(3, 37, 29), AdapterSpec{}, 9, 2}, 22);
+  Engine engine(2, "scalar", 1);
+  LayerWeights weights = load_weights(inputs, 1);
+  AdapterSpec full;
+  full.full = true;
+  AdapterTensors masters(inputs.spec.layer, full), gradients(inputs.spec.layer, full);
+  engine.decode_weights(weights, masters);
+  for (int t = kLoraTensors; t < kAdapterTensors; ++t) {
+    AlignedBuffer<float>& tensor = gradients.tensor(static_cast<AdapterTensor>(t));
+    std::fill_n(tensor.data(), tensor.size(), 1.0f);
+  }
+  OptimizerState state(inputs.spec.layer, full, OptimizerKind::kSgd, MomentType::kF32);
+  LayerUpdate update;
+  OptimizerUpdate sgd;
+  sgd.kind = OptimizerKind::kSgd;
+  sgd.learning_rate = 0.001;
+  for (std::optional<TensorStep>& step : update.step.tensors) step = TensorStep{sgd, 1.0};
+  update.gradients = {&gradients};
+  update.parameters = &masters;
+  update.state = &state;
+  update.weights = &weights;
+  const float before = masters.expert(AdapterTensor::kWDown, 1)[5];
+  engine.step({update});
+  const float after = masters.expert(AdapterTensor::kWDown, 1)[5];
+  CHECK(after == doctest::Approx(before - 0.001f));
+  CHECK(weights.dequantized(Projection::kDown, 1)[5] == bf16_to_float(float_to_bf16(after)));
 }
 
 TEST_CASE("tickets take the bytes announced") {

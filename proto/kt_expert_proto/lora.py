@@ -1,4 +1,4 @@
-"""LoRA in the protocol's terms: the names of its tensors, what an optimizer keeps of them, and one layer's settings."""
+"""What is trained, in the protocol's terms: the names of tensors, what an optimizer keeps of them, and one layer's settings."""
 
 from __future__ import annotations
 
@@ -7,11 +7,14 @@ from dataclasses import dataclass
 
 from kt_expert_proto.v1 import service_pb2 as pb
 
-TENSORS = ("a_gate", "b_gate", "a_up", "b_up", "a_down", "b_down")
+LORA_TENSORS = ("a_gate", "b_gate", "a_up", "b_up", "a_down", "b_down")
+WEIGHT_TENSORS = ("w_gate", "w_up", "w_down", "bias_gate", "bias_up", "bias_down")
+TENSORS = LORA_TENSORS + WEIGHT_TENSORS
 DEFAULT_ADAPTER = "default"
 ALL_TENSORS = (1 << len(TENSORS)) - 1
 PARAMETER = "parameter"
 GRADIENT = "gradient"
+BASE = "base"  # the base model's own weights
 STEP = "step"  # how many updates the moments of a tensor stand for
 # What an optimizer keeps of a tensor, by the kind whose state it is.
 SLOTS = {"exp_avg": "adamw", "exp_avg_sq": "adamw", "momentum_buffer": "sgd", "row_var": "adafactor", "col_var": "adafactor"}
@@ -24,6 +27,7 @@ PART_NUMBERS: dict[str, pb.AdapterPart] = {
     "col_var": pb.ADAPTER_PART_COL_VAR,
     STEP: pb.ADAPTER_PART_STEP,
     GRADIENT: pb.ADAPTER_PART_GRADIENT,
+    BASE: pb.ADAPTER_PART_BASE,
 }
 PART_NAMES = {number: name for name, number in PART_NUMBERS.items()}
 
@@ -45,7 +49,8 @@ def tensor_names(bits: int) -> list[str]:
 class LayerLora:
     """LoRA of one layer. Rank 0 leaves a projection alone; tied: gate and up share A; scale: alpha/r or alpha/sqrt(r).
 
-    dropout is the probability to drop a value of LoRA's input, in forwards that carry a dropout seed.
+    dropout is the probability to drop a value of LoRA's input, in forwards that carry a dropout seed. full: no LoRA, but the
+    layer's weights and biases.
     """
 
     layer: int
@@ -57,10 +62,11 @@ class LayerLora:
     scale_up: float = 0.0
     scale_down: float = 0.0
     dropout: float = 0.0
+    full: bool = False
 
     @property
     def tensors(self) -> list[str]:
-        """The tensors of such a layer, in order."""
+        """The tensors of LoRA that such a layer has, in order."""
         has = {
             "a_gate": self.rank_gate,
             "b_gate": self.rank_gate,
@@ -69,7 +75,7 @@ class LayerLora:
             "a_down": self.rank_down,
             "b_down": self.rank_down,
         }
-        return [name for name in TENSORS if has[name]]
+        return [name for name in LORA_TENSORS if has[name]]
 
     def to_proto(self) -> pb.LayerLora:
         return pb.LayerLora(**{name: getattr(self, name) for name in self.__slots__})

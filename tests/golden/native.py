@@ -18,8 +18,8 @@ def layer_spec(case: Case) -> native.LayerSpec:
     )
 
 
-def lora_spec(case: Case) -> native.LoraSpec:
-    return native.LoraSpec(**dataclasses.asdict(case.lora))
+def lora_spec(case: Case) -> native.AdapterSpec:
+    return native.AdapterSpec(**dataclasses.asdict(case.lora))
 
 
 def load_weights(case: Case, weight_format: str = "bf16", nodes: int = 1) -> native.LayerWeights:
@@ -33,10 +33,10 @@ def load_weights(case: Case, weight_format: str = "bf16", nodes: int = 1) -> nat
     return weights
 
 
-def load_adapter(case: Case) -> native.LoraTensors | None:
+def load_adapter(case: Case) -> native.AdapterTensors | None:
     if not case.adapter:
         return None
-    tensors = native.LoraTensors(layer_spec(case), lora_spec(case))
+    tensors = native.AdapterTensors(layer_spec(case), lora_spec(case))
     for name, values in case.adapter.items():
         tensors.tensor(name)[:] = values.float().numpy()
     return tensors
@@ -59,7 +59,7 @@ def run(
 ) -> Golden:
     """One forward and backward; what the reference's golden() returns, as computed by the engine."""
     weights, adapter = load_weights(case, weight_format, engine.nodes), load_adapter(case)
-    gradients = native.LoraTensors(layer_spec(case), lora_spec(case)) if adapter is not None else None
+    gradients = native.AdapterTensors(layer_spec(case), lora_spec(case)) if adapter is not None else None
     y, dx = empty_tokens(case, dtype), empty_tokens(case, dtype)
     d_weights = np.empty((case.shape.tokens, case.shape.top_k), np.float32)
     ids = case.ids.to(torch.int32).numpy()

@@ -12,7 +12,7 @@ import kt_expert_client as kt
 import pytest
 import torch
 from kt_expert_client import ActiveAdapter, AdamW, Client, GradientTarget, LayerLora, Run, Sgd, TensorKey, TensorSet
-from kt_expert_proto.lora import TENSORS, tensor_bits
+from kt_expert_proto.lora import LORA_TENSORS, tensor_bits
 from kt_expert_proto.v1 import session_pb2 as spb
 from support.batches import EXPERTS, HIDDEN, LAYERS, batch
 from support.server import ServerProcess
@@ -77,7 +77,7 @@ def joined(parts: list[tuple[LayerLora, dict[str, torch.Tensor]]]) -> tuple[Laye
     ranks = [sum(getattr(each, rank) for each, _ in parts) for rank in ("rank_gate", "rank_up", "rank_down")]
     lora = LayerLora(LAYER, False, *ranks, 1.0, 1.0, 1.0)
     values = {}
-    for name in TENSORS:
+    for name in LORA_TENSORS:
         pieces = []
         for each, tensors in parts:
             source = "a_gate" if name == "a_up" and each.tied else name
@@ -102,7 +102,7 @@ def test_adapters_that_are_active_together_add_up(run: Run, second: LayerLora) -
     dx = backward(run, ticket, wants("one", TIED), wants("two", second))
     assert torch.allclose(dx, backward(run, whole, wants("both", lora)), rtol=1e-4, atol=1e-5)
     first = {"one": 0, "two": 1}
-    for (name, index), tensor in itertools.product(first.items(), TENSORS):
+    for (name, index), tensor in itertools.product(first.items(), LORA_TENSORS):
         each = parts[index][0]
         if tensor not in each.tensors:
             continue

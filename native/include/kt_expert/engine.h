@@ -13,10 +13,10 @@
 #include <string>
 #include <vector>
 
+#include "kt_expert/adapter.h"
 #include "kt_expert/aligned_buffer.h"
 #include "kt_expert/cancel_token.h"
 #include "kt_expert/layer.h"
-#include "kt_expert/lora.h"
 #include "kt_expert/optimizer.h"
 #include "kt_expert/routing.h"
 #include "kt_expert/thread_pool.h"
@@ -66,14 +66,14 @@ struct DropoutSeed {
 // gradients past the numerics contract.
 class Ticket {
  public:
-  Ticket(const LayerSpec& layer, const LoraSpec& lora, Routing routing, FloatType type, SavePolicy policy,
+  Ticket(const LayerSpec& layer, const AdapterSpec& lora, Routing routing, FloatType type, SavePolicy policy,
          DropoutSeed dropout, std::shared_ptr<TicketMemory> memory);
   ~Ticket();
   Ticket(const Ticket&) = delete;
   Ticket& operator=(const Ticket&) = delete;
 
   const LayerSpec& layer() const { return layer_; }
-  const LoraSpec& lora() const { return lora_; }
+  const AdapterSpec& lora() const { return lora_; }
   const Routing& routing() const { return routing_; }
   FloatType type() const { return type_; }
   SavePolicy policy() const { return policy_; }
@@ -86,7 +86,7 @@ class Ticket {
  private:
   friend class Engine;
   LayerSpec layer_;
-  LoraSpec lora_;
+  AdapterSpec lora_;
   Routing routing_;
   FloatType type_;
   SavePolicy policy_;
@@ -99,8 +99,8 @@ class Ticket {
 
 struct ForwardArgs {
   const LayerWeights* weights = nullptr;
-  const LoraTensors* lora = nullptr;  // null: base weights alone
-  std::optional<LoraScales> scales;   // in place of the adapter's own
+  const AdapterTensors* lora = nullptr;  // null: base weights alone
+  std::optional<AdapterScales> scales;   // in place of the adapter's own
   TokensIn x;
   Routing routing;
   TokensOut y;
@@ -111,10 +111,11 @@ struct ForwardArgs {
 
 struct BackwardArgs {
   const LayerWeights* weights = nullptr;
-  const LoraTensors* lora = nullptr;       // as in the forward
-  LoraTensors* gradients = nullptr;        // null where none are wanted
-  LoraTensorSet wanted = kAllLoraTensors;  // those that are added to
-  LoraTensorSet replaced = 0;              // of these, those that forget what they held, with the same promise
+  const AdapterTensors* lora = nullptr;          // as in the forward
+  AdapterTensors* gradients = nullptr;           // of LoRA; null where none are wanted
+  AdapterTensors* weight_gradients = nullptr;    // of the weights; null where none are wanted
+  AdapterTensorSet wanted = kAllAdapterTensors;  // those that are added to
+  AdapterTensorSet replaced = 0;                 // of these, those that forget what they held, with the same promise
   const Ticket* ticket = nullptr;
   TokensIn dy;
   TokensOut dx;
@@ -125,10 +126,14 @@ struct BackwardArgs {
 // One layer's part in an optimizer step.
 struct LayerUpdate {
   LayerStep step;
-  std::vector<const LoraTensors*> gradients;  // by rank
-  LoraTensors* parameters = nullptr;
+  std::vector<const AdapterTensors*> gradients;  // by rank
+  AdapterTensors* parameters = nullptr;
   OptimizerState* state = nullptr;
+  LayerWeights* weights = nullptr;  // what passes use of parameters that are weights: follows them
 };
+
+// Throws InvalidArgument unless `tensors` are all weights of a layer of the same shape, which is kept in bf16.
+void require_trained(const LayerWeights& weights, const AdapterTensors& tensors);
 
 // What a norm is made of. kPowers: the sum of |g|^p; kLargest, kSmallest: of |g|; kNonzeros: how many are not zero.
 enum class NormKind { kPowers, kLargest, kSmallest, kNonzeros };
@@ -153,20 +158,25 @@ class Engine {
 
   // Returns a ticket unless nothing is saved, else null.
   std::unique_ptr<Ticket> forward(const ForwardArgs& args);
-  // Adds to `gradients` only after every step that can fail or be cancelled: a backward counts whole or not at all.
+  // Adds to gradients only after every step that can fail or be cancelled: a backward counts whole or not at all.
   void backward(const BackwardArgs& args);
   // Of every layer, gradients are summed in rank order, scaled, and applied. Throws InvalidArgument where shapes differ
   // or a tensor's update is of another kind than the state. Everything is checked and all memory taken before the first
   // write: a step counts whole or not at all.
   void step(const std::vector<LayerUpdate>& layers);
+  // The values of `weights`, as passes use them, in fp32. Throws InvalidArgument for tensors that are not the weights
+  // of such a layer.
+  void decode_weights(const LayerWeights& weights, AdapterTensors& into);
+  // The reverse, for some experts, rounded to nearest. Throws InvalidArgument for weights in another format than bf16.
+  void encode_weights(const AdapterTensors& from, int first_expert, int experts, LayerWeights& into);
   // Memory kept for operations to come: scratch of past ones and of tickets that are gone.
   std::int64_t kept_bytes() const;
   // Gives it back to the system, but for scratch while an operation runs.
   void drop_kept();
-  // For each of the six tensors, of scale * (sum over ranks of gradients); 0 for one that is not there. `power` is for
+  // For each tensor, of scale * (sum over ranks of gradients); 0 for one that is not there. `power` is for
   // kPowers.
-  std::array<double, kLoraTensors> gradient_norms(NormKind kind, double power, double scale,
-                                                  const std::vector<const LoraTensors*>& gradients);
+  std::array<double, kAdapterTensors> gradient_norms(NormKind kind, double power, double scale,
+                                                     const std::vector<const AdapterTensors*>& gradients);
 
   // What this machine gives the engine's threads together, measured now: the peak of the ISA's multiply-adds
   // (flop per second), of reading memory, and of changing it in place (bytes per second read and written, of 256 MiB).
@@ -174,12 +184,13 @@ class Engine {
   double measure_read_bandwidth();
   double measure_update_bandwidth();
 
-  static std::int64_t ticket_bytes(const LayerSpec& layer, const LoraSpec& lora, std::int64_t tokens, int top_k,
+  static std::int64_t ticket_bytes(const LayerSpec& layer, const AdapterSpec& lora, std::int64_t tokens, int top_k,
                                    FloatType type, SavePolicy policy);
-  // Peak scratch of one forward or backward beside tickets and outputs.
-  std::int64_t scratch_bytes(const LayerSpec& layer, const LoraSpec& lora, std::int64_t tokens, int top_k) const;
+  // Peak scratch of one forward or backward beside tickets and outputs; more where weights are trained.
+  std::int64_t scratch_bytes(const LayerSpec& layer, const AdapterSpec& lora, std::int64_t tokens, int top_k,
+                             bool trains_weights = false) const;
   // Peak scratch of a step or a norm over one layer; that of several layers is the largest.
-  static std::int64_t step_bytes(const LayerSpec& layer, const LoraSpec& lora, OptimizerKind kind, int ranks,
+  static std::int64_t step_bytes(const LayerSpec& layer, const AdapterSpec& lora, OptimizerKind kind, int ranks,
                                  int threads);
 
  private:
@@ -189,6 +200,7 @@ class Engine {
   class BackwardPass;
   class Arena;
 
+  void encode(const AdapterTensors& from, int first_expert, int experts, LayerWeights& into);
   const KernelTable& kernels_for_tokens(FloatType type) const;
   WorkerScratch worker_scratch(int worker);
   double measure_sweeps(int passes, const std::function<void(float*, std::int64_t)>& body);

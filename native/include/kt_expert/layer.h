@@ -66,6 +66,10 @@ class LayerWeights {
 
   // With `memory_nodes`, ids of as many of the machine's own, each slice's pages are asked for from its node.
   LayerWeights(const LayerSpec& spec, WeightFormat format, int nodes, const std::vector<int>& memory_nodes = {});
+  // Weights of the same layer and on the same memory nodes in another format, zero.
+  LayerWeights empty_like(WeightFormat format) const {
+    return LayerWeights(spec_, format, static_cast<int>(slices_.size()), memory_nodes_);
+  }
 
   const LayerSpec& spec() const { return spec_; }
   WeightFormat format() const { return format_; }
@@ -89,14 +93,12 @@ class LayerWeights {
   void set_down(int expert, Span<const bf16_t> source, bool transposed);
   // Codes and scales as a checkpoint of the same format holds them (NativeSource says how).
   void set_native(Projection projection, int expert, Span<const std::uint8_t> codes, Span<const std::uint8_t> scales);
+  // A part of one row, from a column on, of weights in bf16. Different values may be set at the same time.
+  void set_values(Projection projection, int expert, int row, int first_column, Span<const bf16_t> values);
 
-  // The values the kernels work with: [rows, columns] of the projection.
+  // The values the kernels work with: [rows, columns] of the projection, or some of its rows.
   std::vector<float> dequantized(Projection projection, int expert) const;
-
- private:
-  void require_expert(int expert) const;
-  void require_projection(Projection projection) const;
-  void encode(Projection projection, int expert, const DenseSource& whole);
+  void dequantize_rows(Projection projection, int expert, int first_row, int rows, float* into) const;
   int rows_of(Projection projection) const {
     return projection == Projection::kDown ? spec_.hidden : spec_.intermediate;
   }
@@ -104,8 +106,14 @@ class LayerWeights {
     return projection == Projection::kDown ? spec_.intermediate : spec_.hidden;
   }
 
+ private:
+  void require_expert(int expert) const;
+  void require_projection(Projection projection) const;
+  void encode(Projection projection, int expert, const DenseSource& whole);
+
   LayerSpec spec_;
   WeightFormat format_;
+  std::vector<int> memory_nodes_;
   std::vector<Slice> slices_;
   std::string placement_obstacle_;
   AlignedBuffer<float> biases_[kProjections];

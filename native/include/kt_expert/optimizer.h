@@ -7,8 +7,8 @@
 #include <string>
 #include <vector>
 
+#include "kt_expert/adapter.h"
 #include "kt_expert/aligned_buffer.h"
-#include "kt_expert/lora.h"
 
 namespace kt_expert {
 
@@ -54,11 +54,11 @@ struct TensorStep {
   double grad_scale = 1.0;  // clip coefficient and averaging, applied to the gradient first
 };
 
-// What becomes of each of a layer's six tensors; those without an entry stay as they are.
+// What becomes of each of a layer's tensors; those without an entry stay as they are.
 struct LayerStep {
-  std::array<std::optional<TensorStep>, kLoraTensors> tensors;
+  std::array<std::optional<TensorStep>, kAdapterTensors> tensors;
 
-  const std::optional<TensorStep>& of(LoraTensor tensor) const { return tensors[static_cast<std::size_t>(tensor)]; }
+  const std::optional<TensorStep>& of(AdapterTensor tensor) const { return tensors[static_cast<std::size_t>(tensor)]; }
 };
 
 // Of all experts together.
@@ -78,30 +78,30 @@ class OptimizerState {
  public:
   static constexpr int kMostSlots = 3;
 
-  OptimizerState(const LayerSpec& layer, const LoraSpec& lora, OptimizerKind kind, MomentType moments);
+  OptimizerState(const LayerSpec& layer, const AdapterSpec& lora, OptimizerKind kind, MomentType moments);
 
   OptimizerKind kind() const { return kind_; }
   MomentType moments() const { return moments_; }
   const LayerSpec& layer() const { return layer_; }
-  const LoraSpec& lora() const { return lora_; }
+  const AdapterSpec& spec() const { return spec_; }
   static std::vector<std::string> slot_names(OptimizerKind kind);
   static int slot_count(OptimizerKind kind) { return kind == OptimizerKind::kSgd ? 2 : kMostSlots; }
   MomentType slot_type(int slot) const;
   // Shape of one slot of one tensor; rows or columns are 1 where they are factored away.
-  SlotShape slot_shape(int slot, LoraTensor tensor) const;
-  std::uint8_t* data(int slot, LoraTensor tensor) { return slots_[slot][static_cast<std::size_t>(tensor)].data(); }
+  SlotShape slot_shape(int slot, AdapterTensor tensor) const;
+  std::uint8_t* data(int slot, AdapterTensor tensor) { return slots_[slot][static_cast<std::size_t>(tensor)].data(); }
   // Counted per tensor, because a layer may see no gradient for some steps, and a momentum buffer begins only once
   // there is momentum. Exact up to 2^24. Only for tensors that are there.
-  float& steps(LoraTensor tensor) { return *reinterpret_cast<float*>(data(slot_count(kind_) - 1, tensor)); }
+  float& steps(AdapterTensor tensor) { return *reinterpret_cast<float*>(data(slot_count(kind_) - 1, tensor)); }
   std::int64_t bytes() const;
-  static std::int64_t bytes_of(const LayerSpec& layer, const LoraSpec& lora, OptimizerKind kind, MomentType moments);
+  static std::int64_t bytes_of(const LayerSpec& layer, const AdapterSpec& lora, OptimizerKind kind, MomentType moments);
 
  private:
   LayerSpec layer_;
-  LoraSpec lora_;
+  AdapterSpec spec_;
   OptimizerKind kind_;
   MomentType moments_;
-  std::array<std::array<AlignedBuffer<std::uint8_t>, kLoraTensors>, kMostSlots> slots_;
+  std::array<std::array<AlignedBuffer<std::uint8_t>, kAdapterTensors>, kMostSlots> slots_;
 };
 
 }  // namespace kt_expert

@@ -6,6 +6,7 @@
 
 #include "kt_expert/aligned_buffer.h"
 #include "kt_expert/bf16.h"
+#include "kt_expert/span.h"
 #include "kt_expert/weight_format.h"
 
 namespace kt_expert {
@@ -89,6 +90,8 @@ class PackedTensor {
   std::string place(int node);
   // Takes the codes as they are. Throws InvalidArgument for a NaN code or a scale the format cannot apply.
   void set_native(int expert, const NativeSource& source);
+  // A part of one row of bf16, from a depth on.
+  void set_values(int expert, int row, int first_depth, Span<const bf16_t> values);
 
  private:
   std::uint8_t* mutable_blocks(int expert) { return blocks_.data() + expert * shape_.block_bytes_total(); }

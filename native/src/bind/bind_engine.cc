@@ -56,7 +56,7 @@ TokensOut tokens_out(py::array& array, const char* name, py::ssize_t tokens, py:
   return {array.mutable_data(), type};
 }
 
-std::unique_ptr<Ticket> forward(Engine& engine, const LayerWeights& weights, const LoraTensors* adapter,
+std::unique_ptr<Ticket> forward(Engine& engine, const LayerWeights& weights, const AdapterTensors* adapter,
                                 const py::array& x, const IdArray& expert_ids, const FloatArray& routing_weights,
                                 py::array y, const std::string& save, const CancelToken* token,
                                 std::uint64_t dropout_seed, std::uint32_t dropout_layer,
@@ -71,7 +71,7 @@ std::unique_ptr<Ticket> forward(Engine& engine, const LayerWeights& weights, con
   ForwardArgs args;
   args.weights = &weights;
   args.lora = adapter;
-  if (scales) args.scales = LoraScales{(*scales)[0], (*scales)[1], (*scales)[2]};
+  if (scales) args.scales = AdapterScales{(*scales)[0], (*scales)[1], (*scales)[2]};
   args.x = tokens_in(x, "x", tokens, spec.hidden);
   args.y = tokens_out(y, "y", tokens, spec.hidden);
   args.save = save_policy_from(save);
@@ -85,21 +85,23 @@ std::unique_ptr<Ticket> forward(Engine& engine, const LayerWeights& weights, con
   return engine.forward(args);
 }
 
-LoraTensorSet tensor_set(const std::vector<std::string>& names) {
-  LoraTensorSet set = 0;
-  for (const std::string& name : names) set |= 1u << static_cast<int>(lora_tensor_from_name(name));
+AdapterTensorSet tensor_set(const std::vector<std::string>& names) {
+  AdapterTensorSet set = 0;
+  for (const std::string& name : names) set |= 1u << static_cast<int>(adapter_tensor_from_name(name));
   return set;
 }
 
-void backward(Engine& engine, const LayerWeights& weights, const LoraTensors* adapter, LoraTensors* gradients,
+void backward(Engine& engine, const LayerWeights& weights, const AdapterTensors* adapter, AdapterTensors* gradients,
               const Ticket& ticket, const py::array& dy, py::array dx, FloatArray d_weights, const CancelToken* token,
-              const std::optional<std::vector<std::string>>& wanted, const std::vector<std::string>& replaced) {
+              const std::optional<std::vector<std::string>>& wanted, const std::vector<std::string>& replaced,
+              AdapterTensors* weight_gradients) {
   const py::ssize_t tokens = ticket.routing().tokens;
   const py::ssize_t top_k = ticket.routing().top_k;
   BackwardArgs args;
   args.weights = &weights;
   args.lora = adapter;
   args.gradients = gradients;
+  args.weight_gradients = weight_gradients;
   args.ticket = &ticket;
   args.dy = tokens_in(dy, "dy", tokens, weights.spec().hidden);
   args.dx = tokens_out(dx, "dx", tokens, weights.spec().hidden);
@@ -115,13 +117,14 @@ void backward(Engine& engine, const LayerWeights& weights, const LoraTensors* ad
   engine.backward(args);
 }
 
-using LayerTuple = std::tuple<const LayerStep*, std::vector<const LoraTensors*>, LoraTensors*, OptimizerState*>;
+using LayerTuple =
+    std::tuple<const LayerStep*, std::vector<const AdapterTensors*>, AdapterTensors*, OptimizerState*, LayerWeights*>;
 
 void take_step(Engine& engine, const std::vector<LayerTuple>& layers) {
   py::gil_scoped_release release;
   std::vector<LayerUpdate> updates;
-  for (const auto& [step, gradients, parameters, state] : layers) {
-    updates.push_back({*step, gradients, parameters, state});
+  for (const auto& [step, gradients, parameters, state, weights] : layers) {
+    updates.push_back({*step, gradients, parameters, state, weights});
   }
   engine.step(updates);
 }
@@ -134,17 +137,17 @@ NormKind norm_kind_from(double order) {
 
 // Of the tensors that are there: for a finite order but 0 the sum of powers, whose root the caller takes.
 std::map<std::string, double> gradient_norms(Engine& engine, double order, double scale,
-                                             const std::vector<const LoraTensors*>& gradients) {
-  std::array<double, kLoraTensors> norms;
+                                             const std::vector<const AdapterTensors*>& gradients) {
+  std::array<double, kAdapterTensors> norms;
   {
     const py::gil_scoped_release release;
     norms = engine.gradient_norms(norm_kind_from(order), order, scale, gradients);
   }
   std::map<std::string, double> found;
-  for (int t = 0; t < kLoraTensors; ++t) {
-    const LoraTensor tensor = static_cast<LoraTensor>(t);
+  for (int t = 0; t < kAdapterTensors; ++t) {
+    const AdapterTensor tensor = static_cast<AdapterTensor>(t);
     if (!gradients.front()->tensor(tensor).empty())
-      found[lora_tensor_name(tensor)] = norms[static_cast<std::size_t>(t)];
+      found[adapter_tensor_name(tensor)] = norms[static_cast<std::size_t>(t)];
   }
   return found;
 }
@@ -186,20 +189,24 @@ void bind_engine(py::module_& module) {
       .def("backward", &backward, py::arg("weights"), py::arg("adapter").none(true), py::arg("gradients").none(true),
            py::arg("ticket"), py::arg("dy"), py::arg("dx"), py::arg("d_weights").noconvert(),
            py::arg("token").none(true) = nullptr, py::arg("wanted") = py::none(),
-           py::arg("replaced") = std::vector<std::string>{})
+           py::arg("replaced") = std::vector<std::string>{}, py::arg("weight_gradients").none(true) = nullptr)
       .def("step", &take_step, py::arg("layers"))
+      .def("decode_weights", &Engine::decode_weights, py::arg("weights"), py::arg("into"),
+           py::call_guard<py::gil_scoped_release>())
+      .def("encode_weights", &Engine::encode_weights, py::arg("source"), py::arg("first_expert"), py::arg("experts"),
+           py::arg("into"), py::call_guard<py::gil_scoped_release>())
       .def("gradient_norms", &gradient_norms, py::arg("order"), py::arg("scale"), py::arg("gradients"))
       .def("scratch_bytes", &Engine::scratch_bytes, py::arg("layer"), py::arg("lora"), py::arg("tokens"),
-           py::arg("top_k"))
+           py::arg("top_k"), py::arg("trains_weights") = false)
       .def_static(
           "step_bytes",
-          [](const LayerSpec& layer, const LoraSpec& lora, const std::string& kind, int ranks, int threads) {
+          [](const LayerSpec& layer, const AdapterSpec& lora, const std::string& kind, int ranks, int threads) {
             return Engine::step_bytes(layer, lora, optimizer_from_name(kind), ranks, threads);
           },
           py::arg("layer"), py::arg("lora"), py::arg("kind"), py::arg("ranks"), py::arg("threads"))
       .def_static(
           "ticket_bytes",
-          [](const LayerSpec& layer, const LoraSpec& lora, std::int64_t tokens, int top_k, const std::string& dtype,
+          [](const LayerSpec& layer, const AdapterSpec& lora, std::int64_t tokens, int top_k, const std::string& dtype,
              const std::string& save) {
             return Engine::ticket_bytes(layer, lora, tokens, top_k, float_type_from(dtype), save_policy_from(save));
           },

@@ -101,6 +101,13 @@ void bind_layer(py::module_& module) {
       .def_property_readonly("weight_format",
                              [](const LayerWeights& self) { return weight_format_name(self.format()); })
       .def_property_readonly("nbytes", &LayerWeights::bytes)
+      .def_property_readonly("nodes", [](const LayerWeights& self) { return self.slices().size(); })
+      .def(
+          "empty_like",
+          [](const LayerWeights& self, const std::string& format) {
+            return self.empty_like(weight_format_from_name(format));
+          },
+          py::arg("weight_format"))
       .def_static(
           "nbytes_of",
           [](const LayerSpec& spec, const std::string& format, int nodes) {

@@ -42,7 +42,7 @@ OptimizerUpdate make_update(const std::string& kind, double learning_rate, doubl
 LayerStep make_step(const std::map<std::string, std::pair<OptimizerUpdate, double>>& tensors) {
   LayerStep made;
   for (const auto& [name, step] : tensors) {
-    made.tensors[static_cast<std::size_t>(lora_tensor_from_name(name))] = TensorStep{step.first, step.second};
+    made.tensors[static_cast<std::size_t>(adapter_tensor_from_name(name))] = TensorStep{step.first, step.second};
   }
   return made;
 }
@@ -56,7 +56,7 @@ py::array slot_view(const py::object& self, const std::string& slot, const std::
     throw InvalidArgument("optimizer state of " + std::string(optimizer_name(state.kind())) + " has no '" + slot + "'");
   }
   const int index = static_cast<int>(found - slots.begin());
-  const LoraTensor tensor = lora_tensor_from_name(name);
+  const AdapterTensor tensor = adapter_tensor_from_name(name);
   const SlotShape shape = state.slot_shape(index, tensor);
   const std::vector<py::ssize_t> extents{static_cast<py::ssize_t>(shape.experts), static_cast<py::ssize_t>(shape.rows),
                                          static_cast<py::ssize_t>(shape.columns)};
@@ -69,9 +69,9 @@ py::array slot_view(const py::object& self, const std::string& slot, const std::
 
 std::vector<std::string> tensor_names(const OptimizerState& state) {
   std::vector<std::string> names;
-  for (int t = 0; t < kLoraTensors; ++t) {
-    const LoraTensor tensor = static_cast<LoraTensor>(t);
-    if (lora_shape(state.layer(), state.lora(), tensor).rows > 0) names.emplace_back(lora_tensor_name(tensor));
+  for (int t = 0; t < kAdapterTensors; ++t) {
+    const AdapterTensor tensor = static_cast<AdapterTensor>(t);
+    if (tensor_shape(state.layer(), state.spec(), tensor).rows > 0) names.emplace_back(adapter_tensor_name(tensor));
   }
   return names;
 }
@@ -87,10 +87,10 @@ void bind_optimizer(py::module_& module) {
            py::arg("clip_threshold") = 1.0);
   py::class_<LayerStep>(module, "LayerStep").def(py::init(&make_step), py::arg("tensors"));
   py::class_<OptimizerState>(module, "OptimizerState")
-      .def(py::init(
-               [](const LayerSpec& layer, const LoraSpec& lora, const std::string& kind, const std::string& moments) {
-                 return OptimizerState(layer, lora, optimizer_from_name(kind), moment_type_from(moments));
-               }),
+      .def(py::init([](const LayerSpec& layer, const AdapterSpec& lora, const std::string& kind,
+                       const std::string& moments) {
+             return OptimizerState(layer, lora, optimizer_from_name(kind), moment_type_from(moments));
+           }),
            py::arg("layer"), py::arg("lora"), py::arg("kind"), py::arg("moments") = "fp32")
       .def_property_readonly("kind", [](const OptimizerState& state) { return optimizer_name(state.kind()); })
       .def_property_readonly("nbytes", &OptimizerState::bytes)
@@ -99,7 +99,7 @@ void bind_optimizer(py::module_& module) {
       .def("tensor", &slot_view, py::arg("slot"), py::arg("name"))
       .def_static(
           "bytes_of",
-          [](const LayerSpec& layer, const LoraSpec& lora, const std::string& kind, const std::string& moments) {
+          [](const LayerSpec& layer, const AdapterSpec& lora, const std::string& kind, const std::string& moments) {
             return OptimizerState::bytes_of(layer, lora, optimizer_from_name(kind), moment_type_from(moments));
           },
           py::arg("layer"), py::arg("lora"), py::arg("kind"), py::arg("moments") = "fp32");

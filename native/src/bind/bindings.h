@@ -7,7 +7,7 @@ namespace kt_expert {
 
 void bind_errors(pybind11::module_& module);
 void bind_layer(pybind11::module_& module);
-void bind_lora(pybind11::module_& module);
+void bind_adapter(pybind11::module_& module);
 void bind_optimizer(pybind11::module_& module);
 void bind_engine(pybind11::module_& module);
 

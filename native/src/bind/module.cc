@@ -44,7 +44,7 @@ PYBIND11_MODULE(_core, module) {
   module.doc() = "Native core of kt-expert: buffers in, buffers out.";
   kt_expert::bind_errors(module);
   kt_expert::bind_layer(module);
-  kt_expert::bind_lora(module);
+  kt_expert::bind_adapter(module);
   kt_expert::bind_optimizer(module);
   kt_expert::bind_engine(module);
   module.def("list_weight_formats", &kt_expert::list_weight_formats, "Every form weights can be held in.");

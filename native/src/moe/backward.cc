@@ -11,9 +11,9 @@ constexpr int kDotColumns = kLeastColumns;
 }  // namespace
 
 Engine::BackwardPass::Buffers Engine::BackwardPass::take(Carver& carver, const KernelTable& kernels,
-                                                         const LayerSpec& layer, const LoraSpec& lora,
+                                                         const LayerSpec& layer, const AdapterSpec& lora,
                                                          std::int64_t tokens, std::int64_t routes, int nodes,
-                                                         SavePolicy policy, FloatType output) {
+                                                         SavePolicy policy, FloatType output, bool trains_weights) {
   Buffers buffers;
   const std::int64_t hidden = routes * layer.intermediate;
   const bool fp32_operands = kernels.operand == OperandType::kF32;
@@ -29,8 +29,14 @@ Engine::BackwardPass::Buffers Engine::BackwardPass::take(Carver& carver, const K
   buffers.d_up = OperandRows::take(carver, kernels, routes, layer.intermediate);
   if (!fp32_operands) buffers.d_up_f32 = carver.take<float>(hidden);
   if (reads_x(lora)) buffers.x_f32 = carver.take<float>(tokens * layer.hidden);
+  if (!fp32_operands && (lora.rank_down > 0 || trains_weights)) {
+    buffers.dy_f32 = carver.take<float>(tokens * layer.hidden);
+  }
+  if (trains_weights) {
+    buffers.whole_x_f32 = carver.take<float>(tokens * layer.hidden);
+    buffers.weighted_h = carver.take<float>(hidden);
+  }
   if (lora.rank_down > 0) {
-    if (!fp32_operands) buffers.dy_f32 = carver.take<float>(tokens * layer.hidden);
     buffers.h_f32 = carver.take<float>(hidden);
     buffers.dy_b_down = LoraRows::take(carver, kernels, routes, lora.rank_down, nullptr);
     buffers.weighted_h_a = carver.take<float>(routes * rank_stride(lora.rank_down));
@@ -44,11 +50,11 @@ Engine::BackwardPass::Buffers Engine::BackwardPass::take(Carver& carver, const K
 }
 
 std::int64_t Engine::BackwardPass::scratch_bytes(const KernelTable& kernels, const LayerSpec& layer,
-                                                 const LoraSpec& lora, std::int64_t tokens, std::int64_t routes,
-                                                 int nodes, int workers) {
+                                                 const AdapterSpec& lora, std::int64_t tokens, std::int64_t routes,
+                                                 int nodes, int workers, bool trains_weights) {
   // The larger of both ticket policies: a run may use either.
   Carver carver(nullptr);
-  take(carver, kernels, layer, lora, tokens, routes, nodes, SavePolicy::kInputs, FloatType::kBf16);
+  take(carver, kernels, layer, lora, tokens, routes, nodes, SavePolicy::kInputs, FloatType::kBf16, trains_weights);
   HiddenPass::reserve(carver, kernels, layer, lora, tokens, routes, workers);
   return carver.used();
 }
@@ -58,12 +64,13 @@ void Engine::BackwardPass::run(Engine& engine, const BackwardArgs& args) {
   const Routing& routing = ticket.routing();
   const LayerSpec& layer = ticket.layer();
   const int nodes = static_cast<int>(args.weights->slices().size());
+  const bool trains_weights = args.weight_gradients != nullptr;
   const KernelTable& kernels = engine.kernels_for_tokens(ticket.type());
   const Arena::Lease lease(*engine.arena_, scratch_bytes(kernels, layer, ticket.lora(), routing.tokens, routing.routes,
-                                                         nodes, engine.threads()));
+                                                         nodes, engine.threads(), trains_weights));
   Carver carver(lease.data());
-  const Buffers buffers =
-      take(carver, kernels, layer, ticket.lora(), routing.tokens, routing.routes, nodes, ticket.policy(), args.dx.type);
+  const Buffers buffers = take(carver, kernels, layer, ticket.lora(), routing.tokens, routing.routes, nodes,
+                               ticket.policy(), args.dx.type, trains_weights);
   HiddenStore saved = ticket.store();
   if (ticket.policy() == SavePolicy::kInputs) {
     saved = buffers.recomputed;
@@ -96,9 +103,9 @@ void Engine::BackwardPass::run_phases() {
   if (token_ != nullptr) token_->check();
   // Nothing below can fail or be cancelled.
   write_d_weights();
-  if (args_.gradients == nullptr) return;
   clear_gradients();
   lora_gradients();
+  weight_gradients();
 }
 
 void Engine::BackwardPass::load() {
@@ -109,7 +116,8 @@ void Engine::BackwardPass::load() {
   } else if (reads_x(lora_)) {
     x_ = {load_f32(args_.ticket->x(), buffers_.x_f32), layer_.hidden, nullptr};
   }
-  if (lora_.rank_down == 0) return;
+  if (trains_weights()) whole_x_ = {load_f32(args_.ticket->x(), buffers_.whole_x_f32), layer_.hidden, nullptr};
+  if (lora_.rank_down == 0 && !trains_weights()) return;
   const OperandRows& dy = buffers_.dy.tokens;
   if (kernels_.operand == OperandType::kF32) {
     dy_ = {dy.f32(), dy.stride, nullptr};
@@ -122,7 +130,7 @@ void Engine::BackwardPass::project_dy() {
   const int rank = lora_.rank_down;
   if (rank == 0) return;
   for_each_row_task([&](const RowTask& task, int worker) {
-    const F32Matrix b{adapter_->expert(LoraTensor::kBDown, task.expert), rank, RightLayout::kKN};
+    const F32Matrix b{adapter_->expert(AdapterTensor::kBDown, task.expert), rank, RightLayout::kKN};
     const LoraInput input{kernels_, buffers_.dy.of(task, routing_), b, layer_.hidden};
     project_lora(task, &input, 1, lora_.scale_down, buffers_.dy_b_down, worker);
   });
@@ -139,7 +147,7 @@ void Engine::BackwardPass::hidden_block(const BlockTask& at) {
                     at.slice.matrix(Projection::kDown, task.expert), at.first_column / kBlockDepth, at.depth_blocks(),
                     d_h, block_stride_, scratch.panels);
   if (lora_.rank_down > 0) {
-    const float* a = adapter_->expert(LoraTensor::kADown, task.expert) + first;
+    const float* a = adapter_->expert(AdapterTensor::kADown, task.expert) + first;
     const F32Matrix matrix{a, layer_.intermediate, RightLayout::kKN};
     if (drops()) {
       multiply_dropped_lora(task, buffers_.dy_b_down, matrix, first, at.columns, d_h, at.worker,
@@ -167,6 +175,10 @@ void Engine::BackwardPass::finish_hidden_row(int expert, std::int64_t row, int f
   if (buffers_.h_f32 != nullptr) {
     std::copy_n(h, columns, buffers_.h_f32 + at);
     if (drops()) drop_row(h_dropout(expert, row), first_column, buffers_.h_f32 + at, columns);
+  }
+  if (buffers_.weighted_h != nullptr) {
+    std::copy_n(h, columns, buffers_.weighted_h + at);
+    kernels_.scale(routing_.row_weight[static_cast<std::size_t>(row)], buffers_.weighted_h + at, columns);
   }
   kernels_.scale(routing_.row_weight[static_cast<std::size_t>(row)], d_h, columns);
   float* d_gate = h;  // h is not needed any more
@@ -219,15 +231,17 @@ float Engine::BackwardPass::dot_with_dy(const float* bias, std::int64_t token) c
 void Engine::BackwardPass::project_hidden() {
   if (lora_.rank_gate == 0 && lora_.rank_up == 0) return;
   for_each_row_task([&](const RowTask& task, int worker) {
-    const auto input = [&](LoraTensor b, int rank, const OperandRows& operands, const float* f32) {
+    const auto input = [&](AdapterTensor b, int rank, const OperandRows& operands, const float* f32) {
       const OuterRows rows = d_hidden_rows(operands, f32, task.first);
       return LoraInput{engine_.fp32_kernels_,
                        {rows.base, rows.stride, nullptr},
                        {adapter_->expert(b, task.expert), rank, RightLayout::kKN},
                        layer_.intermediate};
     };
-    const auto gate = [&] { return input(LoraTensor::kBGate, lora_.rank_gate, buffers_.d_gate, buffers_.d_gate_f32); };
-    const auto up = [&] { return input(LoraTensor::kBUp, lora_.rank_up, buffers_.d_up, buffers_.d_up_f32); };
+    const auto gate = [&] {
+      return input(AdapterTensor::kBGate, lora_.rank_gate, buffers_.d_gate, buffers_.d_gate_f32);
+    };
+    const auto up = [&] { return input(AdapterTensor::kBUp, lora_.rank_up, buffers_.d_up, buffers_.d_up_f32); };
     if (lora_.tied) {
       const LoraInput both[] = {gate(), up()};
       project_lora(task, both, 2, lora_.scale_gate, buffers_.d_gate_b, worker);
@@ -257,7 +271,7 @@ void Engine::BackwardPass::input_block(const BlockTask& at, float* block) const 
                       at.slice.matrix(projection, task.expert), at.first_column / kBlockDepth, at.depth_blocks(), block,
                       block_stride_, scratch_of(at.worker).panels);
   };
-  const auto lora = [&](LoraTensor a, const LoraRows& rows) {
+  const auto lora = [&](AdapterTensor a, const LoraRows& rows) {
     if (!is_first(at.slice) || rows.rank == 0) return;
     const F32Matrix matrix{adapter_->expert(a, task.expert) + at.first_column, layer_.hidden, RightLayout::kKN};
     if (drops()) {
@@ -270,8 +284,8 @@ void Engine::BackwardPass::input_block(const BlockTask& at, float* block) const 
   };
   if (has_gate(layer_.activation.kind)) base(Projection::kGate, buffers_.d_gate);
   base(Projection::kUp, buffers_.d_up);
-  lora(LoraTensor::kAGate, buffers_.d_gate_b);
-  lora(LoraTensor::kAUp, buffers_.d_up_b);
+  lora(AdapterTensor::kAGate, buffers_.d_gate_b);
+  lora(AdapterTensor::kAUp, buffers_.d_up_b);
 }
 
 void Engine::BackwardPass::write_d_weights() const {

@@ -8,8 +8,9 @@ namespace kt_expert {
 class Engine::BackwardPass : private Engine::Pass {
  public:
   static void run(Engine& engine, const BackwardArgs& args);
-  static std::int64_t scratch_bytes(const KernelTable& kernels, const LayerSpec& layer, const LoraSpec& lora,
-                                    std::int64_t tokens, std::int64_t routes, int nodes, int workers);
+  static std::int64_t scratch_bytes(const KernelTable& kernels, const LayerSpec& layer, const AdapterSpec& lora,
+                                    std::int64_t tokens, std::int64_t routes, int nodes, int workers,
+                                    bool trains_weights);
 
  private:
   struct Buffers {
@@ -24,12 +25,15 @@ class Engine::BackwardPass : private Engine::Pass {
     LoraRows dy_b_down;             // scale * dy B_down, later times the routing weight
     LoraRows d_gate_b, d_up_b;      // scale * d_gate B_gate; where tied, both sums in d_gate_b
     float* weighted_h_a = nullptr;  // [routes, rank_stride] w * scale * h A_down^T
+    float* whole_x_f32 = nullptr;   // [tokens, H] and w * h [routes, I], without dropout, for dW
+    float* weighted_h = nullptr;
     float* d_weight_parts = nullptr;
     float* d_weight_rows = nullptr;  // [routes]
     TokenSums dx;
   };
-  static Buffers take(Carver& carver, const KernelTable& kernels, const LayerSpec& layer, const LoraSpec& lora,
-                      std::int64_t tokens, std::int64_t routes, int nodes, SavePolicy policy, FloatType output);
+  static Buffers take(Carver& carver, const KernelTable& kernels, const LayerSpec& layer, const AdapterSpec& lora,
+                      std::int64_t tokens, std::int64_t routes, int nodes, SavePolicy policy, FloatType output,
+                      bool trains_weights);
 
   BackwardPass(Engine& engine, const BackwardArgs& args, const HiddenStore& saved, const Buffers& buffers);
   void run_phases();
@@ -44,9 +48,12 @@ class Engine::BackwardPass : private Engine::Pass {
   void project_hidden();
   void input_gradients();
   void input_block(const BlockTask& at, float* block) const;
+  bool trains_weights() const { return args_.weight_gradients != nullptr; }
   void clear_gradients();
   void lora_gradients();
-  void lora_gradient(int expert, LoraTensor tensor);
+  void lora_gradient(int expert, AdapterTensor tensor);
+  void weight_gradients();
+  void weight_gradient(int expert, AdapterTensor tensor, std::int64_t first_row);
   void write_d_weights() const;
   OuterRows d_hidden_rows(const OperandRows& operands, const float* f32, std::int64_t first) const;
 
@@ -54,7 +61,8 @@ class Engine::BackwardPass : private Engine::Pass {
   HiddenStore saved_;
   Buffers buffers_;
   std::int64_t parts_per_row_;
-  OuterRows x_, dy_;  // [tokens, H]
+  OuterRows x_, dy_;   // [tokens, H]
+  OuterRows whole_x_;  // without dropout
 };
 
 }  // namespace kt_expert

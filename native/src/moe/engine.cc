@@ -23,14 +23,14 @@ void require_same_layer(const LayerSpec& layer, const LayerSpec& other, const ch
   }
 }
 
-bool same_adapter(const LoraSpec& a, const LoraSpec& b) {
+bool same_adapter(const AdapterSpec& a, const AdapterSpec& b) {
   return a.tied == b.tied && a.rank_gate == b.rank_gate && a.rank_up == b.rank_up && a.rank_down == b.rank_down &&
          a.dropout == b.dropout;
 }
 
 // Floats of one ticket's matrices, or, with `base`, where they lie.
-std::int64_t lay_out(const LayerSpec& layer, const LoraSpec& lora, std::int64_t routes, SavePolicy policy, float* base,
-                     HiddenStore* store) {
+std::int64_t lay_out(const LayerSpec& layer, const AdapterSpec& lora, std::int64_t routes, SavePolicy policy,
+                     float* base, HiddenStore* store) {
   if (policy != SavePolicy::kActivations) return 0;
   std::int64_t used = 0;
   const auto place = [&](std::int64_t floats, float*& member) {
@@ -51,7 +51,7 @@ std::int64_t lay_out(const LayerSpec& layer, const LoraSpec& lora, std::int64_t 
 
 }  // namespace
 
-Ticket::Ticket(const LayerSpec& layer, const LoraSpec& lora, Routing routing, FloatType type, SavePolicy policy,
+Ticket::Ticket(const LayerSpec& layer, const AdapterSpec& lora, Routing routing, FloatType type, SavePolicy policy,
                DropoutSeed dropout, std::shared_ptr<TicketMemory> memory)
     : layer_(layer),
       lora_(lora),
@@ -146,30 +146,36 @@ void Engine::backward(const BackwardArgs& args) {
     if (args.gradients != nullptr) {
       require_same_layer(args.weights->spec(), args.gradients->layer(), "the gradients' set");
     }
-    if (!same_adapter(args.lora->lora(), args.ticket->lora()) ||
-        (args.gradients != nullptr && !same_adapter(args.lora->lora(), args.gradients->lora()))) {
+    if (!same_adapter(args.lora->spec(), args.ticket->lora()) ||
+        (args.gradients != nullptr && !same_adapter(args.lora->spec(), args.gradients->spec()))) {
       throw InvalidArgument("the ticket or the gradients were made for an adapter of other ranks or another dropout");
     }
   } else if (args.ticket->lora().any()) {
     throw InvalidArgument("the ticket was saved with an adapter; give the same adapter to backward");
   }
+  if (args.weight_gradients != nullptr) {
+    require_same_layer(args.weights->spec(), args.weight_gradients->layer(), "the gradients' set");
+    if (!args.weight_gradients->spec().full) throw InvalidArgument("gradients of weights go to a set of weights");
+  }
   std::lock_guard<std::mutex> lock(mutex_);
   BackwardPass::run(*this, args);
 }
 
-std::int64_t Engine::ticket_bytes(const LayerSpec& layer, const LoraSpec& lora, std::int64_t tokens, int top_k,
+std::int64_t Engine::ticket_bytes(const LayerSpec& layer, const AdapterSpec& lora, std::int64_t tokens, int top_k,
                                   FloatType type, SavePolicy policy) {
   const std::int64_t floats = lay_out(layer, lora, tokens * top_k, policy, nullptr, nullptr);
   return tokens * layer.hidden * size_of(type) + floats * static_cast<std::int64_t>(sizeof(float)) +
          routing_bytes(tokens, top_k, layer.experts);
 }
 
-std::int64_t Engine::scratch_bytes(const LayerSpec& layer, const LoraSpec& lora, std::int64_t tokens, int top_k) const {
+std::int64_t Engine::scratch_bytes(const LayerSpec& layer, const AdapterSpec& lora, std::int64_t tokens, int top_k,
+                                   bool trains_weights) const {
   const std::int64_t routes = tokens * top_k;
   std::int64_t most = 0;
   for (const KernelTable* kernels : {&kernels_, &fp32_kernels_}) {
-    most = std::max({most, ForwardPass::scratch_bytes(*kernels, layer, lora, tokens, routes, nodes(), threads()),
-                     BackwardPass::scratch_bytes(*kernels, layer, lora, tokens, routes, nodes(), threads())});
+    most = std::max(
+        {most, ForwardPass::scratch_bytes(*kernels, layer, lora, tokens, routes, nodes(), threads()),
+         BackwardPass::scratch_bytes(*kernels, layer, lora, tokens, routes, nodes(), threads(), trains_weights)});
   }
   return most;
 }

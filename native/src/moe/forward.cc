@@ -3,7 +3,7 @@
 
 namespace kt_expert {
 
-Engine::ForwardPass::ForwardPass(Engine& engine, const ForwardArgs& args, const LoraSpec& lora, Carver& carver,
+Engine::ForwardPass::ForwardPass(Engine& engine, const ForwardArgs& args, const AdapterSpec& lora, Carver& carver,
                                  const HiddenStore& store)
     : HiddenPass(engine, args.x.type, *args.weights, args.lora, lora, args.routing, args.token, args.dropout, carver,
                  store),
@@ -13,7 +13,7 @@ Engine::ForwardPass::ForwardPass(Engine& engine, const ForwardArgs& args, const 
 }
 
 std::int64_t Engine::ForwardPass::scratch_bytes(const KernelTable& kernels, const LayerSpec& layer,
-                                                const LoraSpec& lora, std::int64_t tokens, std::int64_t routes,
+                                                const AdapterSpec& lora, std::int64_t tokens, std::int64_t routes,
                                                 int nodes, int workers) {
   Carver carver(nullptr);
   HiddenPass::reserve(carver, kernels, layer, lora, tokens, routes, workers);
@@ -23,8 +23,8 @@ std::int64_t Engine::ForwardPass::scratch_bytes(const KernelTable& kernels, cons
 
 std::unique_ptr<Ticket> Engine::ForwardPass::run(Engine& engine, const ForwardArgs& args) {
   const LayerSpec& layer = args.weights->spec();
-  LoraSpec lora;
-  if (args.lora != nullptr) lora = args.scales ? args.lora->lora().scaled(*args.scales) : args.lora->lora();
+  AdapterSpec lora;
+  if (args.lora != nullptr) lora = args.scales ? args.lora->spec().scaled(*args.scales) : args.lora->spec();
   const std::int64_t needed =
       scratch_bytes(engine.kernels_for_tokens(args.x.type), layer, lora, args.routing.tokens, args.routing.routes,
                     static_cast<int>(args.weights->slices().size()), engine.threads());
@@ -60,7 +60,7 @@ void Engine::ForwardPass::down_block(const BlockTask& at, float* block) const {
   multiply_hidden(at, block);
   const int rank = lora_.rank_down;
   if (!first_slice || rank == 0) return;
-  const float* b = adapter_->expert(LoraTensor::kBDown, task.expert) + std::int64_t{at.first_column} * rank;
+  const float* b = adapter_->expert(AdapterTensor::kBDown, task.expert) + std::int64_t{at.first_column} * rank;
   multiply_lora(task, h_a_down(), {b, rank, RightLayout::kNK}, at.columns, block, at.worker);
 }
 

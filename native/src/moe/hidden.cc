@@ -2,15 +2,15 @@
 
 namespace kt_expert {
 
-Engine::HiddenPass::HiddenPass(Engine& engine, FloatType type, const LayerWeights& weights, const LoraTensors* adapter,
-                               const LoraSpec& lora, const Routing& routing, const CancelToken* token,
-                               DropoutSeed dropout, Carver& carver, const HiddenStore& store)
+Engine::HiddenPass::HiddenPass(Engine& engine, FloatType type, const LayerWeights& weights,
+                               const AdapterTensors* adapter, const AdapterSpec& lora, const Routing& routing,
+                               const CancelToken* token, DropoutSeed dropout, Carver& carver, const HiddenStore& store)
     : Pass(engine, type, weights, adapter, lora, routing, token, dropout), store_(store) {
   buffers_ = take(carver, kernels_, layer_, lora_, routing.tokens, routing.routes, pool_.size(), store);
 }
 
 Engine::HiddenPass::Buffers Engine::HiddenPass::take(Carver& carver, const KernelTable& kernels, const LayerSpec& layer,
-                                                     const LoraSpec& lora, std::int64_t tokens, std::int64_t routes,
+                                                     const AdapterSpec& lora, std::int64_t tokens, std::int64_t routes,
                                                      int workers, const HiddenStore& store) {
   Buffers buffers;
   buffers.x = TokenOperands::take(carver, kernels, tokens, routes, layer.hidden);
@@ -33,7 +33,7 @@ Engine::HiddenPass::Buffers Engine::HiddenPass::take(Carver& carver, const Kerne
 }
 
 void Engine::HiddenPass::reserve(Carver& carver, const KernelTable& kernels, const LayerSpec& layer,
-                                 const LoraSpec& lora, std::int64_t tokens, std::int64_t routes, int workers) {
+                                 const AdapterSpec& lora, std::int64_t tokens, std::int64_t routes, int workers) {
   take(carver, kernels, layer, lora, tokens, routes, workers, HiddenStore{});
 }
 
@@ -71,14 +71,14 @@ void Engine::HiddenPass::project_x() {
   if (!reads_x(lora_)) return;
   const TokenOperands& x = drops() ? buffers_.dropped_x : buffers_.x;
   for_each_row_task([&](const RowTask& task, int worker) {
-    const auto project = [&](LoraTensor a, float scale, const LoraRows& target) {
+    const auto project = [&](AdapterTensor a, float scale, const LoraRows& target) {
       if (target.rank == 0) return;
       const F32Matrix matrix{adapter_->expert(a, task.expert), layer_.hidden, RightLayout::kNK};
       const LoraInput input{kernels_, x.of(task, routing_), matrix, layer_.hidden};
       project_lora(task, &input, 1, scale * kept_scale(), target, worker);
     };
-    project(LoraTensor::kAGate, lora_.scale_gate, buffers_.x_a_gate);
-    if (!lora_.tied) project(LoraTensor::kAUp, lora_.scale_up, buffers_.x_a_up);
+    project(AdapterTensor::kAGate, lora_.scale_gate, buffers_.x_a_gate);
+    if (!lora_.tied) project(AdapterTensor::kAUp, lora_.scale_up, buffers_.x_a_up);
   });
 }
 
@@ -113,7 +113,7 @@ void Engine::HiddenPass::project_block(const BlockTask& at, Projection projectio
   const bool is_gate = projection == Projection::kGate;
   const LoraRows& x_a = is_gate ? buffers_.x_a_gate : buffers_.x_a_up;
   if (x_a.rank == 0) return;
-  const float* b = adapter_->expert(is_gate ? LoraTensor::kBGate : LoraTensor::kBUp, task.expert);
+  const float* b = adapter_->expert(is_gate ? AdapterTensor::kBGate : AdapterTensor::kBUp, task.expert);
   b += static_cast<std::int64_t>(at.intermediate_column()) * x_a.rank;
   multiply_lora(task, x_a, {b, x_a.rank, RightLayout::kNK}, at.columns, block, at.worker);
 }
@@ -144,7 +144,7 @@ void Engine::HiddenPass::gate_up_block(const BlockTask& at) {
 void Engine::HiddenPass::project_h() {
   if (lora_.rank_down == 0) return;
   for_each_row_task([&](const RowTask& task, int worker) {
-    const F32Matrix matrix{adapter_->expert(LoraTensor::kADown, task.expert), layer_.intermediate, RightLayout::kNK};
+    const F32Matrix matrix{adapter_->expert(AdapterTensor::kADown, task.expert), layer_.intermediate, RightLayout::kNK};
     const OperandRows& h = drops() ? buffers_.dropped_h : buffers_.h;
     const LoraInput input{kernels_, h.from(task.first), matrix, layer_.intermediate};
     project_lora(task, &input, 1, lora_.scale_down * kept_scale(), buffers_.h_a_down, worker);

@@ -8,12 +8,12 @@ namespace kt_expert {
 
 class Engine::HiddenPass : protected Engine::Pass {
  public:
-  HiddenPass(Engine& engine, FloatType type, const LayerWeights& weights, const LoraTensors* adapter,
-             const LoraSpec& lora, const Routing& routing, const CancelToken* token, DropoutSeed dropout,
+  HiddenPass(Engine& engine, FloatType type, const LayerWeights& weights, const AdapterTensors* adapter,
+             const AdapterSpec& lora, const Routing& routing, const CancelToken* token, DropoutSeed dropout,
              Carver& carver, const HiddenStore& store);
 
   // Announces what the constructor takes.
-  static void reserve(Carver& carver, const KernelTable& kernels, const LayerSpec& layer, const LoraSpec& lora,
+  static void reserve(Carver& carver, const KernelTable& kernels, const LayerSpec& layer, const AdapterSpec& lora,
                       std::int64_t tokens, std::int64_t routes, int workers);
 
   void run(TokensIn x);
@@ -38,7 +38,7 @@ class Engine::HiddenPass : protected Engine::Pass {
     IntegerBuffer x_codes, h_codes;  // only where the ISA multiplies in integers
     float* plain_rows = nullptr;     // [workers, max(H, I)] a row on its way to codes
   };
-  static Buffers take(Carver& carver, const KernelTable& kernels, const LayerSpec& layer, const LoraSpec& lora,
+  static Buffers take(Carver& carver, const KernelTable& kernels, const LayerSpec& layer, const AdapterSpec& lora,
                       std::int64_t tokens, std::int64_t routes, int workers, const HiddenStore& store);
 
   bool in_integers() const { return kernels_.integer != nullptr && weights_.format() == WeightFormat::kInt8; }

@@ -70,7 +70,7 @@ void LayerSpec::validate() const {
 }
 
 LayerWeights::LayerWeights(const LayerSpec& spec, WeightFormat format, int nodes, const std::vector<int>& memory_nodes)
-    : spec_(spec), format_(format) {
+    : spec_(spec), format_(format), memory_nodes_(memory_nodes) {
   spec_.validate();
   if (!memory_nodes.empty() && static_cast<int>(memory_nodes.size()) != nodes) {
     throw InvalidArgument(std::to_string(memory_nodes.size()) + " memory nodes are named for " + std::to_string(nodes));
@@ -226,24 +226,52 @@ void LayerWeights::set_native(Projection projection, int expert, Span<const std:
   }
 }
 
+void LayerWeights::set_values(Projection projection, int expert, int row, int first_column, Span<const bf16_t> values) {
+  require_expert(expert);
+  require_projection(projection);
+  const int count = static_cast<int>(values.size()), end = first_column + count;
+  if (format_ != WeightFormat::kBf16) throw InvalidArgument("single values can be set of weights in bf16 only");
+  if (row < 0 || row >= rows_of(projection) || first_column < 0 || end > columns_of(projection)) {
+    throw InvalidArgument("row " + std::to_string(row) + ", columns " + std::to_string(first_column) + " to " +
+                          std::to_string(end) + " are outside the matrix");
+  }
+  for (Slice& slice : slices_) {
+    PackedTensor& matrix = slice.matrices[static_cast<int>(projection)];
+    const int last = slice.first + slice.count;
+    if (projection != Projection::kDown) {
+      if (row >= slice.first && row < last) matrix.set_values(expert, row - slice.first, first_column, values);
+      continue;
+    }
+    const int from = std::max(first_column, slice.first), to = std::min(end, last);
+    if (from >= to) continue;
+    matrix.set_values(expert, row, from - slice.first,
+                      {values.data() + (from - first_column), static_cast<std::size_t>(to - from)});
+  }
+}
+
 std::vector<float> LayerWeights::dequantized(Projection projection, int expert) const {
+  std::vector<float> values(static_cast<std::size_t>(std::int64_t{rows_of(projection)} * columns_of(projection)));
+  dequantize_rows(projection, expert, 0, rows_of(projection), values.data());
+  return values;
+}
+
+void LayerWeights::dequantize_rows(Projection projection, int expert, int first_row, int rows, float* into) const {
   require_expert(expert);
   require_projection(projection);
   const std::int64_t columns = columns_of(projection);
-  std::vector<float> values(static_cast<std::size_t>(rows_of(projection) * columns));
   for (const Slice& slice : slices_) {
     if (slice.count == 0) continue;
     const PackedMatrix matrix = slice.matrix(projection, expert);
     const bool is_down = projection == Projection::kDown;
-    for (int row = 0; row < matrix.shape.rows; ++row) {
+    const int row_offset = is_down ? 0 : slice.first, column_offset = is_down ? slice.first : 0;
+    const int from = std::max(first_row, row_offset), to = std::min(first_row + rows, row_offset + matrix.shape.rows);
+    for (int row = from; row < to; ++row) {
+      float* line = into + (row - first_row) * columns + column_offset;
       for (int depth = 0; depth < matrix.shape.depth; ++depth) {
-        const std::int64_t at_row = is_down ? row : slice.first + row,
-                           at_column = is_down ? slice.first + depth : depth;
-        values[static_cast<std::size_t>(at_row * columns + at_column)] = decode_element(matrix, row, depth);
+        line[depth] = decode_element(matrix, row - row_offset, depth);
       }
     }
   }
-  return values;
 }
 
 }  // namespace kt_expert

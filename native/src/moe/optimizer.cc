@@ -21,46 +21,46 @@ struct FactoredScratch {
   float* row_roots;
   float* column_roots;  // sums of squares before
 
-  FactoredScratch(float* first, const LoraShape& shape)
+  FactoredScratch(float* first, const TensorShape& shape)
       : rows(first), row_roots(first + shape.rows), column_roots(first + 2 * shape.rows) {}
-  static std::int64_t floats(const LoraShape& shape) { return 2 * shape.rows + shape.columns; }
+  static std::int64_t floats(const TensorShape& shape) { return 2 * shape.rows + shape.columns; }
 };
 
 struct SpanOf {
-  LoraTensor tensor;
+  AdapterTensor tensor;
   std::int64_t first;
   std::int64_t count;
 };
 
-// The six tensors of a layer, cut into spans.
+// The tensors of a layer, cut into spans.
 class Spans {
  public:
-  Spans(const LayerSpec& layer, const LoraSpec& lora) {
-    for (int t = 0; t < kLoraTensors; ++t) {
-      const LoraShape shape = lora_shape(layer, lora, static_cast<LoraTensor>(t));
+  Spans(const LayerSpec& layer, const AdapterSpec& lora) {
+    for (int t = 0; t < kAdapterTensors; ++t) {
+      const TensorShape shape = tensor_shape(layer, lora, static_cast<AdapterTensor>(t));
       sizes_[t] = shape.rows * shape.columns * layer.experts;
       ends_[t] = (t == 0 ? 0 : ends_[t - 1]) + (sizes_[t] + kSpanFloats - 1) / kSpanFloats;
     }
   }
-  std::int64_t count() const { return ends_[kLoraTensors - 1]; }
+  std::int64_t count() const { return ends_[kAdapterTensors - 1]; }
   SpanOf operator[](std::int64_t index) const {
     int t = 0;
     while (index >= ends_[t]) ++t;
     const std::int64_t first = (index - (t == 0 ? 0 : ends_[t - 1])) * kSpanFloats;
-    return {static_cast<LoraTensor>(t), first, std::min(kSpanFloats, sizes_[t] - first)};
+    return {static_cast<AdapterTensor>(t), first, std::min(kSpanFloats, sizes_[t] - first)};
   }
 
  private:
-  std::array<std::int64_t, kLoraTensors> sizes_, ends_;
+  std::array<std::int64_t, kAdapterTensors> sizes_, ends_;
 };
 
 // Floats one worker needs: a span summed over ranks, or for adafactor one expert's matrix summed over ranks and what
 // its estimate takes.
-std::int64_t worker_floats(const LayerSpec& layer, const LoraSpec& lora, OptimizerKind kind, std::int64_t ranks) {
+std::int64_t worker_floats(const LayerSpec& layer, const AdapterSpec& lora, OptimizerKind kind, std::int64_t ranks) {
   std::int64_t most = ranks > 1 ? kSpanFloats : 0;
   if (kind != OptimizerKind::kAdafactor) return most;
-  for (int t = 0; t < kLoraTensors; ++t) {
-    const LoraShape shape = lora_shape(layer, lora, static_cast<LoraTensor>(t));
+  for (int t = 0; t < kAdapterTensors; ++t) {
+    const TensorShape shape = tensor_shape(layer, lora, static_cast<AdapterTensor>(t));
     const std::int64_t summed = ranks > 1 ? shape.rows * shape.columns : 0;
     most = std::max(most, summed + FactoredScratch::floats(shape));
   }
@@ -78,8 +78,8 @@ struct StepScratch {
 };
 
 // Gradients of one span, summed over ranks in their order: the first rank's own memory where there is only one.
-const float* sum_ranks(const KernelTable& kernels, const std::vector<const LoraTensors*>& gradients, const SpanOf& span,
-                       float* buffer) {
+const float* sum_ranks(const KernelTable& kernels, const std::vector<const AdapterTensors*>& gradients,
+                       const SpanOf& span, float* buffer) {
   const auto of_rank = [&](std::size_t rank) { return gradients[rank]->tensor(span.tensor).data() + span.first; };
   if (gradients.size() == 1) return of_rank(0);
   std::copy_n(of_rank(0), span.count, buffer);
@@ -117,12 +117,12 @@ struct NormPart {
 };
 
 // Tells tensors and steps apart in the rounding of bf16 moments.
-std::uint32_t rounding_seed(std::int64_t step, LoraTensor tensor) {
+std::uint32_t rounding_seed(std::int64_t step, AdapterTensor tensor) {
   return static_cast<std::uint32_t>(step) * 0x9E3779B1u + static_cast<std::uint32_t>(tensor) * 0x27D4EB2Fu;
 }
 
 // `count` is that of the tensor's updates, this one included.
-AdamStep adam_step(const OptimizerUpdate& update, double grad_scale, LoraTensor tensor, std::int64_t count) {
+AdamStep adam_step(const OptimizerUpdate& update, double grad_scale, AdapterTensor tensor, std::int64_t count) {
   return {update.learning_rate,
           update.beta1,
           update.beta2,
@@ -135,14 +135,14 @@ AdamStep adam_step(const OptimizerUpdate& update, double grad_scale, LoraTensor 
           rounding_seed(count, tensor)};
 }
 
-SgdStep sgd_step(const OptimizerUpdate& update, double grad_scale, LoraTensor tensor, std::int64_t count) {
+SgdStep sgd_step(const OptimizerUpdate& update, double grad_scale, AdapterTensor tensor, std::int64_t count) {
   return {update.learning_rate, update.momentum, update.dampening, update.weight_decay,
           grad_scale,           update.nesterov, count == 1,       rounding_seed(count, tensor)};
 }
 
 // One expert's matrix, as torch.optim.Adafactor treats a parameter.
 struct FactoredMatrix {
-  LoraShape shape;
+  TensorShape shape;
   const float* gradient;  // summed over ranks
   float* parameter;
   float* row_var;
@@ -195,13 +195,14 @@ void factored_step(const KernelTable& kernels, const OptimizerUpdate& update, do
   kernels.factored_apply(estimate, static_cast<float>(-alpha / clip), matrix.gradient, matrix.parameter, rows, columns);
 }
 
-void require_shape_of(const LoraTensors& parameters, const LayerSpec& layer, const LoraSpec& lora, const char* what) {
-  for (int t = 0; t < kLoraTensors; ++t) {
-    const LoraTensor tensor = static_cast<LoraTensor>(t);
-    const LoraShape own = lora_shape(parameters.layer(), parameters.lora(), tensor);
-    const LoraShape other = lora_shape(layer, lora, tensor);
+void require_shape_of(const AdapterTensors& parameters, const LayerSpec& layer, const AdapterSpec& lora,
+                      const char* what) {
+  for (int t = 0; t < kAdapterTensors; ++t) {
+    const AdapterTensor tensor = static_cast<AdapterTensor>(t);
+    const TensorShape own = tensor_shape(parameters.layer(), parameters.spec(), tensor);
+    const TensorShape other = tensor_shape(layer, lora, tensor);
     if (parameters.layer().experts != layer.experts || own.rows != other.rows || own.columns != other.columns) {
-      throw InvalidArgument(std::string(what) + " have " + lora_tensor_name(tensor) + " of " +
+      throw InvalidArgument(std::string(what) + " have " + adapter_tensor_name(tensor) + " of " +
                             std::to_string(layer.experts) + " x " + std::to_string(other.rows) + " x " +
                             std::to_string(other.columns) + ", the parameters " +
                             std::to_string(parameters.layer().experts) + " x " + std::to_string(own.rows) + " x " +
@@ -210,11 +211,11 @@ void require_shape_of(const LoraTensors& parameters, const LayerSpec& layer, con
   }
 }
 
-void check_gradients(const std::vector<const LoraTensors*>& gradients) {
+void check_gradients(const std::vector<const AdapterTensors*>& gradients) {
   if (gradients.empty()) throw InvalidArgument("a step or norm needs the gradients of at least one member, got none");
-  for (const LoraTensors* each : gradients) {
+  for (const AdapterTensors* each : gradients) {
     if (each == nullptr) throw InvalidArgument("the gradients of a member are null, expected one set per member");
-    require_shape_of(*gradients.front(), each->layer(), each->lora(), "gradients of another member");
+    require_shape_of(*gradients.front(), each->layer(), each->spec(), "gradients of another member");
   }
 }
 
@@ -222,10 +223,11 @@ void check_update(const LayerUpdate& layer) {
   if (layer.parameters == nullptr || layer.state == nullptr) {
     throw InvalidArgument("a layer's update needs parameters and state, got null");
   }
+  if (layer.weights != nullptr) require_trained(*layer.weights, *layer.parameters);
   check_gradients(layer.gradients);
-  const LoraTensors& first = *layer.gradients.front();
-  require_shape_of(*layer.parameters, first.layer(), first.lora(), "the gradients");
-  require_shape_of(*layer.parameters, layer.state->layer(), layer.state->lora(), "the moments");
+  const AdapterTensors& first = *layer.gradients.front();
+  require_shape_of(*layer.parameters, first.layer(), first.spec(), "the gradients");
+  require_shape_of(*layer.parameters, layer.state->layer(), layer.state->spec(), "the moments");
   for (const std::optional<TensorStep>& step : layer.step.tensors) {
     if (!step) continue;
     const OptimizerUpdate& update = step->update;
@@ -243,8 +245,8 @@ class LayerUpdater {
  public:
   LayerUpdater(const KernelTable& kernels, ThreadPool& pool, const LayerUpdate& layer, const StepScratch& scratch)
       : kernels_(kernels), pool_(pool), layer_(layer), scratch_(scratch) {
-    for (int t = 0; t < kLoraTensors; ++t) {
-      const LoraTensor tensor = static_cast<LoraTensor>(t);
+    for (int t = 0; t < kAdapterTensors; ++t) {
+      const AdapterTensor tensor = static_cast<AdapterTensor>(t);
       if (!is_stepped(tensor)) continue;
       const OptimizerUpdate& update = step_of(tensor).update;
       if (update.kind != OptimizerKind::kSgd || update.momentum != 0.0) ++layer.state->steps(tensor);
@@ -253,25 +255,25 @@ class LayerUpdater {
 
   void run() {
     if (layer_.state->kind() == OptimizerKind::kAdafactor) {
-      pool_.run(std::int64_t{kLoraTensors} * layer_.parameters->layer().experts,
+      pool_.run(std::int64_t{kAdapterTensors} * layer_.parameters->layer().experts,
                 [&](std::int64_t task, int worker) { step_matrix(task, worker); });
     } else {
-      const Spans spans(layer_.parameters->layer(), layer_.parameters->lora());
+      const Spans spans(layer_.parameters->layer(), layer_.parameters->spec());
       pool_.run(spans.count(), [&](std::int64_t task, int worker) { step_span(spans[task], worker); });
     }
   }
 
  private:
-  bool is_stepped(LoraTensor tensor) const {
+  bool is_stepped(AdapterTensor tensor) const {
     return layer_.step.of(tensor).has_value() && !layer_.parameters->tensor(tensor).empty();
   }
-  const TensorStep& step_of(LoraTensor tensor) const { return *layer_.step.of(tensor); }
-  std::int64_t count_of(LoraTensor tensor) const { return static_cast<std::int64_t>(layer_.state->steps(tensor)); }
+  const TensorStep& step_of(AdapterTensor tensor) const { return *layer_.step.of(tensor); }
+  std::int64_t count_of(AdapterTensor tensor) const { return static_cast<std::int64_t>(layer_.state->steps(tensor)); }
 
   void step_matrix(std::int64_t task, int worker) {
-    const LoraTensor tensor = static_cast<LoraTensor>(task % kLoraTensors);
-    const LoraShape shape = lora_shape(layer_.parameters->layer(), layer_.parameters->lora(), tensor);
-    const std::int64_t expert = task / kLoraTensors, size = shape.rows * shape.columns;
+    const AdapterTensor tensor = static_cast<AdapterTensor>(task % kAdapterTensors);
+    const TensorShape shape = tensor_shape(layer_.parameters->layer(), layer_.parameters->spec(), tensor);
+    const std::int64_t expert = task / kAdapterTensors, size = shape.rows * shape.columns;
     if (!is_stepped(tensor)) return;
     float* floats = scratch_.of(worker);
     const float* gradient = sum_ranks(kernels_, layer_.gradients, {tensor, expert * size, size}, floats);
@@ -309,7 +311,7 @@ class LayerUpdater {
 
 }  // namespace
 
-std::int64_t Engine::step_bytes(const LayerSpec& layer, const LoraSpec& lora, OptimizerKind kind, int ranks,
+std::int64_t Engine::step_bytes(const LayerSpec& layer, const AdapterSpec& lora, OptimizerKind kind, int ranks,
                                 int threads) {
   Carver carver(nullptr);
   StepScratch(carver, worker_floats(layer, lora, kind, ranks), threads, Spans(layer, lora).count());
@@ -320,7 +322,7 @@ void Engine::step(const std::vector<LayerUpdate>& layers) {
   std::int64_t each = 0;
   for (const LayerUpdate& layer : layers) {
     check_update(layer);
-    each = std::max(each, worker_floats(layer.parameters->layer(), layer.parameters->lora(), layer.state->kind(),
+    each = std::max(each, worker_floats(layer.parameters->layer(), layer.parameters->spec(), layer.state->kind(),
                                         static_cast<std::int64_t>(layer.gradients.size())));
   }
   std::lock_guard<std::mutex> lock(mutex_);
@@ -329,14 +331,17 @@ void Engine::step(const std::vector<LayerUpdate>& layers) {
   const Arena::Lease lease(*arena_, sizes.used());
   Carver carver(lease.data());
   const StepScratch scratch(carver, each, threads(), 0);
-  for (const LayerUpdate& layer : layers) LayerUpdater(kernels_, pool_, layer, scratch).run();
+  for (const LayerUpdate& layer : layers) {
+    LayerUpdater(kernels_, pool_, layer, scratch).run();
+    if (layer.weights != nullptr) encode(*layer.parameters, 0, layer.weights->spec().experts, *layer.weights);
+  }
 }
 
-std::array<double, kLoraTensors> Engine::gradient_norms(NormKind kind, double power, double scale,
-                                                        const std::vector<const LoraTensors*>& gradients) {
+std::array<double, kAdapterTensors> Engine::gradient_norms(NormKind kind, double power, double scale,
+                                                           const std::vector<const AdapterTensors*>& gradients) {
   check_gradients(gradients);
   const LayerSpec& layer = gradients.front()->layer();
-  const LoraSpec& lora = gradients.front()->lora();
+  const AdapterSpec& lora = gradients.front()->spec();
   const Spans spans(layer, lora);
   const std::int64_t each =
       worker_floats(layer, lora, OptimizerKind::kAdamW, static_cast<std::int64_t>(gradients.size()));
@@ -351,8 +356,8 @@ std::array<double, kLoraTensors> Engine::gradient_norms(NormKind kind, double po
     const SpanOf span = spans[task];
     scratch.parts[task] = part.of(kernels_, sum_ranks(kernels_, gradients, span, scratch.of(worker)), span.count);
   });
-  std::array<double, kLoraTensors> norms{};
-  std::array<bool, kLoraTensors> begun{};
+  std::array<double, kAdapterTensors> norms{};
+  std::array<bool, kAdapterTensors> begun{};
   for (std::int64_t i = 0; i < spans.count(); ++i) {  // in order: the same for any number of workers
     const std::size_t tensor = static_cast<std::size_t>(spans[i].tensor);
     norms[tensor] = begun[tensor] ? part.join(norms[tensor], scratch.parts[i]) : scratch.parts[i];

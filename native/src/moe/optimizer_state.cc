@@ -10,8 +10,9 @@ constexpr const char* kNames[] = {"adamw", "adam", "sgd", "adafactor"};
 
 bool is_step_slot(OptimizerKind kind, int slot) { return slot + 1 == OptimizerState::slot_count(kind); }
 
-SlotShape shape_of(const LayerSpec& layer, const LoraSpec& lora, OptimizerKind kind, int slot, LoraTensor tensor) {
-  const LoraShape shape = lora_shape(layer, lora, tensor);
+SlotShape shape_of(const LayerSpec& layer, const AdapterSpec& lora, OptimizerKind kind, int slot,
+                   AdapterTensor tensor) {
+  const TensorShape shape = tensor_shape(layer, lora, tensor);
   if (shape.rows == 0) return {};
   if (is_step_slot(kind, slot)) return {1, 1, 1};
   if (kind != OptimizerKind::kAdafactor) return {layer.experts, shape.rows, shape.columns};
@@ -22,8 +23,8 @@ MomentType type_of(OptimizerKind kind, MomentType moments, int slot) {
   return kind == OptimizerKind::kAdafactor || is_step_slot(kind, slot) ? MomentType::kF32 : moments;
 }
 
-std::int64_t slot_bytes(const LayerSpec& layer, const LoraSpec& lora, OptimizerKind kind, MomentType moments, int slot,
-                        LoraTensor tensor) {
+std::int64_t slot_bytes(const LayerSpec& layer, const AdapterSpec& lora, OptimizerKind kind, MomentType moments,
+                        int slot, AdapterTensor tensor) {
   return shape_of(layer, lora, kind, slot, tensor).size() * moment_bytes(type_of(kind, moments, slot));
 }
 
@@ -76,31 +77,31 @@ std::vector<std::string> OptimizerState::slot_names(OptimizerKind kind) {
   }
 }
 
-OptimizerState::OptimizerState(const LayerSpec& layer, const LoraSpec& lora, OptimizerKind kind, MomentType moments)
-    : layer_(layer), lora_(lora), kind_(kind), moments_(moments) {
+OptimizerState::OptimizerState(const LayerSpec& layer, const AdapterSpec& lora, OptimizerKind kind, MomentType moments)
+    : layer_(layer), spec_(lora), kind_(kind), moments_(moments) {
   for (int slot = 0; slot < slot_count(kind_); ++slot) {
-    for (int t = 0; t < kLoraTensors; ++t) {
-      const LoraTensor tensor = static_cast<LoraTensor>(t);
+    for (int t = 0; t < kAdapterTensors; ++t) {
+      const AdapterTensor tensor = static_cast<AdapterTensor>(t);
       slots_[slot][t] = AlignedBuffer<std::uint8_t>(
-          static_cast<std::size_t>(slot_bytes(layer_, lora_, kind_, moments_, slot, tensor)));
+          static_cast<std::size_t>(slot_bytes(layer_, spec_, kind_, moments_, slot, tensor)));
     }
   }
 }
 
 MomentType OptimizerState::slot_type(int slot) const { return type_of(kind_, moments_, slot); }
 
-SlotShape OptimizerState::slot_shape(int slot, LoraTensor tensor) const {
-  return shape_of(layer_, lora_, kind_, slot, tensor);
+SlotShape OptimizerState::slot_shape(int slot, AdapterTensor tensor) const {
+  return shape_of(layer_, spec_, kind_, slot, tensor);
 }
 
-std::int64_t OptimizerState::bytes() const { return bytes_of(layer_, lora_, kind_, moments_); }
+std::int64_t OptimizerState::bytes() const { return bytes_of(layer_, spec_, kind_, moments_); }
 
-std::int64_t OptimizerState::bytes_of(const LayerSpec& layer, const LoraSpec& lora, OptimizerKind kind,
+std::int64_t OptimizerState::bytes_of(const LayerSpec& layer, const AdapterSpec& lora, OptimizerKind kind,
                                       MomentType moments) {
   std::int64_t total = 0;
   for (int slot = 0; slot < slot_count(kind); ++slot) {
-    for (int t = 0; t < kLoraTensors; ++t) {
-      total += slot_bytes(layer, lora, kind, moments, slot, static_cast<LoraTensor>(t));
+    for (int t = 0; t < kAdapterTensors; ++t) {
+      total += slot_bytes(layer, lora, kind, moments, slot, static_cast<AdapterTensor>(t));
     }
   }
   return total;

@@ -28,8 +28,8 @@ WorkerScratch WorkerScratch::at(std::uint8_t* base) {
   return scratch;
 }
 
-Engine::Pass::Pass(Engine& engine, FloatType type, const LayerWeights& weights, const LoraTensors* adapter,
-                   const LoraSpec& lora, const Routing& routing, const CancelToken* token, DropoutSeed dropout)
+Engine::Pass::Pass(Engine& engine, FloatType type, const LayerWeights& weights, const AdapterTensors* adapter,
+                   const AdapterSpec& lora, const Routing& routing, const CancelToken* token, DropoutSeed dropout)
     : engine_(engine),
       kernels_(engine.kernels_for_tokens(type)),
       pool_(engine.pool_),

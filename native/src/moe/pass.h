@@ -38,7 +38,7 @@ inline std::int64_t align_up(std::int64_t extent, std::int64_t unit) { return ce
 inline std::int64_t rank_stride(int rank) { return align_up(rank, kRankAlign); }
 
 // Whether an adapter multiplies x, for gate or up.
-inline bool reads_x(const LoraSpec& lora) { return lora.rank_gate > 0 || lora.rank_up > 0; }
+inline bool reads_x(const AdapterSpec& lora) { return lora.rank_gate > 0 || lora.rank_up > 0; }
 
 // Rows of operands of the ISA, zero up to a multiple of kDepthAlign. The stride is no power of two: rows a power of
 // two apart would share a few sets of the cache.
@@ -176,8 +176,8 @@ class Engine::Pass {
  protected:
   // `type` is the tokens': it decides the ISA.
   // `lora` has the adapter's ranks, and the scales that count.
-  Pass(Engine& engine, FloatType type, const LayerWeights& weights, const LoraTensors* adapter, const LoraSpec& lora,
-       const Routing& routing, const CancelToken* token, DropoutSeed dropout);
+  Pass(Engine& engine, FloatType type, const LayerWeights& weights, const AdapterTensors* adapter,
+       const AdapterSpec& lora, const Routing& routing, const CancelToken* token, DropoutSeed dropout);
 
   bool drops() const { return dropout_.seed != 0 && lora_.dropout > 0.0f; }
   // What LoRA's scale is multiplied by where its input is a mask of the values alone: 1 / (1 - p), applied in fp32. A
@@ -325,8 +325,8 @@ class Engine::Pass {
   const DropoutSeed dropout_;
   const LayerWeights& weights_;
   const LayerSpec& layer_;
-  const LoraTensors* adapter_;
-  LoraSpec lora_;
+  const AdapterTensors* adapter_;
+  AdapterSpec lora_;
   const Routing& routing_;
   std::vector<RowTask> row_tasks_;
   int block_stride_;  // of blocks of C, and the widest task

@@ -262,6 +262,16 @@ void PackedTensor::set_native(int expert, const NativeSource& source) {
   }
 }
 
+void PackedTensor::set_values(int expert, int row, int first_depth, Span<const bf16_t> values) {
+  std::uint8_t* stream = mutable_blocks(expert) + static_cast<std::int64_t>(row / kBlockRows) * shape_.depth_blocks() *
+                                                      block_bytes(WeightFormat::kBf16);
+  for (std::size_t i = 0; i < values.size(); ++i) {
+    const int depth = first_depth + static_cast<int>(i);
+    put_bf16(stream + depth / kBlockDepth * block_bytes(WeightFormat::kBf16), row % kBlockRows, depth % kBlockDepth,
+             values[i]);
+  }
+}
+
 float decode_element(const PackedMatrix& matrix, int row, int depth) {
   const WeightFormat format = matrix.shape.format;
   const std::int64_t index = std::int64_t{row / kBlockRows} * matrix.depth_blocks + depth / kBlockDepth;

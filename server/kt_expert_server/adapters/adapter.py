@@ -1,4 +1,4 @@
-"""An adapter: LoRA of some layers of the base model with what an optimizer keeps of it."""
+"""An adapter: LoRA of some layers of the base model, or their weights, with what an optimizer keeps of them."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ _INITIALISED = ("a_gate", "a_up", "a_down")
 _TENSORS_PER_LAYER = 4  # seeds are apart by this; a multiple of what is initialised
 
 
-def native_lora(lora: LayerLora) -> native.LoraSpec:
+def native_lora(lora: LayerLora) -> native.AdapterSpec:
     """Raises native.InvalidArgument for ranks, scales or a dropout that make no sense."""
-    return native.LoraSpec(
+    return native.AdapterSpec(
         tied=lora.tied,
         rank_gate=lora.rank_gate,
         rank_up=lora.rank_up,
@@ -28,7 +28,19 @@ def native_lora(lora: LayerLora) -> native.LoraSpec:
         scale_up=lora.scale_up,
         scale_down=lora.scale_down,
         dropout=lora.dropout,
+        full=lora.full,
     )
+
+
+TRAINED_FORMAT = "bf16"  # of weights that are trained: whatever the base model's, they begin at its values and can follow
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class TrainedWeights:
+    """What passes use of a layer's weights that are trained."""
+
+    engine: native.Engine
+    weights: native.LayerWeights
 
 
 @dataclass(eq=False, slots=True)
@@ -37,15 +49,27 @@ class AdapterLayer:
 
     lora: LayerLora
     layer_spec: native.LayerSpec
-    spec: native.LoraSpec
-    parameters: native.LoraTensors
+    spec: native.AdapterSpec
+    parameters: native.AdapterTensors
     state: native.OptimizerState | None = None
     version: int = 0  # counts changes of parameters; a ticket of an older version is stale
+    trained: TrainedWeights | None = None  # where the layer is trained in full
 
     @classmethod
-    def zeros(cls, model: BaseModel, lora: LayerLora) -> AdapterLayer:
-        layer_spec, spec = model.layers[lora.layer].spec, native_lora(lora)
-        return cls(lora, layer_spec, spec, native.LoraTensors(layer_spec, spec))
+    def make(cls, model: BaseModel, lora: LayerLora, engine: native.Engine) -> AdapterLayer:
+        """LoRA that is zero, or the base model's weights. Encode them once they have their values."""
+        base, spec = model.layers[lora.layer], native_lora(lora)
+        made = cls(lora, base.spec, spec, native.AdapterTensors(base.spec, spec))
+        if lora.full:
+            made.trained = TrainedWeights(engine, base.weights.empty_like(TRAINED_FORMAT))
+            engine.decode_weights(base.weights, made.parameters)
+        return made
+
+    def encode(self, first_expert: int = 0, experts: int | None = None) -> None:
+        """Parameters that are weights have other values: passes use them from now on."""
+        if self.trained is not None:
+            count = self.layer_spec.num_experts - first_expert if experts is None else experts
+            self.trained.engine.encode_weights(self.parameters, first_expert, count, self.trained.weights)
 
     def copy_parameters(self, other: AdapterLayer) -> None:
         """Of those tensors that both have."""
@@ -122,7 +146,7 @@ class Adapter:
         """Raises NotFound where the adapter does not reach that layer."""
         found = self.layers.get(index)
         if found is None:
-            raise NotFound(f"adapter {self.name!r} has no LoRA on layer {index}; it has on {sorted(self.layers)}")
+            raise NotFound(f"adapter {self.name!r} does not reach layer {index}; it has layers {sorted(self.layers)}")
         return found
 
     def missing(self, asked: Iterable[LayerLora]) -> list[LayerLora]:
@@ -164,6 +188,8 @@ class Adapter:
 def _joined(adapter: str, existing: LayerLora, asked: LayerLora) -> LayerLora:
     """Projections of both; those that both name must be the same."""
     made = existing
+    if existing.full != asked.full:
+        raise _other(adapter, existing, asked)
     if asked.rank_gate or asked.rank_up:
         ours = (existing.tied, existing.rank_gate, existing.rank_up, existing.scale_gate, existing.scale_up)
         theirs = (asked.tied, asked.rank_gate, asked.rank_up, asked.scale_gate, asked.scale_up)

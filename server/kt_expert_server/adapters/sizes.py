@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import kt_expert_native as native
 from kt_expert_proto.lora import LayerLora
 
-from kt_expert_server.adapters.adapter import native_lora
+from kt_expert_server.adapters.adapter import TRAINED_FORMAT, native_lora
 from kt_expert_server.errors import InvalidRequest
 from kt_expert_server.model.loader import BaseModel
 
@@ -31,11 +31,14 @@ def check_lora(model: BaseModel, lora: Iterable[LayerLora]) -> None:
 
 def parameter_bytes(model: BaseModel, lora: LayerLora) -> int:
     """fp32 bytes of one set of tensors of one layer."""
-    spec = model.layers[lora.layer].plan
-    hidden, inter = spec.hidden_size, spec.intermediate_size
-    a_up = 0 if lora.tied else lora.rank_up * hidden
-    floats = lora.rank_gate * (hidden + inter) + a_up + lora.rank_up * inter + lora.rank_down * (inter + hidden)
-    return spec.num_experts * floats * 4
+    return native.AdapterTensors.bytes_of(model.layers[lora.layer].spec, native_lora(lora))
+
+
+def layer_bytes(model: BaseModel, lora: LayerLora) -> int:
+    """Of a layer of an adapter: its parameters, and what passes use of them where they are weights."""
+    base = model.layers[lora.layer]
+    encoded = native.LayerWeights.nbytes_of(base.spec, TRAINED_FORMAT, base.weights.nodes) if lora.full else 0
+    return parameter_bytes(model, lora) + encoded
 
 
 def optimizer_bytes(model: BaseModel, lora: LayerLora, moment_dtype: str) -> int:

@@ -28,17 +28,19 @@ class Active:
     scales: Scales
 
 
-def stacked_spec(active: Sequence[Active]) -> native.LoraSpec:
+def stacked_spec(active: Sequence[Active]) -> native.AdapterSpec:
     """Of all together. Raises InvalidRequest for adapters of different dropouts."""
     loras = [each.layer.lora for each in active]
     dropouts = {lora.dropout for lora in loras}
     if len(dropouts) > 1:
         raise InvalidRequest(f"adapters with dropouts {sorted(dropouts)} are active together; they need the same one")
     ranks = {name: sum(getattr(lora, name) for lora in loras) for name in ("rank_gate", "rank_up", "rank_down")}
-    return native.LoraSpec(tied=_is_tied(active), scale_gate=1.0, scale_up=1.0, scale_down=1.0, dropout=dropouts.pop(), **ranks)
+    return native.AdapterSpec(
+        tied=_is_tied(active), scale_gate=1.0, scale_up=1.0, scale_down=1.0, dropout=dropouts.pop(), **ranks
+    )
 
 
-def stack(active: Sequence[Active], into: native.LoraTensors) -> None:
+def stack(active: Sequence[Active], into: native.AdapterTensors) -> None:
     """Fills tensors that were made for stacked_spec()."""
     for name in into.names():
         for each, place in _places(active, name):
@@ -48,7 +50,7 @@ def stack(active: Sequence[Active], into: native.LoraTensors) -> None:
 
 
 def add_gradients(
-    active: Sequence[Active], stacked: native.LoraTensors, index: int, into: native.LoraTensors, wanted: Sequence[str],
+    active: Sequence[Active], stacked: native.AdapterTensors, index: int, into: native.AdapterTensors, wanted: Sequence[str],
     replaced: Sequence[str],
 ) -> None:  # fmt: skip
     """Those of the adapter at `index`, added to what `into` holds, or in its place."""

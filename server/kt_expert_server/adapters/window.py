@@ -15,7 +15,7 @@ class GradientWindow:
     step; one that is there holds values that mean something, also after a step, until it is replaced."""
 
     def __init__(self) -> None:
-        self._accumulators: dict[int, native.LoraTensors] = {}
+        self._accumulators: dict[int, native.AdapterTensors] = {}
         self._open: dict[int, int] = {}
         self._there: dict[int, int] = {}
 
@@ -33,10 +33,10 @@ class GradientWindow:
     def there(self, layer: int) -> int:
         return self._there.get(layer, 0)
 
-    def accumulator(self, index: int, layer: AdapterLayer) -> native.LoraTensors:
+    def accumulator(self, index: int, layer: AdapterLayer) -> native.AdapterTensors:
         """Where a backward of this layer writes, made on first use. Nothing counts until `add`."""
         if index not in self._accumulators:
-            self._accumulators[index] = native.LoraTensors(layer.layer_spec, layer.spec)
+            self._accumulators[index] = native.AdapterTensors(layer.layer_spec, layer.spec)
         return self._accumulators[index]
 
     def add(self, layer: int, bits: int) -> None:
@@ -53,7 +53,7 @@ class GradientWindow:
         self._open.clear()
         self._there.clear()
 
-    def gradients(self, layer: int, bits: int) -> native.LoraTensors | None:
+    def gradients(self, layer: int, bits: int) -> native.AdapterTensors | None:
         """Those tensors, zero where nothing was added to them; None where nothing was added to any."""
         there = self.there(layer) & bits
         if not there:

@@ -66,7 +66,7 @@ class LayerBench:
         for expert in range(shape.experts):
             for number, projection in enumerate(("gate", "up", "down")):
                 self.weights.set_matrix(projection, expert, np.roll(pattern, 64 * (3 * expert + number)))
-        self._adapters: dict[int, tuple[native.LoraTensors, native.LoraTensors]] = {}
+        self._adapters: dict[int, tuple[native.AdapterTensors, native.AdapterTensors]] = {}
 
     @property
     def bytes_per_expert(self) -> float:
@@ -104,17 +104,17 @@ class LayerBench:
         ticket = self.engine.ticket_bytes(self._spec, lora, tokens, top_k, "bf16")
         return self.engine.scratch_bytes(self._spec, lora, tokens, top_k) + ticket
 
-    def _lora(self, rank: int) -> native.LoraSpec:
+    def _lora(self, rank: int) -> native.AdapterSpec:
         if rank == 0:
-            return native.LoraSpec()
-        return native.LoraSpec(rank_gate=rank, rank_up=rank, rank_down=rank, scale_gate=2.0, scale_up=2.0, scale_down=2.0)
+            return native.AdapterSpec()
+        return native.AdapterSpec(rank_gate=rank, rank_up=rank, rank_down=rank, scale_gate=2.0, scale_up=2.0, scale_down=2.0)
 
-    def _adapter(self, rank: int) -> tuple[native.LoraTensors | None, native.LoraTensors | None]:
+    def _adapter(self, rank: int) -> tuple[native.AdapterTensors | None, native.AdapterTensors | None]:
         if rank == 0:
             return None, None
         if rank not in self._adapters:
             lora = self._lora(rank)
-            adapter, gradients = native.LoraTensors(self._spec, lora), native.LoraTensors(self._spec, lora)
+            adapter, gradients = native.AdapterTensors(self._spec, lora), native.AdapterTensors(self._spec, lora)
             for name in adapter.names():
                 adapter.tensor(name)[...] = 0.01
                 gradients.tensor(name)[...] = 0.0  # touches the pages

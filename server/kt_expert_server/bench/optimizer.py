@@ -48,7 +48,7 @@ class OptimizerReport:
 
 
 class _Contender:
-    def __init__(self, engine: native.Engine, tensors: dict[str, native.LoraTensors], kind: str, moments: str) -> None:
+    def __init__(self, engine: native.Engine, tensors: dict[str, native.AdapterTensors], kind: str, moments: str) -> None:
         self.kind, self.moments = kind, moments
         self._engine, self._tensors = engine, tensors
         self._update = native.OptimizerUpdate(kind, learning_rate=1e-4, momentum=0.9)
@@ -56,7 +56,7 @@ class _Contender:
     def run(self, state: native.OptimizerState) -> float:
         step = native.LayerStep(dict.fromkeys(TENSORS, (self._update, 1.0)))
         begun = time.perf_counter()
-        self._engine.step([(step, [self._tensors["gradients"]], self._tensors["parameters"], state)])
+        self._engine.step([(step, [self._tensors["gradients"]], self._tensors["parameters"], state, None)])
         return time.perf_counter() - begun
 
 
@@ -65,8 +65,8 @@ def measure_optimizers(engine: native.Engine, shape: LayerShape, ranks: Sequence
     layer = native.LayerSpec(shape.experts, shape.hidden, shape.intermediate)
     speeds, rows = [engine.measure_update_bandwidth()], []
     for rank in ranks:
-        lora = native.LoraSpec(rank_gate=rank, rank_up=rank, rank_down=rank, scale_gate=1.0, scale_up=1.0, scale_down=1.0)
-        tensors = {name: native.LoraTensors(layer, lora) for name in ("parameters", "gradients")}
+        lora = native.AdapterSpec(rank_gate=rank, rank_up=rank, rank_down=rank, scale_gate=1.0, scale_up=1.0, scale_down=1.0)
+        tensors = {name: native.AdapterTensors(layer, lora) for name in ("parameters", "gradients")}
         for name in tensors["gradients"].names():
             tensors["gradients"].tensor(name)[...] = 1e-3
         contenders = [_Contender(engine, tensors, kind, moments) for kind in KINDS for moments in MOMENTS[: _choices(kind)]]

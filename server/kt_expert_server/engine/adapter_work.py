@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import kt_expert_native as native
 import numpy as np
 from kt_expert_proto.lora import LayerLora, tensor_names
 from kt_expert_proto.v1.session_pb2 import ResultHead
 from numpy.typing import NDArray
 
 from kt_expert_server.adapters.adapter import Adapter, AdapterLayer
-from kt_expert_server.adapters.sizes import TrainingBytes, check_lora, parameter_bytes
+from kt_expert_server.adapters.sizes import TrainingBytes, check_lora, layer_bytes
 from kt_expert_server.adapters.tensor_sets import TensorSet, find_adapter, resolve
 from kt_expert_server.adapters.window import Windows
 from kt_expert_server.engine.kinds import Kind
@@ -39,6 +40,7 @@ class Owner:
 
     name: str
     model: BaseModel
+    engine: native.Engine
     adapters: dict[str, Adapter]
     moment_dtype: str
     training: Callable[[Sequence[LayerLora]], TrainingBytes]
@@ -68,8 +70,8 @@ class CreateAdapterWork(Work):
         self._asked = self._adapter.missing(asked)
         self._require_unused(self._asked)
         old = [self._adapter.layers[each.layer].lora for each in self._asked if each.layer in self._adapter.layers]
-        size = sum(parameter_bytes(owner.model, each) for each in self._asked)
-        size -= sum(parameter_bytes(owner.model, each) for each in old)
+        size = sum(layer_bytes(owner.model, each) for each in self._asked)
+        size -= sum(layer_bytes(owner.model, each) for each in old)
         for each in reserve_all(self._reserve, {Kind.ADAPTERS: size}, owner.name, request.name):
             self.held.add(each)
         self._is_trained = request.trainable or self._adapter.is_trained
@@ -97,13 +99,14 @@ class CreateAdapterWork(Work):
     def run(self) -> None:
         owner, request = self._owner, self._request
         for lora in self._asked:
-            made, old = AdapterLayer.zeros(owner.model, lora), self._adapter.layers.get(lora.layer)
+            made, old = AdapterLayer.make(owner.model, lora, owner.engine), self._adapter.layers.get(lora.layer)
             if request.seed is not None:
                 made.initialise(request.seed)
             source = owner.adapters[request.copy_of].layers[lora.layer] if request.copy_of else None
             for each in (source, old):
                 if each is not None:
                     made.copy_parameters(each)
+            made.encode()
             self._made.append(made)
 
     def commit(self) -> Outcome:

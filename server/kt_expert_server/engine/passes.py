@@ -13,7 +13,7 @@ from kt_expert_proto.lora import LayerLora, tensor_names
 from kt_expert_proto.v1.session_pb2 import ResultHead
 from numpy.typing import NDArray
 
-from kt_expert_server.adapters.adapter import Adapter
+from kt_expert_server.adapters.adapter import Adapter, AdapterLayer
 from kt_expert_server.adapters.sizes import TrainingBytes
 from kt_expert_server.adapters.stacking import Active, Scales, add_gradients, stack, stacked_spec
 from kt_expert_server.adapters.tensor_sets import find_adapter
@@ -21,7 +21,7 @@ from kt_expert_server.adapters.window import Windows, present_bits
 from kt_expert_server.engine.budget import MemoryBudget, Reservation
 from kt_expert_server.engine.buffers import BufferPool, PooledBuffer
 from kt_expert_server.engine.kinds import Kind
-from kt_expert_server.engine.tickets import SavedTicket, Tickets, UsedAdapter
+from kt_expert_server.engine.tickets import SavedTicket, Tickets, UsedAdapter, UsedWeights
 from kt_expert_server.engine.training_memory import reserve_training
 from kt_expert_server.engine.work import Outcome, Work
 from kt_expert_server.errors import InvalidRequest, WrongPhase
@@ -97,7 +97,8 @@ class ForwardWork(Work):
         self._tools, self._trained, self._layer, self._header = tools, trained, layer, header
         self._asked = adapters
         self._used: tuple[UsedAdapter, ...] = ()
-        self._stacked: native.LoraTensors | None = None
+        self._replaced: UsedWeights | None = None
+        self._stacked: native.AdapterTensors | None = None
         self._policy = trained.ticket_policy if save else "nothing"
         self._seed = dropout_seed
         self._top_k = top_k
@@ -111,7 +112,7 @@ class ForwardWork(Work):
 
     def prepare(self) -> None:
         tools, owner, rows = self._tools, self._trained.owner, self._header.rows
-        self._used = self._active_adapters()
+        self._find_adapters()
         lora, stacked = self._lora()
         scratch = tools.engine.scratch_bytes(self._layer.spec, lora, rows, self._top_k)
         keeps = self._policy != "nothing"
@@ -123,34 +124,41 @@ class ForwardWork(Work):
             self._saved = tools.budget.reserve(Kind.TICKETS, size, owner, f"the ticket of {rows} tokens")
         self._y = tools.pool.take(self._header.tensor_bytes)
 
-    def _active_adapters(self) -> tuple[UsedAdapter, ...]:
-        """Those that reach this layer. Raises NotFound for one the run does not have."""
-        used = []
+    def _find_adapters(self) -> None:
+        """Those that reach this layer. Raises NotFound for one the run does not have, InvalidRequest where two have weights."""
+        used, weights = [], []
         for asked in self._asked:
             layer = find_adapter(self._trained.adapters, asked.name).layers.get(self._header.layer)
-            if layer is not None:
+            if layer is not None and layer.trained is not None:
+                weights.append(UsedWeights(asked.name, layer, layer.version))
+            elif layer is not None:
                 own = (layer.lora.scale_gate, layer.lora.scale_up, layer.lora.scale_down)
                 gate, up, down = (mine if its is None else its for mine, its in zip(own, asked.scales, strict=True))
                 used.append(UsedAdapter(asked.name, Active(layer, (gate, up, down)), layer.version))
-        return tuple(used)
+        if len(weights) > 1:
+            names = ", ".join(each.name for each in weights)
+            raise InvalidRequest(
+                f"adapters {names} all have weights of layer {self._header.layer}; a forward takes those of one"
+            )
+        self._used, self._replaced = tuple(used), weights[0] if weights else None
 
-    def _lora(self) -> tuple[native.LoraSpec, int]:
+    def _lora(self) -> tuple[native.AdapterSpec, int]:
         """Ranks of what is active, and the bytes of a set of tensors for several together."""
         if not self._used:
-            return native.LoraSpec(), 0
+            return native.AdapterSpec(), 0
         if len(self._used) == 1:
             return self._used[0].active.layer.spec, 0
         spec = stacked_spec([each.active for each in self._used])
-        return spec, native.LoraTensors.bytes_of(self._layer.spec, spec)
+        return spec, native.AdapterTensors.bytes_of(self._layer.spec, spec)
 
-    def _parameters(self) -> tuple[native.LoraTensors | None, Scales | None]:
+    def _parameters(self) -> tuple[native.AdapterTensors | None, Scales | None]:
         if not self._used:
             return None, None
         if len(self._used) == 1:
             active = self._used[0].active
             return active.layer.parameters, active.scales
         active_ones = [each.active for each in self._used]
-        self._stacked = native.LoraTensors(self._layer.spec, stacked_spec(active_ones))
+        self._stacked = native.AdapterTensors(self._layer.spec, stacked_spec(active_ones))
         stack(active_ones, self._stacked)
         return self._stacked, None
 
@@ -158,7 +166,7 @@ class ForwardWork(Work):
         assert self._y is not None  # noqa: S101
         parameters, scales = self._parameters()
         self._ticket = self._tools.engine.forward(
-            self._layer.weights,
+            weights_of(self._layer, self._replaced),
             parameters,
             self._x,
             self._ids,
@@ -176,7 +184,7 @@ class ForwardWork(Work):
         if self._ticket is not None and self._saved is not None:
             stacked = 0 if self._stacked is None else self._stacked.nbytes
             self._saved.shrink(self._ticket.nbytes + stacked)
-            saved = SavedTicket(self._ticket, self._header.layer, self._used, self._stacked, self._saved)
+            saved = SavedTicket(self._ticket, self._header.layer, self._used, self._replaced, self._stacked, self._saved)
             self._trained.tickets.add(self._header.request_id, saved)
             self._saved = self._ticket = None
         _report(self._tools.observer, self.kind, self._layer, self._header.rows, self._top_k)
@@ -197,8 +205,23 @@ class ForwardWork(Work):
             self._y = None
 
 
+def weights_of(layer: LoadedLayer, used: UsedWeights | None) -> native.LayerWeights:
+    """What a pass computes with."""
+    trained = None if used is None else used.layer.trained
+    return layer.weights if trained is None else trained.weights
+
+
+@dataclass(frozen=True, slots=True)
+class _Into:
+    """Where a target's gradients go, which, and which in place of what is there."""
+
+    gradients: native.AdapterTensors
+    wanted: list[str]
+    replaced: list[str]
+
+
 class BackwardWork(Work):
-    """dx and d(routing weights) from a ticket and dy [T, H]; adds LoRA's gradients to the member's windows.
+    """dx and d(routing weights) from a ticket and dy [T, H]; adds LoRA's and weights' gradients to the member's windows.
 
     Consumes the ticket unless it is kept. Where anything fails or is cancelled, windows and ticket are as they were.
     """
@@ -225,22 +248,40 @@ class BackwardWork(Work):
         self._saved = saved = trained.tickets.find(self._ticket_id, header.layer, trained.adapters)
         for target in self._targets:
             self._check_target(saved, target)
-        lora, scratch = native.LoraSpec(), 0
+        lora, scratch = native.AdapterSpec(), 0
         if saved.stacked is not None:
             lora = stacked_spec([each.active for each in saved.used])
             scratch = saved.stacked.nbytes if self._targets else 0
         elif saved.used:
             lora = saved.used[0].active.layer.spec
-        top_k = saved.ticket.top_k
-        scratch += tools.engine.scratch_bytes(self._layer.spec, lora, header.rows, top_k)
+        top_k, trains_weights = saved.ticket.top_k, any(map(self._is_of_weights, self._targets))
+        scratch += tools.engine.scratch_bytes(self._layer.spec, lora, header.rows, top_k, trains_weights)
         self.held.add(tools.budget.reserve(Kind.SCRATCH, scratch, trained.owner, f"a backward of {header.rows} tokens"))
         self._dx = tools.pool.take(header.tensor_bytes)
         self._d_weights = tools.pool.take(header.rows * top_k * 4)
 
+    def _is_of_weights(self, target: Target) -> bool:
+        adapter = self._trained.adapters.get(target.adapter)
+        layer = None if adapter is None else adapter.layers.get(self._header.layer)
+        return layer is not None and layer.trained is not None
+
+    def _layer_of(self, saved: SavedTicket, target: Target) -> AdapterLayer | None:
+        """What the forward used of the adapter. Weights that nothing has changed yet are the base model's: with them a forward
+        was made before the adapter was."""
+        used = next((each for each in saved.used if each.name == target.adapter), None)
+        if used is not None:
+            return used.active.layer
+        if not self._is_of_weights(target):
+            return None
+        layer = self._trained.adapters[target.adapter].layers[self._header.layer]
+        if saved.weights is None:
+            return layer if layer.version == 0 else None
+        return layer if saved.weights.name == target.adapter else None
+
     def _check_target(self, saved: SavedTicket, target: Target) -> None:
         """Raises InvalidRequest for gradients the forward has none of."""
-        used = next((each for each in saved.used if each.name == target.adapter), None)
-        there = 0 if used is None else present_bits(used.active.layer)
+        layer = self._layer_of(saved, target)
+        there = 0 if layer is None else present_bits(layer)
         if target.wanted & ~there or (target.replaced | target.continued) & ~target.wanted:
             raise InvalidRequest(
                 f"gradients {target.wanted:#x} of adapter {target.adapter!r} are wanted, {target.replaced:#x} of them anew; "
@@ -259,56 +300,54 @@ class BackwardWork(Work):
     def run(self) -> None:
         saved = self._saved
         assert saved is not None  # noqa: S101
-        if saved.stacked is not None:
-            self._run_stacked(saved, saved.stacked)
-        elif not saved.used:
-            self._backward(saved, None, None, [], [])
-        else:
-            used = saved.used[0]
-            target = next((each for each in self._targets if each.wanted), None)
-            if target is None:
-                self._backward(saved, used.active.layer.parameters, None, [], [])
-            else:
-                accumulator, wanted, replaced = self._into(used, target)
-                self._backward(saved, used.active.layer.parameters, accumulator, wanted, replaced)
-
-    def _into(self, used: UsedAdapter, target: Target) -> tuple[native.LoraTensors, list[str], list[str]]:
-        """Where a target's gradients go, which, and which in place of what is there."""
-        window, layer = self._trained.windows.of(used.name), self._header.layer
-        replaced = target.replaced | target.wanted & ~(window.open(layer) | target.continued)
-        accumulator = window.accumulator(layer, used.active.layer)
-        return accumulator, tensor_names(target.wanted), tensor_names(replaced)
-
-    def _run_stacked(self, saved: SavedTicket, stacked: native.LoraTensors) -> None:
-        active = [each.active for each in saved.used]
-        targets = [each for each in self._targets if each.wanted]
         # All memory first: what comes after the backward cannot fail.
-        places = {each.adapter: [used.name for used in saved.used].index(each.adapter) for each in targets}
-        into = {each.adapter: self._into(saved.used[places[each.adapter]], each) for each in targets}
-        gradients = native.LoraTensors(self._layer.spec, stacked_spec(active)) if targets else None
-        names = [] if gradients is None else gradients.names()
-        self._backward(saved, stacked, gradients, names, names)
-        if gradients is not None:
-            for name, (accumulator, wanted, replaced) in into.items():
-                add_gradients(active, gradients, places[name], accumulator, wanted, replaced)
+        into = {each.adapter: self._into(saved, each) for each in self._targets if each.wanted}
+        weights = next((into.pop(each.adapter) for each in self._targets if each.wanted and self._is_of_weights(each)), None)
+        if saved.stacked is not None:
+            self._run_stacked(saved, saved.stacked, into, weights)
+            return
+        lora = next(iter(into.values()), None)
+        parameters = saved.used[0].active.layer.parameters if saved.used else None
+        self._backward(saved, parameters, lora, weights)
+
+    def _into(self, saved: SavedTicket, target: Target) -> _Into:
+        window, index = self._trained.windows.of(target.adapter), self._header.layer
+        layer = self._layer_of(saved, target)
+        assert layer is not None  # noqa: S101  # prepare has looked
+        replaced = target.replaced | target.wanted & ~(window.open(index) | target.continued)
+        return _Into(window.accumulator(index, layer), tensor_names(target.wanted), tensor_names(replaced))
+
+    def _run_stacked(
+        self, saved: SavedTicket, stacked: native.AdapterTensors, into: dict[str, _Into], weights: _Into | None
+    ) -> None:
+        active = [each.active for each in saved.used]
+        names = [each.name for each in saved.used]
+        together = None
+        if into:
+            gradients = native.AdapterTensors(self._layer.spec, stacked_spec(active))
+            together = _Into(gradients, gradients.names(), gradients.names())
+        self._backward(saved, stacked, together, weights)
+        if together is not None:
+            for name, each in into.items():
+                add_gradients(active, together.gradients, names.index(name), each.gradients, each.wanted, each.replaced)
 
     def _backward(
-        self, saved: SavedTicket, parameters: native.LoraTensors | None, gradients: native.LoraTensors | None,
-        wanted: list[str], replaced: list[str],
-    ) -> None:  # fmt: skip
-        header = self._header
+        self, saved: SavedTicket, parameters: native.AdapterTensors | None, lora: _Into | None, weights: _Into | None
+    ) -> None:
+        header, both = self._header, [each for each in (lora, weights) if each is not None]
         assert self._dx is not None and self._d_weights is not None  # noqa: S101, PT018
         self._tools.engine.backward(
-            self._layer.weights,
+            weights_of(self._layer, saved.weights),
             parameters,
-            gradients,
+            None if lora is None else lora.gradients,
             saved.ticket,
             self._dy,
             self._dx.array(header.dtype, header.rows, header.columns),
             self._d_weights.array(Dtype.FP32, header.rows, saved.ticket.top_k),
             self.token,
-            wanted,
-            replaced,
+            [name for each in both for name in each.wanted],
+            [name for each in both for name in each.replaced],
+            None if weights is None else weights.gradients,
         )
 
     def commit(self) -> Outcome:

@@ -29,7 +29,7 @@ class Collective:
     def resolve(self, sets: Sequence[TensorSet]) -> list[LayerSet]:
         return list(resolve(self.adapters, list(self.windows.values()), sets))
 
-    def gradients(self, each: LayerSet) -> list[native.LoraTensors]:
+    def gradients(self, each: LayerSet) -> list[native.AdapterTensors]:
         """In rank order, of the ranks that have some. Raises WrongPhase where nobody has a tensor's."""
         there = 0
         for windows in self.windows.values():
@@ -145,7 +145,8 @@ class StepWork(Work):
         for plan, of_layer in zip(self._plans, gradients, strict=True):
             plan.layer.forget_moments(plan.forgotten)
             state = plan.layer.ensure_state(plan.kind, plan.adapter.moment_dtype)
-            updates.append((native.LayerStep(plan.tensors), of_layer, plan.layer.parameters, state))
+            weights = None if plan.layer.trained is None else plan.layer.trained.weights
+            updates.append((native.LayerStep(plan.tensors), of_layer, plan.layer.parameters, state, weights))
         self._engine.step(updates)
 
     def _forget_elsewhere(self, group: ParamGroup) -> None:

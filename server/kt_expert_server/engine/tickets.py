@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import kt_expert_native as native
 
-from kt_expert_server.adapters.adapter import Adapter
+from kt_expert_server.adapters.adapter import Adapter, AdapterLayer
 from kt_expert_server.adapters.stacking import Active
 from kt_expert_server.engine.budget import Reservation
 from kt_expert_server.errors import InvalidRequest, NotFound, WrongPhase
@@ -25,6 +25,15 @@ class UsedAdapter:
     version: int
 
 
+@dataclass(frozen=True, slots=True)
+class UsedWeights:
+    """Weights of an adapter that a forward computed with in place of the base model's, as they were then."""
+
+    name: str
+    layer: AdapterLayer
+    version: int
+
+
 @dataclass(slots=True)
 class SavedTicket:
     """A ticket with what a backward has to agree with."""
@@ -32,16 +41,18 @@ class SavedTicket:
     ticket: native.Ticket
     layer: int
     used: tuple[UsedAdapter, ...]
-    stacked: native.LoraTensors | None  # where several were active
+    weights: UsedWeights | None  # None: the base model's
+    stacked: native.AdapterTensors | None  # where several were active
     reservation: Reservation
 
     def is_stale(self, adapters: Mapping[str, Adapter]) -> bool:
         """An adapter has changed since, or is gone."""
+        used = [(each.name, each.active.layer, each.version) for each in self.used]
+        if self.weights is not None:
+            used.append((self.weights.name, self.weights.layer, self.weights.version))
         return any(
-            each.name not in adapters
-            or adapters[each.name].layers.get(self.layer) is not each.active.layer
-            or each.active.layer.version != each.version
-            for each in self.used
+            name not in adapters or adapters[name].layers.get(self.layer) is not layer or layer.version != version
+            for name, layer, version in used
         )
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import numpy as np
-from kt_expert_proto.dtypes import Dtype
+from kt_expert_proto.dtypes import ITEM_BYTES, Dtype
 from kt_expert_proto.header import FrameType, Header, Op, Tensor
-from kt_expert_proto.lora import GRADIENT, PARAMETER, PART_NUMBERS, tensor_bits
+from kt_expert_proto.lora import BASE, GRADIENT, PARAMETER, PART_NUMBERS, tensor_bits
 from kt_expert_proto.v1.session_pb2 import ResultHead, TensorInfo
 
 from kt_expert_server.adapters.adapter import Adapter
@@ -16,7 +17,9 @@ from kt_expert_server.adapters.transfer import (
     LiveTensor,
     TensorId,
     all_tensors,
+    base_shape,
     find_tensor,
+    read_base,
     require_values,
     shape_of,
     write_tensor,
@@ -26,6 +29,7 @@ from kt_expert_server.engine.buffers import BufferPool, PooledBuffer
 from kt_expert_server.engine.passes import Tools, Trained
 from kt_expert_server.engine.work import Outcome, Work
 from kt_expert_server.errors import InvalidRequest, NotFound, WrongPhase
+from kt_expert_server.model.loader import BaseModel
 
 
 class ListWork(Work):
@@ -56,24 +60,33 @@ class ListWork(Work):
 class ReadWork(Work):
     """One tensor as fp32 [E * rows, columns]."""
 
-    def __init__(self, pool: BufferPool, trained: Trained, tensor: TensorId, reserved_bytes: int) -> None:
+    def __init__(self, pool: BufferPool, trained: Trained, model: BaseModel, tensor: TensorId, reserved_bytes: int) -> None:
         super().__init__()
-        self._pool, self._trained, self._tensor, self._reserved_bytes = pool, trained, tensor, reserved_bytes
+        self._pool, self._trained, self._model = pool, trained, model
+        self._tensor, self._reserved_bytes = tensor, reserved_bytes
         self._copy: PooledBuffer | None = None
         self._rows = self._columns = 0
+        self._shape: tuple[int, ...] = ()
 
     def prepare(self) -> None:
-        live = self._live()
-        if live.nbytes != self._reserved_bytes:
+        if self._tensor.part == BASE:
+            self._shape = base_shape(self._model.layers[self._tensor.layer], self._tensor)
+        else:
+            self._shape = self._live().shape
+        size = math.prod(self._shape) * ITEM_BYTES[Dtype.FP32]
+        if size != self._reserved_bytes:
             raise WrongPhase(f"{self._tensor} got another shape after it was asked for; ask again")
-        experts, rows, self._columns = live.shape
+        experts, rows, self._columns = self._shape
         self._rows = experts * rows
-        self._copy = self._pool.take(live.nbytes)
+        self._copy = self._pool.take(size)
 
     def run(self) -> None:
         assert self._copy is not None  # noqa: S101
-        values = self._live().read()
-        self._copy.array(Dtype.FP32, self._rows, self._columns)[...] = values.reshape(self._rows, self._columns)
+        target = self._copy.array(Dtype.FP32, self._rows, self._columns).reshape(self._shape)
+        if self._tensor.part == BASE:
+            read_base(self._model.layers[self._tensor.layer], self._tensor, target)
+        else:
+            target[...] = self._live().read()
 
     def commit(self) -> Outcome:
         assert self._copy is not None  # noqa: S101
@@ -106,11 +119,12 @@ def _find_gradient(adapter: Adapter, windows: Windows, tensor: TensorId) -> Live
         raise NotFound(
             f"{tensor} does not exist: no backward has added to it, or the server was started again since; run a backward first"
         )
-    return LiveTensor(window.accumulator(tensor.layer, adapter.layer(tensor.layer)).tensor(tensor.tensor))
+    accumulator = window.accumulator(tensor.layer, adapter.layer(tensor.layer))
+    return LiveTensor(tensor.of_memory(accumulator.tensor(tensor.tensor)))
 
 
 class WriteWork(Work):
-    """Replaces one tensor, whole or not at all."""
+    """Replaces one tensor, or some experts of it."""
 
     def __init__(
         self, tools: Tools, trained: Trained, tensor: TensorId, values: PooledBuffer, header: Header, step: int
@@ -134,7 +148,8 @@ class WriteWork(Work):
         values = np.ascontiguousarray(self._values).reshape(experts, rows, columns)
         if self._tensor.part == GRADIENT:  # may be anything, as a backward's result
             window = self._trained.windows.of(adapter.name)
-            window.accumulator(self._tensor.layer, adapter.layer(self._tensor.layer)).tensor(self._tensor.tensor)[...] = values
+            accumulator = window.accumulator(self._tensor.layer, adapter.layer(self._tensor.layer))
+            self._tensor.of_memory(accumulator.tensor(self._tensor.tensor))[...] = values
             return
         require_values(self._tensor, values)
         write_tensor(adapter, self._tensor, values, self._step)

@@ -65,7 +65,7 @@ class ServerCore:
         self.dispatch = Dispatch(tools.observer)
         self._tools = tools
         self._saving = Saving(self.dispatch, tools.budget, store, limits, tools.observer, self._model_digest)
-        self.runs = Runs(self.dispatch, tools.budget, limits, tools.engine.threads, self._saving)
+        self.runs = Runs(self.dispatch, tools.budget, limits, tools.engine, self._saving)
         self.requests = Requests(tools, self.dispatch, self._saving)
         self.runs.requests = self.requests
         self._saving.reserve = self.runs.reserve

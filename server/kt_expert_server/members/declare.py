@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 
 from kt_expert_proto.dtypes import ITEM_BYTES, TOKEN_DTYPES, Dtype
 from kt_expert_proto.header import Header, Op, Tensor
+from kt_expert_proto.lora import BASE
 from kt_expert_proto.v1.session_pb2 import RequestOpen
 
 from kt_expert_server.adapters.tensor_sets import find_adapter
-from kt_expert_server.adapters.transfer import shape_of
+from kt_expert_server.adapters.transfer import base_shape, shape_of
 from kt_expert_server.errors import InvalidRequest
 from kt_expert_server.members import wire
 from kt_expert_server.members.limits import Limits
@@ -61,9 +62,7 @@ def declare(header: Header, opened: RequestOpen, run: Run, model: BaseModel, lim
         case Op.FORWARD | Op.BACKWARD:
             declared = _pass(header, opened, run, model, limits)
         case Op.READ_TENSOR:
-            tensor = wire.tensor_id(header.layer, opened.read_tensor)
-            shape = shape_of(find_adapter(run.adapters, tensor.adapter), tensor)
-            declared = Declaration(result_bytes=math.prod(shape) * ITEM_BYTES[Dtype.FP32])
+            declared = _read(header, opened, run, model)
         case Op.WRITE_TENSOR:
             declared = _write(header, opened, run)
         case Op.STEP:
@@ -114,8 +113,19 @@ def _pass(header: Header, opened: RequestOpen, run: Run, model: BaseModel, limit
     return Declaration(tensors, hidden_bytes)
 
 
+def _read(header: Header, opened: RequestOpen, run: Run, model: BaseModel) -> Declaration:
+    tensor = wire.tensor_id(header.layer, opened.read_tensor)
+    if tensor.part == BASE:
+        shape = base_shape(model.require_layer(tensor.layer), tensor)
+    else:
+        shape = shape_of(find_adapter(run.adapters, tensor.adapter), tensor)
+    return Declaration(result_bytes=math.prod(shape) * ITEM_BYTES[Dtype.FP32])
+
+
 def _write(header: Header, opened: RequestOpen, run: Run) -> Declaration:
     tensor = wire.tensor_id(header.layer, opened.write_tensor)
+    if tensor.part == BASE:
+        raise InvalidRequest("the base model's weights are shared by all runs and cannot be written; train an adapter of them")
     experts, rows, columns = shape_of(find_adapter(run.adapters, tensor.adapter), tensor)
     if (header.rows, header.columns) != (experts * rows, columns):
         raise InvalidRequest(

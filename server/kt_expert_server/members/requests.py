@@ -195,7 +195,7 @@ class Requests:
                 )  # fmt: skip
             case Op.CREATE_ADAPTER | Op.DELETE_ADAPTER:
                 return self._adapter_work(member.run, entry, model)
-        return self._tensor_work(member, entry)
+        return self._tensor_work(member, entry, model)
 
     def _adapter_work(self, run: Run, entry: Entry, model: BaseModel) -> Work:
         def windows() -> list[Windows]:
@@ -203,11 +203,11 @@ class Requests:
 
         if entry.header.op is Op.DELETE_ADAPTER:
             return DeleteAdapterWork(run.adapters, entry.opened.delete_adapter.adapter, windows)
-        owner = Owner(run.name, model, run.adapters, run.config.moment_dtype, run.training)
+        owner = Owner(run.name, model, self._tools.engine, run.adapters, run.config.moment_dtype, run.training)
         wanted = wire.adapter_request(entry.opened.create_adapter, run.config.seed)
         return CreateAdapterWork(self._tools.budget.reserve, owner, wanted, windows)
 
-    def _tensor_work(self, member: Member, entry: Entry) -> Work:
+    def _tensor_work(self, member: Member, entry: Entry, model: BaseModel) -> Work:
         header, opened, run = entry.header, entry.opened, member.run
         match header.op:
             case Op.LIST_TENSORS:
@@ -216,7 +216,7 @@ class Requests:
             case Op.READ_TENSOR:
                 size = sum(each.size_bytes for each in entry.outcome_held)
                 tensor = wire.tensor_id(header.layer, opened.read_tensor)
-                return ReadWork(self._tools.pool, member.trained, tensor, size)
+                return ReadWork(self._tools.pool, member.trained, model, tensor, size)
             case Op.EDIT_GRADIENTS:
                 return EditWork(self._tools, member.trained, wire.edits(opened.edit_gradients))
         assert header.op is Op.WRITE_TENSOR, header.op  # noqa: S101

@@ -6,11 +6,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
+import kt_expert_native as native
 from kt_expert_proto.lora import DEFAULT_ADAPTER, LayerLora
 
 from kt_expert_server.adapters.adapter import Adapter, AdapterLayer
 from kt_expert_server.adapters.run_config import RunConfig, describe_differences, require_same_lora
-from kt_expert_server.adapters.sizes import TrainingBytes, check_lora, parameter_bytes
+from kt_expert_server.adapters.sizes import TrainingBytes, check_lora, layer_bytes
 from kt_expert_server.adapters.window import Windows
 from kt_expert_server.checkpoints.manifest import AdapterRecord, MemberMark
 from kt_expert_server.checkpoints.work import ApplyWork
@@ -78,10 +79,12 @@ class NewAdaptersWork(Work):
     """Makes a run's first adapters and fills them: from the seed, or from a checkpoint."""
 
     def __init__(
-        self, model: BaseModel, run: str, config: RunConfig, records: Sequence[AdapterRecord], restored: Restored
-    ) -> None:
+        self, engine: native.Engine, model: BaseModel, run: str, config: RunConfig, records: Sequence[AdapterRecord],
+        restored: Restored,
+    ) -> None:  # fmt: skip
         super().__init__()
-        self._model, self._run, self._config, self._records, self._restored = model, run, config, records, restored
+        self._engine, self._model = engine, model
+        self._run, self._config, self._records, self._restored = run, config, records, restored
         self.adapters: dict[str, Adapter] = {}
 
     def run(self) -> None:
@@ -90,9 +93,11 @@ class NewAdaptersWork(Work):
             adapter = adapters[record.name] = Adapter(record.name, self._config.moment_dtype)
             adapter.is_trained = record.trainable
             for lora in record.lora:
-                adapter.layers[lora.layer] = layer = AdapterLayer.zeros(self._model, lora)
+                adapter.layers[lora.layer] = layer = AdapterLayer.make(self._model, lora, self._engine)
                 if self._restored is None:
                     layer.initialise(self._config.seed)
+                layer.encode()
+                layer.version = 1  # a copy of weights that may have been trained
         if self._restored is not None:
             ApplyWork(adapters, self._run, *self._restored).run()
         self.adapters = adapters
@@ -105,7 +110,7 @@ class Runs:
     """Owns every run and member."""
 
     def __init__(
-        self, dispatch: Dispatch, budget: MemoryBudget, limits: Limits, threads: int, saving: Saving,
+        self, dispatch: Dispatch, budget: MemoryBudget, limits: Limits, engine: native.Engine, saving: Saving,
     ) -> None:  # fmt: skip
         self.by_name: dict[str, Run] = {}
         self.is_draining = False
@@ -113,7 +118,7 @@ class Runs:
         self._dispatch = dispatch
         self._budget = budget
         self._limits = limits
-        self._threads = threads  # of the engine: each has scratch of its own
+        self._engine = engine
         self._saving = saving
         self._openings: dict[str, _Opening] = {}
         self.requests: Requests  # set by the core: requests and runs know each other
@@ -193,7 +198,7 @@ class Runs:
             _release(held)
             self._end_opening(opening, error)
             return
-        work = NewAdaptersWork(model, wanted.run, wanted.config, records, found)
+        work = NewAdaptersWork(self._engine, model, wanted.run, wanted.config, records, found)
 
         def made(outcome: Outcome | ServerError) -> None:
             if isinstance(outcome, ServerError):
@@ -219,13 +224,13 @@ class Runs:
 
     def _reserve(self, model: BaseModel, wanted: Wanted, record: AdapterRecord) -> list[Reservation]:
         """Raises OutOfCapacity; nothing is reserved then."""
-        sizes = {Kind.ADAPTERS: sum(parameter_bytes(model, lora) for lora in record.lora)}
+        sizes = {Kind.ADAPTERS: sum(layer_bytes(model, lora) for lora in record.lora)}
         if record.trainable:
             sizes |= training_sizes(self._training_bytes(model, wanted.config, record.lora))
         return reserve_all(self.reserve, sizes, wanted.run, record.name)
 
     def _training_bytes(self, model: BaseModel, config: RunConfig, lora: Sequence[LayerLora]) -> TrainingBytes:
-        return TrainingBytes.of(model, lora, config.moment_dtype, config.world_size, self._threads)
+        return TrainingBytes.of(model, lora, config.moment_dtype, config.world_size, self._engine.threads)
 
     def reserve(self, kind: Kind, size_bytes: int, owner: str, what: str) -> Reservation:
         """As the budget does, taking from members and runs that nobody holds any more where it has to. An error says when

@@ -29,6 +29,7 @@ _MAX_WORLD_SIZE = 1024
 _MAX_LORA_SCALE = 1e6
 _MAX_RANK = 1 << 16  # the engine's own bound is lower; this keeps the number an int32
 _MAX_LAYER = 1 << 16  # a frame's header holds 16 bits
+_MAX_EXPERTS = 1 << 16  # what the engine indexes
 _INSTANCE = re.compile(r"[A-Za-z0-9]{16,64}")
 
 
@@ -97,7 +98,7 @@ def _group(group: pb.ParamGroup) -> ParamGroup:
 
 
 def tensor_sets(sets: Iterable[pb.TensorSet]) -> tuple[TensorSet, ...]:
-    """Raises InvalidRequest for bits beyond the six tensors, or a layer named twice."""
+    """Raises InvalidRequest for bits beyond those of tensors, or a layer named twice."""
     found = []
     for each in sets:
         if each.tensors & ~ALL_TENSORS or len(set(each.layers)) != len(each.layers):
@@ -169,7 +170,9 @@ def adapter_request(request: CreateAdapter, seed: int) -> AdapterRequest:
 def tensor_id(layer: int, name: TensorName) -> TensorId:
     if name.part not in PART_NAMES:
         raise InvalidRequest(f"adapter part {name.part} is not known")
-    return TensorId(name.adapter or DEFAULT_ADAPTER, layer, name.tensor, PART_NAMES[name.part])
+    if max(name.first_expert, name.experts) > _MAX_EXPERTS:
+        raise InvalidRequest(f"experts {name.first_expert} and on, {name.experts} of them, are asked for; no layer has so many")
+    return TensorId(name.adapter or DEFAULT_ADAPTER, layer, name.tensor, PART_NAMES[name.part], name.first_expert, name.experts)
 
 
 def not_joined(run: str) -> NotFound:

@@ -109,7 +109,7 @@ def test_dropout_depends_on_seed_and_layer_and_is_off_without_a_seed(engine: nat
 @pytest.mark.parametrize("dropout", [-0.1, 1.0, float("nan")])
 def test_a_dropout_that_is_no_probability_is_refused(dropout: float) -> None:
     with pytest.raises(native.InvalidArgument, match=r"expected a probability in \[0, 1\)"):
-        native.LoraSpec(rank_up=1, dropout=dropout)
+        native.AdapterSpec(rank_up=1, dropout=dropout)
 
 
 @pytest.mark.parametrize(

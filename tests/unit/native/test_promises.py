@@ -93,7 +93,7 @@ def test_tickets_serve_in_any_order() -> None:
     for position in (1, 2, 0):
         part, ticket = parts[position], tickets[position]
         assert ticket is not None
-        gradients = native.LoraTensors(on_engine.layer_spec(part), on_engine.lora_spec(part))
+        gradients = native.AdapterTensors(on_engine.layer_spec(part), on_engine.lora_spec(part))
         dx = on_engine.empty_tokens(part, "fp32")
         d_weights = np.empty((part.shape.tokens, part.shape.top_k), np.float32)
         engine.backward(weights, adapter, gradients, ticket, on_engine.tokens(part.dy, "fp32"), dx, d_weights)
@@ -103,7 +103,7 @@ def test_tickets_serve_in_any_order() -> None:
 def test_identical_micro_batches_do_not_drift() -> None:
     case = make_case(Shape(4, 32, 24, 16, 2), LORA, seed=6)
     engine, weights, adapter = native.Engine(2), on_engine.load_weights(case), on_engine.load_adapter(case)
-    gradients = native.LoraTensors(on_engine.layer_spec(case), on_engine.lora_spec(case))
+    gradients = native.AdapterTensors(on_engine.layer_spec(case), on_engine.lora_spec(case))
     ids, route_weights = case.ids.to(torch.int32).numpy(), case.routing_weights.float().numpy()
     y, dx = on_engine.empty_tokens(case, "bf16"), on_engine.empty_tokens(case, "bf16")
     d_weights = np.empty((16, 2), np.float32)
@@ -123,8 +123,8 @@ def test_identical_micro_batches_do_not_drift() -> None:
 @pytest.mark.parametrize("order", [2.0, 1.0, 3.0, 0.5, 0.0, math.inf, -math.inf])
 def test_gradient_norms_are_of_the_average(order: float) -> None:
     """The last expert's matrices are larger than one worker's piece."""
-    layer, lora = native.LayerSpec(2, 2100, 7), native.LoraSpec(rank_gate=5, scale_gate=1.0)
-    ranks = [native.LoraTensors(layer, lora) for _ in range(3)]
+    layer, lora = native.LayerSpec(2, 2100, 7), native.AdapterSpec(rank_gate=5, scale_gate=1.0)
+    ranks = [native.AdapterTensors(layer, lora) for _ in range(3)]
     generator = np.random.default_rng(0)
     expected = {}
     for name in ranks[0].names():
@@ -140,8 +140,8 @@ def test_gradient_norms_are_of_the_average(order: float) -> None:
 
 @pytest.mark.parametrize("order", [2.0, 1.0, math.inf, -math.inf])
 def test_a_gradient_that_is_not_a_number_makes_the_norm_none(order: float) -> None:
-    layer, lora = native.LayerSpec(2, 9, 7), native.LoraSpec(rank_gate=3, scale_gate=1.0)
-    gradients = native.LoraTensors(layer, lora)
+    layer, lora = native.LayerSpec(2, 9, 7), native.AdapterSpec(rank_gate=3, scale_gate=1.0)
+    gradients = native.AdapterTensors(layer, lora)
     gradients.tensor("a_gate")[1, 2, 3] = np.nan
     norms = native.Engine(2).gradient_norms(order, 1.0, [gradients])
     assert math.isnan(norms["a_gate"])
@@ -151,7 +151,7 @@ def test_a_gradient_that_is_not_a_number_makes_the_norm_none(order: float) -> No
 def test_a_cancelled_backward_leaves_the_gradients_alone() -> None:
     case = make_case(SHAPE, LORA, seed=7)
     engine, weights, adapter = native.Engine(2), on_engine.load_weights(case), on_engine.load_adapter(case)
-    gradients = native.LoraTensors(on_engine.layer_spec(case), on_engine.lora_spec(case))
+    gradients = native.AdapterTensors(on_engine.layer_spec(case), on_engine.lora_spec(case))
     y, dx = on_engine.empty_tokens(case, "fp32"), on_engine.empty_tokens(case, "fp32")
     ids, route_weights = case.ids.to(torch.int32).numpy(), case.routing_weights.float().numpy()
     ticket = engine.forward(weights, adapter, on_engine.tokens(case.x, "fp32"), ids, route_weights, y, "activations")
@@ -217,11 +217,11 @@ def test_an_unknown_or_missing_instruction_set_is_an_error() -> None:
         native.Engine(0)
 
 
-def _ready_for_backward() -> tuple[Callable[..., None], native.LoraTensors, native.LoraTensors, np.ndarray]:
+def _ready_for_backward() -> tuple[Callable[..., None], native.AdapterTensors, native.AdapterTensors, np.ndarray]:
     """A backward whose batch leaves experts out, gradients to add to, others that hold 7, and where dx will be."""
     case = make_case(Shape(6, 40, 24, 9, 2), LORA, seed=9, used_experts=3)
     engine, weights, adapter = native.Engine(2), on_engine.load_weights(case), on_engine.load_adapter(case)
-    fresh, used = (native.LoraTensors(on_engine.layer_spec(case), on_engine.lora_spec(case)) for _ in range(2))
+    fresh, used = (native.AdapterTensors(on_engine.layer_spec(case), on_engine.lora_spec(case)) for _ in range(2))
     for name in used.names():
         used.tensor(name)[...] = 7.0
     x, dy = on_engine.tokens(case.x, "fp32"), on_engine.tokens(case.dy, "fp32")
@@ -230,7 +230,7 @@ def _ready_for_backward() -> tuple[Callable[..., None], native.LoraTensors, nati
     ticket = engine.forward(weights, adapter, x, ids, route_weights, y, "activations")
     assert ticket is not None
 
-    def backward(gradients: native.LoraTensors | None, **how: Any) -> None:
+    def backward(gradients: native.AdapterTensors | None, **how: Any) -> None:
         engine.backward(weights, adapter, gradients, ticket, dy, dx, d_weights, **how)
 
     return backward, fresh, used, dx
@@ -274,7 +274,7 @@ def test_a_request_may_have_scales_of_its_own(save: str) -> None:
     adapter, spec = on_engine.load_adapter(case), on_engine.layer_spec(case)
     scales = (0.25, 0.25 if LORA.tied else 3.0, -0.5)
     lora = on_engine.lora_spec(dataclasses.replace(case, lora=_scaled(LORA, scales)))
-    other = native.LoraTensors(spec, lora)
+    other = native.AdapterTensors(spec, lora)
     for name in other.names():
         other.tensor(name)[...] = adapter.tensor(name)
     x, dy = on_engine.tokens(case.x, "fp32"), on_engine.tokens(case.dy, "fp32")
@@ -282,7 +282,7 @@ def test_a_request_may_have_scales_of_its_own(save: str) -> None:
     results = []
     for tensors, own in ((adapter, scales), (other, None)):
         y, dx, d_weights = np.empty_like(x), np.empty_like(x), np.empty(ids.shape, np.float32)
-        gradients = native.LoraTensors(spec, lora)
+        gradients = native.AdapterTensors(spec, lora)
         ticket = engine.forward(weights, tensors, x, ids, route_weights, y, save, scales=own)
         assert ticket is not None
         engine.backward(weights, tensors, gradients, ticket, dy, dx, d_weights)

@@ -40,7 +40,7 @@ def test_memory_of_past_tickets_is_counted_and_gives_way() -> None:
     weights, routing_weights = native.LayerWeights(native.LayerSpec(1, hidden, 8)), np.ones((tokens, 1), np.float32)
     ticket = engine.forward(weights, None, x, ids, routing_weights, np.empty_like(x), "activations")
     scratch = budget.reserved(Kind.KEPT)
-    assert 0 < scratch <= engine.scratch_bytes(weights.spec, native.LoraSpec(), tokens, 1)
+    assert 0 < scratch <= engine.scratch_bytes(weights.spec, native.AdapterSpec(), tokens, 1)
     del ticket
     assert budget.reserved(Kind.KEPT) == budget.total == scratch + 2 * MIB  # the tokens; the rest is too small to be kept
     budget.reserve(Kind.ADAPTERS, 30 * MIB - scratch, "run", "an adapter")

@@ -1,0 +1,138 @@
+// LoRA gradients: dB = d_out^T (scale * in A^T) and dA = (scale * d_out B)^T in; those of weights: dW = d_out^T in. All
+// summed over one expert's rows.
+#include <algorithm>
+
+#include "moe/backward.h"
+
+namespace kt_expert {
+namespace {
+
+constexpr int kWeightTensors = kAdapterTensors - kLoraTensors;
+// Of one task: a tile of the kernel is a few rows, and the least loaded expert's matrix must not hold up the others.
+constexpr std::int64_t kRowsOfTask = 64;
+
+AdapterTensor weight_tensor(std::int64_t index) { return static_cast<AdapterTensor>(kLoraTensors + index); }
+
+}  // namespace
+
+OuterRows Engine::BackwardPass::d_hidden_rows(const OperandRows& operands, const float* f32, std::int64_t first) const {
+  if (f32 != nullptr) return {f32 + first * layer_.intermediate, layer_.intermediate, nullptr};
+  return {operands.f32() + first * operands.stride, operands.stride, nullptr};
+}
+
+// Of every expert: those without a row in this batch held something too.
+void Engine::BackwardPass::clear_gradients() {
+  const AdapterTensorSet cleared = args_.wanted & args_.replaced;
+  if (cleared == 0) return;
+  pool_.run(kAdapterTensors * std::int64_t{layer_.experts}, [&](std::int64_t task, int) {
+    const AdapterTensor tensor = static_cast<AdapterTensor>(task % kAdapterTensors);
+    AdapterTensors* gradients = task % kAdapterTensors < kLoraTensors ? args_.gradients : args_.weight_gradients;
+    if (gradients == nullptr || !contains(cleared, tensor)) return;
+    const TensorShape shape = tensor_shape(layer_, gradients->spec(), tensor);
+    if (shape.rows == 0) return;
+    std::fill_n(gradients->expert(tensor, static_cast<int>(task / kAdapterTensors)), shape.rows * shape.columns, 0.0f);
+  });
+}
+
+// One owner per (expert, tensor), rows in token order: no atomics, and the same bits for any number of workers. Where
+// gate and up share A, their contributions were summed before.
+void Engine::BackwardPass::lora_gradients() {
+  if (!lora_.any() || args_.gradients == nullptr) return;
+  pool_.run(kLoraTensors * static_cast<std::int64_t>(routing_.active.size()), [&](std::int64_t task, int) {
+    lora_gradient(routing_.active[static_cast<std::size_t>(task / kLoraTensors)],
+                  static_cast<AdapterTensor>(task % kLoraTensors));
+  });
+}
+
+void Engine::BackwardPass::lora_gradient(int expert, AdapterTensor tensor) {
+  const TensorShape shape = tensor_shape(layer_, lora_, tensor);
+  if (shape.rows == 0 || !contains(args_.wanted, tensor)) return;
+  const std::int64_t first = routing_.begin_of(expert);
+  const std::int32_t* tokens = routing_.row_token.data() + first;
+  const auto kept = [&](const float* rows, int rank) {
+    return OuterRows{rows + first * rank_stride(rank), rank_stride(rank), nullptr};
+  };
+  const OuterRows x{x_.base, x_.stride, tokens}, dy{dy_.base, dy_.stride, tokens};
+  OuterRows left, right;
+  switch (tensor) {
+    case AdapterTensor::kAGate:
+      left = buffers_.d_gate_b.outer(first), right = x;
+      break;
+    case AdapterTensor::kBGate:
+      left = d_hidden_rows(buffers_.d_gate, buffers_.d_gate_f32, first);
+      right = kept(saved_.x_a_gate, lora_.rank_gate);
+      break;
+    case AdapterTensor::kAUp:
+      left = buffers_.d_up_b.outer(first), right = x;
+      break;
+    case AdapterTensor::kBUp:
+      left = d_hidden_rows(buffers_.d_up, buffers_.d_up_f32, first);
+      right = kept(lora_.tied ? saved_.x_a_gate : saved_.x_a_up, lora_.rank_up);
+      break;
+    case AdapterTensor::kADown:
+      left = buffers_.dy_b_down.outer(first);
+      right = {buffers_.h_f32 + first * layer_.intermediate, layer_.intermediate, nullptr};
+      break;
+    case AdapterTensor::kBDown:
+      left = dy, right = kept(buffers_.weighted_h_a, lora_.rank_down);
+      break;
+    default:
+      return;
+  }
+  kernels_.outer(left, right, routing_.rows_of(expert), static_cast<int>(shape.rows), static_cast<int>(shape.columns),
+                 args_.gradients->expert(tensor, expert), shape.columns);
+}
+
+void Engine::BackwardPass::weight_gradients() {
+  if (!trains_weights()) return;
+  std::int64_t ends[kWeightTensors], tasks = 0;  // of one expert
+  for (int t = 0; t < kWeightTensors; ++t) {
+    const std::int64_t rows = tensor_shape(layer_, args_.weight_gradients->spec(), weight_tensor(t)).rows;
+    tasks += ceil_div(rows, kRowsOfTask);
+    ends[t] = tasks;
+  }
+  pool_.run(tasks * static_cast<std::int64_t>(routing_.active.size()), [&](std::int64_t task, int) {
+    const std::int64_t in_expert = task % tasks;
+    const std::int64_t t = std::upper_bound(ends, ends + kWeightTensors, in_expert) - ends;
+    weight_gradient(routing_.active[static_cast<std::size_t>(task / tasks)], weight_tensor(t),
+                    (in_expert - (t == 0 ? 0 : ends[t - 1])) * kRowsOfTask);
+  });
+}
+
+// Some rows of one expert's matrix.
+void Engine::BackwardPass::weight_gradient(int expert, AdapterTensor tensor, std::int64_t first_row) {
+  if (!contains(args_.wanted, tensor)) return;
+  const TensorShape shape = tensor_shape(layer_, args_.weight_gradients->spec(), tensor);
+  const std::int64_t first = routing_.begin_of(expert);
+  const std::int32_t* tokens = routing_.row_token.data() + first;
+  const float one = 1.0f;
+  const OuterRows ones{&one, 0, nullptr}, x{whole_x_.base, whole_x_.stride, tokens}, dy{dy_.base, dy_.stride, tokens};
+  const OuterRows d_up = d_hidden_rows(buffers_.d_up, buffers_.d_up_f32, first);
+  OuterRows left, right;
+  switch (tensor) {
+    case AdapterTensor::kWGate:
+      left = d_hidden_rows(buffers_.d_gate, buffers_.d_gate_f32, first), right = x;
+      break;
+    case AdapterTensor::kWUp:
+      left = d_up, right = x;
+      break;
+    case AdapterTensor::kWDown:
+      left = dy, right = {buffers_.weighted_h + first * layer_.intermediate, layer_.intermediate, nullptr};
+      break;
+    case AdapterTensor::kBiasGate:
+      left = ones, right = d_hidden_rows(buffers_.d_gate, buffers_.d_gate_f32, first);
+      break;
+    case AdapterTensor::kBiasUp:
+      left = ones, right = d_up;
+      break;
+    default:
+      left = {routing_.row_weight.data() + first, 1, nullptr}, right = dy;
+      break;
+  }
+  left.base += first_row;
+  const std::int64_t rows = std::min(kRowsOfTask, shape.rows - first_row);
+  kernels_.outer(left, right, routing_.rows_of(expert), static_cast<int>(rows), static_cast<int>(shape.columns),
+                 args_.weight_gradients->expert(tensor, expert) + first_row * shape.columns, shape.columns);
+}
+
+}  // namespace kt_expert
