@@ -18,7 +18,7 @@ from kt_expert_client.errors import UnsupportedModel, WrongPhase
 from kt_expert_client.membership import Membership, current_membership
 from kt_expert_client.options import RunOptions
 from kt_expert_client.parameters.gradients import handle
-from kt_expert_client.parameters.lora import matrix_of
+from kt_expert_client.parameters.matrix import matrix_of
 from kt_expert_client.parameters.store import ParameterStore
 from kt_expert_client.run import Run
 
@@ -99,10 +99,7 @@ class OffloadedLayer:
                 gradients.append(torch.zeros_like(parameter))
                 continue
             if matrix is None:
-                raise UnsupportedModel(
-                    f"{parameter!r} is to be trained; full fine-tuning of experts is not available: freeze them with "
-                    "requires_grad_(False), or train LoRA on them"
-                )
+                raise UnsupportedModel(f"{parameter!r} is to be trained and is nothing that the server knows")
             gradient, replaced, continued = self._offload.parameters.gradients.target(matrix, parameter)
             name, bits = matrix.place.adapter, matrix.place.bits
             old = targets.get(name, GradientTarget(name, 0))
@@ -182,7 +179,7 @@ class ModelOffload:
             )
         if options != self.options:
             self.options = options
-            self.parameters = ParameterStore(self._open_run, options.dropout)
+            self.parameters.use_dropout(options.dropout)
 
     def close(self) -> None:
         """Leaves the run. The model cannot train afterwards; other models are not touched."""

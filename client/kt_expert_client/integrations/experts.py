@@ -14,7 +14,9 @@ from torch import nn
 from kt_expert_client.autograd import ExpertsCall, ExpertsFunction
 from kt_expert_client.errors import UnsupportedModel
 from kt_expert_client.offload import LocalLayerSpec, ModelOffload, OffloadedLayer
-from kt_expert_client.parameters.weights import adapters_on, make_weight
+from kt_expert_client.parameters.active import adapters_on
+from kt_expert_client.parameters.weights import WeightShape, make_weight
+from kt_expert_client.weight_layout import WeightLayout
 
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 _SILU_NAMES = {"SiLU", "SiLUActivation"}
@@ -51,8 +53,13 @@ class RemoteExperts(nn.Module):
     def kt_connect(self, layer: OffloadedLayer, offload: ModelOffload, dtype: torch.dtype) -> None:
         """From now on its weights are those of that layer on the server."""
         self.kt_layer, self.kt_offload = layer, offload
+        module: Any = self
+        spec = local_spec(f"layers.{layer.layer}", self)
+        layout = WeightLayout(bool(module.is_transposed), interleaved=not module.is_concatenated)
+        sizes = WeightShape(spec.num_experts, spec.hidden_size, spec.intermediate_size, layout)
         for name, shape in self.kt_shapes.items():
-            self.register_parameter(name, make_weight(layer.layer, name, shape, dtype))
+            geometry = torch.empty(shape, dtype=dtype, device="meta")
+            self.register_parameter(name, make_weight(offload.parameters.weights, layer.layer, name, geometry, sizes))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RemoteExperts:
         """A copy talks to the same server through the same run."""
@@ -71,7 +78,8 @@ class RemoteExperts(nn.Module):
                 "this model was built without expert weights and is not connected to a server; call "
                 "kt_expert_client.attach(model)"
             )
-        adapters, leaves = adapters_on(getattr(self, GATE_UP), getattr(self, DOWN))
+        biases = [getattr(self, name) for name in self.kt_shapes if name not in (GATE_UP, DOWN)]
+        adapters, leaves = adapters_on(layer.layer, getattr(self, GATE_UP), getattr(self, DOWN), biases)
         if offload.ddp_parameter is not None:
             leaves.append(offload.ddp_parameter)
         inputs = [hidden_states, routing_weights, *leaves]

@@ -22,7 +22,8 @@ from kt_expert_client.errors import UnsupportedModel
 from kt_expert_client.integrations.experts import DOWN as DOWN_PARAMETER
 from kt_expert_client.integrations.experts import GATE_UP as GATE_UP_PARAMETER
 from kt_expert_client.integrations.experts import RemoteExperts
-from kt_expert_client.parameters.lora import DOWN, GATE_UP, LoraPlace, LoraShape, make_parameter
+from kt_expert_client.parameters.lora import LoraShape, make_parameter
+from kt_expert_client.parameters.matrix import DOWN, GATE_UP, Place
 from kt_expert_client.parameters.tensor import RemoteTensor
 
 _TARGETS = {GATE_UP_PARAMETER: GATE_UP, DOWN_PARAMETER: DOWN}
@@ -110,7 +111,7 @@ def _give_to_server(owner: _Owner, adapter: str, linear: nn.Linear) -> None:
         raise UnsupportedModel(f"LoRA on the experts' {wrapper.parameter_name} is not available; target {sorted(_TARGETS)}")
     count, rank = experts.kt_shapes[wrapper.parameter_name][0], wrapper.r[adapter]
     shape = LoraShape(count, rank, wrapper.in_features, wrapper.out_features, not experts.is_concatenated)
-    place = LoraPlace(server_name(adapter), experts.kt_layer.layer, _TARGETS[wrapper.parameter_name], owner.side)
+    place = Place(server_name(adapter), experts.kt_layer.layer, _TARGETS[wrapper.parameter_name], owner.side)
     store, weight = experts.kt_offload.parameters, linear.weight
     matrix = store.make(place, shape, None if weight.is_meta else weight.detach())
     parameter = make_parameter(matrix, weight, requires_grad=weight.requires_grad)

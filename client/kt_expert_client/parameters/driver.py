@@ -13,7 +13,7 @@ import torch
 from kt_expert_client.errors import UnsupportedModel
 from kt_expert_client.optimizers import Adafactor, Sgd, Update, translate
 from kt_expert_client.parameters.gradients import tensor_sets
-from kt_expert_client.parameters.lora import GradientSource, LoraMatrix, MomentSource, gradient_of, matrix_of
+from kt_expert_client.parameters.matrix import GradientSource, Matrix, MomentSource, gradient_of, matrix_of
 from kt_expert_client.parameters.store import ParameterStore
 from kt_expert_client.parameters.tensor import RemoteTensor, Stored
 
@@ -26,7 +26,7 @@ class _Taken:
     """A parameter that a step is for."""
 
     parameter: torch.Tensor
-    matrix: LoraMatrix
+    matrix: Matrix
     gradient: GradientSource
     update: Update
     slots: tuple[str, ...]
@@ -102,6 +102,7 @@ def _step_one(store: ParameterStore, optimizer: torch.optim.Optimizer, taken: li
     places = {each.matrix.place for each in taken}
     store.run.take_step(messages, gradients.kept(places))
     gradients.spent(places)
+    store.changed(places)
     for each in taken:
         _count(optimizer, each)
 

@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
-from kt_expert_client.parameters.lora import GradientSource, gradient_of, is_same_gradient
+from kt_expert_client.parameters.matrix import GradientSource, gradient_of, is_same_gradient
 from kt_expert_client.parameters.tensor import RemoteTensor, handles
+from kt_expert_client.parameters.weight_operations import merge
 
 aten = torch.ops.aten
 
@@ -28,9 +29,10 @@ def _number(value: Any) -> float | None:
 
 @handles(aten.add_.Tensor)
 def _accumulate(func: Any, total: Any, more: Any, *, alpha: float = 1) -> Any:
-    """A backward has added to the gradient on the server already: what it returned is the same gradient."""
+    """A backward has added to the gradient on the server already: what it returned is the same gradient. Or LoRA is merged."""
     del func
-    return total if alpha == 1 and is_same_gradient(total, more) else NotImplemented
+    added = (alpha == 1 and is_same_gradient(total, more)) or merge(total, more, float(alpha))
+    return total if added else NotImplemented
 
 
 @handles(aten.mul_.Tensor, aten.mul_.Scalar)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -20,8 +20,9 @@ from kt_expert_proto.v1 import session_pb2 as pb
 
 from kt_expert_client.adapter import TensorSet
 from kt_expert_client.errors import UnsupportedModel, WrongPhase
-from kt_expert_client.parameters.lora import GradientSource, LoraMatrix, LoraPlace, gradient_of
+from kt_expert_client.parameters.matrix import BIAS, WEIGHT, GradientSource, Matrix, Place, gradient_of
 from kt_expert_client.parameters.tensor import RemoteTensor, Stored
+from kt_expert_client.parameters.weights import WeightSource, weight_of
 
 if TYPE_CHECKING:
     from kt_expert_client.parameters.store import ParameterStore
@@ -46,12 +47,41 @@ class Gradients:
 
     def __init__(self, store: ParameterStore) -> None:
         self._store = store
-        self._slots: dict[LoraPlace, _Slot] = {}
-        self._norms: dict[float, dict[LoraPlace, float]] = {}
+        self._slots: dict[Place, _Slot] = {}
+        self._norms: dict[float, dict[Place, float]] = {}
 
-    def add(self, matrix: LoraMatrix, parameter: torch.Tensor) -> None:
+    def add(self, matrix: Matrix, parameter: torch.Tensor) -> None:
         """A parameter from now on."""
         self._slots[matrix.place] = _Slot(weakref.ref(parameter))
+
+    def knows(self, place: Place) -> bool:
+        return place in self._slots
+
+    def trained_layers(self, adapter: str) -> set[int]:
+        """Layers some of whose weights are to be trained."""
+        return {source.matrix.place.layer for source, is_trained in self._weights(adapter) if is_trained}
+
+    def weight_sources(self, adapter: str, layers: Iterable[int]) -> list[WeightSource]:
+        """What the weights of those layers stand for."""
+        wanted = set(layers)
+        return [source for source, _ in self._weights(adapter) if source.matrix.place.layer in wanted]
+
+    def _weights(self, adapter: str) -> Iterator[tuple[WeightSource, bool]]:
+        for place, slot in self._slots.items():
+            parameter = slot.parameter() if place.adapter == adapter and place.side in (WEIGHT, BIAS) else None
+            source = weight_of(parameter)
+            if parameter is not None and source is not None:
+                yield source, parameter.requires_grad
+
+    def forget(self, adapter: str) -> bool:
+        """Whether no parameter of an adapter is left; what is known of it is dropped then."""
+        places = [place for place in self._slots if place.adapter == adapter]
+        if not places or any(self._slots[place].parameter() is not None for place in places):
+            return False
+        for place in places:
+            del self._slots[place]
+        self.changed()
+        return True
 
     def changed(self) -> None:
         """Some gradient has other values."""
@@ -64,7 +94,7 @@ class Gradients:
 
     # Backward
 
-    def target(self, matrix: LoraMatrix, parameter: torch.Tensor) -> tuple[GradientSource, int, int]:
+    def target(self, matrix: Matrix, parameter: torch.Tensor) -> tuple[GradientSource, int, int]:
         """For a backward that is about to add to the parameter's gradient: what that is, and the bits of tensors that begin
         anew, and that go on from what a step has taken."""
         slot, bits, current = self._slots[matrix.place], matrix.place.bits, torch._C._current_graph_task_id()
@@ -79,6 +109,7 @@ class Gradients:
             raise UnsupportedModel(
                 f".grad of {matrix.place} was replaced by a tensor of this process; use .grad.copy_(), or set it to None"
             )
+        matrix.prepare()
         self.changed()
         if gradient is None and not self_begun:
             slot.generation, slot.begun_in, slot.is_spent = slot.generation + 1, current, False
@@ -124,7 +155,7 @@ class Gradients:
 
     def flush(self, *, scales: bool = True) -> None:
         """Sends what is to be done. Without `scales`, a last scaling is left to the step."""
-        rounds: list[dict[tuple[str, float, float], list[LoraPlace]]] = []
+        rounds: list[dict[tuple[str, float, float], list[Place]]] = []
         for place, slot in self._slots.items():
             edits, slot.edits = slot.edits, []
             if scales and slot.scale != 1.0:
@@ -138,17 +169,17 @@ class Gradients:
         if messages:
             self._store.run.adapters.edit(messages)
 
-    def scale_of(self, place: LoraPlace) -> float:
+    def scale_of(self, place: Place) -> float:
         """What a step has to multiply the gradient with."""
         return self._slots[place].scale
 
-    def spent(self, places: Iterable[LoraPlace]) -> None:
+    def spent(self, places: Iterable[Place]) -> None:
         """A step has taken these, scaled."""
         for place in places:
             self._slots[place].is_spent = True
         self.changed()
 
-    def kept(self, taken: set[LoraPlace]) -> list[TensorSet]:
+    def kept(self, taken: set[Place]) -> list[TensorSet]:
         """Live gradients that a step leaves to others."""
         live = [place for place in self._live() if place not in taken and not self._slots[place].is_spent]
         return tensor_sets(live)
@@ -164,7 +195,7 @@ class Gradients:
         norm = self._norms[order][gradient.matrix.place]
         return norm if order == 0.0 else norm * abs(self._slot(gradient).scale)
 
-    def _ask_norms(self, order: float) -> dict[LoraPlace, float]:
+    def _ask_norms(self, order: float) -> dict[Place, float]:
         places = self._live()
         sets = tensor_sets(places)
         _, norms = self._store.run.adapters.norms(sets, order)
@@ -172,7 +203,7 @@ class Gradients:
         found = dict(zip(named, norms, strict=True))
         return {place: _joined([found[place.adapter, place.layer, name] for name in place.tensors], order) for place in places}
 
-    def _live(self) -> list[LoraPlace]:
+    def _live(self) -> list[Place]:
         found = []
         for place, slot in self._slots.items():
             parameter = slot.parameter()
@@ -185,7 +216,7 @@ class Gradients:
         return self._slots[gradient.matrix.place]
 
 
-def tensor_sets(places: Iterable[LoraPlace]) -> list[TensorSet]:
+def tensor_sets(places: Iterable[Place]) -> list[TensorSet]:
     """Their tensors, as few sets as they make."""
     bits: dict[tuple[str, int], int] = {}
     for place in places:

@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 
-from kt_expert_client.parameters.lora import is_same_gradient
+from kt_expert_client.parameters.matrix import is_same_gradient
 from kt_expert_client.parameters.tensor import Product, RemoteTensor, Stored, Sum, View, handles
+from kt_expert_client.parameters.weight_operations import are_equal
 
 aten = torch.ops.aten
 
@@ -54,12 +55,6 @@ def _to(
     return made
 
 
-@handles(aten.clone.default)
-def _clone(func: Any, tensor: RemoteTensor, **kwargs: Any) -> Any:
-    del func, kwargs
-    return tensor.values().clone().to(tensor.device)
-
-
 @handles(aten.copy_.default)
 def _copy(func: Any, target: torch.Tensor, source: torch.Tensor, non_blocking: bool = False) -> Any:
     if not isinstance(target, RemoteTensor):
@@ -67,6 +62,8 @@ def _copy(func: Any, target: torch.Tensor, source: torch.Tensor, non_blocking: b
         return func(target, source.values(), non_blocking)
     if not isinstance(target.remote, Stored):
         return NotImplemented
+    if are_equal(target, source):
+        return target
     values = source.values() if isinstance(source, RemoteTensor) else source
     target.write(values.to(target.dtype).expand(target.shape))
     return target

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import weakref
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +17,9 @@ from kt_expert_client.adapter import TensorKey
 from kt_expert_client.errors import UnsupportedModel, WrongPhase
 from kt_expert_client.membership import Membership
 from kt_expert_client.parameters.gradients import Gradients
-from kt_expert_client.parameters.lora import DOWN, LoraMatrix, LoraPlace, LoraShape
+from kt_expert_client.parameters.lora import LoraMatrix, LoraShape
+from kt_expert_client.parameters.matrix import DOWN, Matrix, Place
+from kt_expert_client.parameters.weights import WeightSet
 from kt_expert_client.run import Run
 
 
@@ -28,10 +32,13 @@ class ParameterStore:
         self._dropout = dropout
         self._joined: tuple[Run, Membership] | None = None
         self._awaits_values = False  # other ranks' values of what was written since
-        self._updates: dict[LoraPlace, int] = {}
-        self._moments: dict[LoraPlace, int] = {}  # how often an optimizer began with them anew
+        self._updates: dict[Place, int] = {}
+        self._moments: dict[Place, int] = {}  # how often an optimizer began with them anew
         self._copies = itertools.count(1)
+        self._versions: Counter[str] = Counter()  # of an adapter: how often its values have changed
+        self._snapshots: dict[str, tuple[int, str]] = {}  # of an adapter: at which version, and its name
         self.gradients = Gradients(self)
+        self.weights = WeightSet(self)  # the model's own; its copies have others
 
     @property
     def run(self) -> Run:
@@ -49,9 +56,14 @@ class ParameterStore:
         if self._joined is not None:
             self._joined[0].leave()
 
-    def make(self, place: LoraPlace, shape: LoraShape, values: torch.Tensor | None) -> LoraMatrix:
+    def use_dropout(self, dropout: float) -> None:
+        """Of adapters that are made from now on."""
+        self._dropout = dropout
+
+    def make(self, place: Place, shape: LoraShape, values: torch.Tensor | None) -> LoraMatrix:
         """A matrix of an adapter, with its values where there are some yet. Makes what the server lacks of the adapter."""
         rank = shape.rank
+        self._remove_if_unused(place)
         if place.target == DOWN:
             lora = LayerLora(place.layer, rank_down=rank, scale_down=1.0, dropout=self._dropout)
         else:
@@ -67,10 +79,44 @@ class ParameterStore:
         copies: dict[str, str] = memo.setdefault(id(self), {})
         name = copies.get(matrix.place.adapter)
         if name is None:
-            self.settle()
-            name = copies[matrix.place.adapter] = f"{matrix.place.adapter}.copy{next(self._copies)}"
-            self.run.adapters.copy(matrix.place.adapter, name)
+            name = copies[matrix.place.adapter] = self.copy_name(matrix.place.adapter)
+            self.copy_adapter(matrix.place.adapter, name)
         return LoraMatrix(self, replace(matrix.place, adapter=name), matrix.shape)
+
+    def copy_name(self, adapter: str) -> str:
+        return f"{adapter}.copy{next(self._copies)}"
+
+    def copy_adapter(self, adapter: str, name: str) -> None:
+        self.settle()
+        self.run.adapters.copy(adapter, name)
+
+    def snapshot(self, adapter: str) -> str:
+        """An adapter with the values that this one has now, which nothing changes."""
+        version, name = self._snapshots.get(adapter, (-1, ""))
+        if version != self._versions[adapter]:
+            name = self.copy_name(adapter)
+            self.copy_adapter(adapter, name)
+            self._snapshots[adapter] = self._versions[adapter], name
+        return name
+
+    def changed(self, places: Iterable[Place]) -> None:
+        """Those matrices have other values."""
+        self._versions.update({place.adapter for place in places})
+
+    def make_weights(self, adapter: str, layers: Iterable[int], *, trainable: bool) -> None:
+        """The run has those layers' weights of its own from now on. Raises OutOfCapacity; nothing has changed then."""
+        self.run.adapters.create(adapter, [LayerLora(layer, full=True) for layer in layers], trainable=trainable)
+
+    def _remove_if_unused(self, place: Place) -> None:
+        """An adapter of this name was deleted, and all its parameters with it: the new one may have other ranks."""
+        if not self.gradients.knows(place):
+            return
+        if not self.gradients.forget(place.adapter):
+            gc.collect()  # modules hold each other in circles
+            if not self.gradients.forget(place.adapter):
+                return
+        self.run.adapters.delete(place.adapter)
+        self._versions.update([place.adapter])
 
     def read(self, key: TensorKey, size: tuple[int, int, int]) -> torch.Tensor:
         self.settle()
@@ -92,19 +138,19 @@ class ParameterStore:
             self._awaits_values = False
             self.run.adapters.norms([])
 
-    def moments_of(self, matrix: LoraMatrix) -> int:
+    def moments_of(self, matrix: Matrix) -> int:
         """Which set of its moments the server has."""
         return self._moments.get(matrix.place, 0)
 
-    def begin_moments(self, matrix: LoraMatrix) -> None:
+    def begin_moments(self, matrix: Matrix) -> None:
         """Those of an earlier optimizer are given up."""
         self._moments[matrix.place] = self.moments_of(matrix) + 1
 
-    def updates_of(self, matrix: LoraMatrix) -> int:
+    def updates_of(self, matrix: Matrix) -> int:
         """How many updates its moments stand for."""
         return self._updates.get(matrix.place, 0)
 
-    def count_updates(self, matrix: LoraMatrix, count: int) -> None:
+    def count_updates(self, matrix: Matrix, count: int) -> None:
         self._updates[matrix.place] = count
 
     def _join(self) -> tuple[Run, Membership]:

@@ -106,6 +106,7 @@ class _Elsewhere:
         return 0
 
 
+SET_DATA: Any = torch.Tensor.data.__set__  # type: ignore[attr-defined]  # what torch calls for `tensor.data = value`
 Handler = Callable[..., Any]
 HANDLERS: dict[Any, Handler] = {}  # by operation; filled where the modules of this package are imported
 
@@ -190,6 +191,29 @@ class RemoteTensor(torch.Tensor):
         memo[id(self)] = made
         return made
 
+    def become(self, value: torch.Tensor) -> bool:
+        """`tensor.data = value`. False where torch's own way does it: the same values seen with another dtype or device."""
+        if isinstance(value, RemoteTensor) and _source_of(value) is _source_of(self) is not None:
+            return False
+        if value.shape != self.shape:
+            raise UnsupportedModel(
+                f"{self.describe()} has shape {tuple(self.shape)} and is given values of shape {tuple(value.shape)}"
+            )
+        handler = HANDLERS.get(SET_DATA)
+        if handler is None or handler(SET_DATA, self, value) is NotImplemented:
+            self.write(value.values() if isinstance(value, RemoteTensor) else value)
+        return True
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[Any, Any] | None = None
+    ) -> Any:
+        del types
+        if func == SET_DATA and isinstance(args[0], RemoteTensor) and args[0].become(args[1]):
+            return None
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
+
     def geometry(self) -> torch.Tensor:
         """A meta tensor of its sizes and strides."""
         return torch.empty_strided(self.shape, self.stride(), dtype=self.dtype, device="meta")
@@ -207,6 +231,10 @@ class RemoteTensor(torch.Tensor):
         from kt_expert_client.parameters.fallback import compute_here
 
         return compute_here(func, args, kwargs or {})
+
+
+def _source_of(tensor: RemoteTensor) -> Source | None:
+    return tensor.remote.source if isinstance(tensor.remote, Stored) else None
 
 
 def handles(*operations: Any) -> Callable[[Handler], Handler]:

@@ -1,114 +1,169 @@
-"""Expert weights as parameters of the trainer, and what a forward reads off them: which adapters are on them."""
+"""Expert weights as parameters of the trainer: the base model's, until somebody trains or writes them, and from then on the
+run's own."""
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
+from kt_expert_proto.lora import BASE, PARAMETER
 from torch import nn
 
-from kt_expert_client.adapter import ActiveAdapter
 from kt_expert_client.errors import UnsupportedModel
-from kt_expert_client.parameters.lora import DOWN, GATE_UP, LoraMatrix, LoraPlace, matrix_of
-from kt_expert_client.parameters.tensor import Product, RemoteTensor, Stored, Sum, View
+from kt_expert_client.parameters.matrix import BIAS, DOWN, GATE_UP, WEIGHT, Matrix, ParameterSource, Place
+from kt_expert_client.parameters.merged import Merged
+from kt_expert_client.parameters.tensor import RemoteTensor, Stored
+from kt_expert_client.weight_layout import WeightLayout
+
+if TYPE_CHECKING:
+    from kt_expert_client.parameters.store import ParameterStore
+
+WEIGHTS_ADAPTER = "weights"
+_PLACES = {
+    "gate_up_proj": (GATE_UP, WEIGHT),
+    "down_proj": (DOWN, WEIGHT),
+    "gate_up_proj_bias": (GATE_UP, BIAS),
+    "down_proj_bias": (DOWN, BIAS),
+}
 
 
-class WeightSource:
-    """Base weights of one projection of one layer. Implements Source."""
+class WeightSet:
+    """The expert weights of one model, or of one copy of it: `layers` are those that the run has of its own, in an adapter."""
 
-    def __init__(self, layer: int, parameter: str) -> None:
-        self.layer, self.parameter = layer, parameter
+    def __init__(self, store: ParameterStore, adapter: str = WEIGHTS_ADAPTER, layers: frozenset[int] = frozenset()) -> None:
+        self.store, self.adapter, self.layers = store, adapter, layers
+
+    def own(self, layer: int, *, trainable: bool) -> None:
+        """From now on the layer's weights are the run's own; where they are to be trained, so are those of all layers that are:
+        memory is refused for all at once, or for none. Raises OutOfCapacity."""
+        if layer in self.layers:
+            return
+        added = {layer} | (self.store.gradients.trained_layers(self.adapter) - self.layers if trainable else set())
+        merged = [source for source in self.store.gradients.weight_sources(self.adapter, added) if source.merged]
+        values = {source: source.read() for source in merged}  # before they are owned
+        self.store.make_weights(self.adapter, sorted(added), trainable=trainable)
+        self.layers |= added
+        for source, whole in values.items():
+            source.merged = ()
+            source.write(whole)
+
+    def copy(self, memo: dict[int, Any]) -> WeightSet:
+        """The same for all that are copied with one memo."""
+        copies: dict[int, WeightSet] = memo.setdefault(id(self.store) + 1, {})
+        if id(self) not in copies:
+            name = self.store.copy_name(WEIGHTS_ADAPTER)
+            if self.layers:
+                self.store.copy_adapter(self.adapter, name)
+            copies[id(self)] = WeightSet(self.store, name, self.layers)
+        return copies[id(self)]
+
+
+@dataclass(frozen=True, slots=True)
+class WeightShape:
+    """Sizes of one layer's experts, and how the class keeps them."""
+
+    experts: int
+    hidden: int
+    intermediate: int
+    layout: WeightLayout
+
+    def of(self, tensor: str) -> tuple[int, int, int]:
+        """The server's."""
+        kind, projection = tensor.split("_")
+        if kind == "bias":
+            return self.experts, 1, self.hidden if projection == "down" else self.intermediate
+        rows, columns = (self.hidden, self.intermediate) if projection == "down" else (self.intermediate, self.hidden)
+        return self.experts, rows, columns
+
+
+class WeightMatrix(Matrix):
+    """One parameter of one layer's experts."""
+
+    def __init__(self, weights: WeightSet, place: Place, shape: WeightShape) -> None:
+        super().__init__(weights.store, place)
+        self.weights, self.shape = weights, shape
 
     @property
-    def name(self) -> str:
-        return f"{self.parameter} of the experts of layer {self.layer}"
+    def is_owned(self) -> bool:
+        return self.place.layer in self.weights.layers
+
+    def prepare(self) -> None:
+        self.weights.own(self.place.layer, trainable=True)
+
+    def read(self, part: str) -> torch.Tensor:
+        """In the class's layout."""
+        place, layout = self.place, self.shape.layout
+        stored = BASE if part == PARAMETER and not self.is_owned else part
+        parts = [self.store.read(self._key(name, stored), self.shape.of(name)) for name in place.tensors]
+        if place.target == GATE_UP:
+            join = layout.gate_up_to_stock if place.side == WEIGHT else layout.gate_up_bias_to_stock
+            return join(parts[0], parts[1])
+        return layout.down_to_stock(parts[0]) if place.side == WEIGHT else parts[0].squeeze(1)
+
+    def write(self, values: torch.Tensor, part: str, *, step: int = 0) -> None:
+        self.weights.own(self.place.layer, trainable=part != PARAMETER)
+        place, layout = self.place, self.shape.layout
+        parts: tuple[torch.Tensor, ...]
+        if place.target == GATE_UP:
+            split = layout.gate_up_from_stock if place.side == WEIGHT else layout.gate_up_bias_from_stock
+            parts = split(values)
+        else:
+            parts = (layout.down_from_stock(values) if place.side == WEIGHT else values.unsqueeze(1),)
+        for name, part_values in zip(place.tensors, parts, strict=True):
+            self.store.write(self._key(name, part), part_values, step=step)
+
+    def copy(self, memo: dict[int, Any]) -> WeightMatrix:
+        weights = self.weights.copy(memo)
+        place = Place(weights.adapter, self.place.layer, self.place.target, self.place.side)
+        return WeightMatrix(weights, place, self.shape)
+
+
+class WeightSource(ParameterSource):
+    """Weights, with what PEFT has merged into them. Implements Source."""
+
+    matrix: WeightMatrix
+
+    def __init__(self, matrix: WeightMatrix, merged: tuple[Merged, ...] = ()) -> None:
+        super().__init__(matrix)
+        self.merged = merged
 
     def read(self) -> torch.Tensor:
-        raise UnsupportedModel(f"{self.name} is on the server; reading expert weights from there is not available")
+        values = super().read()
+        for each in self.merged:
+            values = values + each.read()
+        return values
 
     def write(self, values: torch.Tensor) -> None:
-        del values
-        raise UnsupportedModel(f"{self.name} is on the server and shared by all its runs; it cannot be changed")
+        self.merged = ()
+        super().write(values)
 
     def copy(self, memo: dict[int, Any]) -> WeightSource:
-        """Nothing changes them, so one will do."""
-        del memo
-        return self
+        return WeightSource(self.matrix.copy(memo), self.merged)
 
-    def adopted(self, parameter: torch.Tensor) -> None:
-        """Any number of parameters may stand for them."""
-
-
-def make_weight(layer: int, parameter: str, shape: tuple[int, ...], dtype: torch.dtype) -> nn.Parameter:
-    """A parameter that stands for weights on the server."""
-    source = WeightSource(layer, parameter)
-    return nn.Parameter(RemoteTensor(Stored(source), torch.empty(shape, dtype=dtype, device="meta")))
+    def holds_what(self, other: WeightSource) -> bool:
+        """Whether both have the same values without a look at them: nobody has changed either."""
+        ours, theirs = self.matrix, other.matrix
+        same_layer = ours.store is theirs.store and ours.place.layer == theirs.place.layer
+        same_tensors = ours.place.tensors == theirs.place.tensors and self.merged == other.merged
+        nobody_changed = ours.weights is theirs.weights or not (ours.is_owned or theirs.is_owned)
+        return same_layer and same_tensors and nobody_changed
 
 
-def is_weight(tensor: torch.Tensor) -> bool:
-    """Whether a tensor stands for weights on the server."""
+def make_weight(
+    weights: WeightSet, layer: int, parameter: str, geometry: torch.Tensor, sizes: WeightShape
+) -> nn.Parameter:  # fmt: skip
+    """A parameter that stands for weights on the server. Raises UnsupportedModel for one there is not."""
+    if parameter not in _PLACES:
+        raise UnsupportedModel(f"the experts of layer {layer} have a parameter {parameter}; expected {', '.join(_PLACES)}")
+    target, side = _PLACES[parameter]
+    source = WeightSource(WeightMatrix(weights, Place(weights.adapter, layer, target, side), sizes))
+    made = nn.Parameter(RemoteTensor(Stored(source), geometry))
+    source.adopted(made)
+    return made
+
+
+def weight_of(tensor: object) -> WeightSource | None:
+    """What stands for weights on the server; None for any other tensor."""
     remote = tensor.remote if isinstance(tensor, RemoteTensor) else None
-    return isinstance(remote, Stored) and isinstance(remote.source, WeightSource)
-
-
-def adapters_on(gate_up: torch.Tensor, down: torch.Tensor) -> tuple[tuple[ActiveAdapter, ...], list[torch.Tensor]]:
-    """The adapters that are on a layer's weights, with their scales, and the parameters that the output depends on. Raises
-    UnsupportedModel for anything else that was made of the weights."""
-    scales: dict[str, dict[str, float]] = {}
-    leaves: list[torch.Tensor] = []
-    for target, weight in ((GATE_UP, gate_up), (DOWN, down)):
-        base, products = _parts(target, weight)
-        leaves.append(base)
-        for product in products:
-            place = _place_of(target, product)
-            of_adapter = scales.setdefault(place.adapter, {})
-            if target in of_adapter:
-                raise UnsupportedModel(f"adapter {place.adapter!r} is on {target} of layer {place.layer} twice")
-            of_adapter[target] = product.scale
-            leaves += [_base_of(product.left), _base_of(product.right)]
-    return tuple(_active(name, by_target) for name, by_target in scales.items()), leaves
-
-
-def _active(name: str, scales: dict[str, float]) -> ActiveAdapter:
-    """A target without a scale is switched off."""
-    gate_up = scales.get(GATE_UP, 0.0)
-    return ActiveAdapter(name, gate_up, gate_up, scales.get(DOWN, 0.0))
-
-
-def _parts(target: str, weight: torch.Tensor) -> tuple[RemoteTensor, tuple[Product, ...]]:
-    if isinstance(weight, RemoteTensor):
-        remote = weight.remote
-        if isinstance(remote, Sum) and remote.base is not None and is_weight(remote.base):
-            return remote.base, remote.products
-        if is_weight(weight):
-            return weight, ()
-    raise UnsupportedModel(
-        f"the experts' {target} is {weight!r:.200}, expected the server's weights, alone or with LoRA on them; other changes "
-        "of expert weights are not available"
-    )
-
-
-def _place_of(target: str, product: Product) -> LoraPlace:
-    """Whose LoRA a product is. Raises UnsupportedModel where its factors are not the two matrices of one."""
-    left, right = (matrix_of(_base_of(side)) for side in (product.left, product.right))
-    if left is not None and right is not None:
-        is_b_first = left.place.side == "B"
-        a, b = (right, left) if is_b_first else (left, right)
-        same = (a.place.adapter, a.place.layer, a.place.target) == (b.place.adapter, b.place.layer, b.place.target)
-        if same and a.place.target == target and (a.place.side, b.place.side) == ("A", "B"):
-            expected = _expected_strides(a, is_b_first=is_b_first)
-            if (product.left.stride(), product.right.stride()) == expected:
-                return a.place
-    raise UnsupportedModel(f"what is added to the experts' {target} is not the product of LoRA's two matrices of one adapter")
-
-
-def _expected_strides(a: LoraMatrix, *, is_b_first: bool) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Of the views PEFT multiplies, for each expert: B A, or A^T B^T where the weight is [E, in, out]."""
-    experts, rank, inputs = a.shape.experts, a.shape.rank, a.shape.inputs
-    if is_b_first:
-        return (1, rank * experts, experts), (rank * inputs, inputs, 1)
-    return (rank * inputs, 1, inputs), (1, experts, rank * experts)
-
-
-def _base_of(tensor: RemoteTensor) -> RemoteTensor:
-    return tensor.remote.base if isinstance(tensor.remote, View) else tensor
+    return remote.source if isinstance(remote, Stored) and isinstance(remote.source, WeightSource) else None
