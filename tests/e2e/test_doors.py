@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from support.models import random_tokens
 from support.server import ServerProcess
 from support.training import adapted, logits, lora_config
+from torch.nn.utils import parametrize
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")  # the libraries' own
 LOGIT_BOUND = 1e-5  # of the largest; Adam divides by the size of small gradients, and so makes much of their rounding
@@ -283,15 +284,43 @@ def test_the_gradient_scaler(pair: Pair) -> None:
     same(pair)
 
 
-def test_full_fine_tuning_is_refused_where_it_would_be_silent(server: ServerProcess, qwen3_checkpoint: Path) -> None:
+class Rounded(torch.nn.Module):
+    """The bf16 form of weights; gradients pass as if nothing had been rounded."""
+
+    def forward(self, values: torch.Tensor) -> torch.Tensor:
+        return values + (values.to(torch.bfloat16).float() - values).detach()
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "mixtral", "gpt_oss"])
+def test_full_fine_tuning_trains_the_experts(name: str, tmp_path: Path) -> None:
+    """As in process, where experts compute with the bf16 form of their fp32 weights, as on the server."""
+    from support.models import load_stock, save_checkpoint
     from transformers import AutoModelForCausalLM
 
-    with kt.offload_experts(server.address):
-        model = AutoModelForCausalLM.from_pretrained(qwen3_checkpoint, dtype=torch.float32)
-    with pytest.raises(kt.UnsupportedModel, match="full fine-tuning of experts is not available"):
-        loss(model).backward()
-    with pytest.raises(kt.UnsupportedModel, match="of the experts of layer 0 is on the server"), torch.no_grad():
-        next(p for n, p in model.named_parameters() if ".experts." in n).zero_()
+    model = save_checkpoint(name, tmp_path / "model")
+    stock = load_stock(model)
+    with ServerProcess(model, tmp_path / "log") as server, kt.offload_experts(server.address):
+        remote = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+        begun = {key: value.detach().clone() for key, value in stock.named_parameters()}
+        for key, value in remote.named_parameters():
+            assert torch.equal(value.detach().cpu(), begun[key]), key
+        for module in [each for each in stock.modules() if hasattr(each, "gate_up_proj")]:
+            for weight in ("gate_up_proj", "down_proj"):
+                parametrize.register_parametrization(module, weight, Rounded())
+        for each in (stock, remote):
+            optimizer = torch.optim.AdamW(each.parameters(), lr=1e-3)
+            for _ in range(20):
+                optimizer.zero_grad()
+                loss(each).backward()
+                optimizer.step()
+        assert float(loss(remote).detach()) == pytest.approx(float(loss(stock).detach()), rel=5e-3)
+        trained = {
+            key.replace("parametrizations.", "").replace(".original", ""): each for key, each in stock.named_parameters()
+        }
+        for key, value in remote.named_parameters():
+            if ".experts." in key:
+                ours, theirs = value.detach().cpu() - begun[key], trained[key].detach() - begun[key]
+                assert float((ours - theirs).norm() / theirs.norm()) < 0.1, key
 
 
 @pytest.mark.parametrize("make", [torch.optim.Adafactor, torch.optim.RMSprop, torch.optim.NAdam])

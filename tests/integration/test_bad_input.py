@@ -274,7 +274,7 @@ def adam(**numbers: float) -> list[pb.ParamGroup]:
 
 def test_steps_name_what_is_wrong(member: RawMember) -> None:
     nowhere = pb.ParamGroup(sets=[pb.TensorSet(adapter="nowhere")], sgd=pb.Sgd(learning_rate=1.0))
-    strange = pb.ParamGroup(sets=[pb.TensorSet(adapter="default", tensors=1 << 6)], sgd=pb.Sgd(learning_rate=1.0))
+    strange = pb.ParamGroup(sets=[pb.TensorSet(adapter="default", tensors=1 << 12)], sgd=pb.Sgd(learning_rate=1.0))
     absent = pb.ParamGroup(sets=[pb.TensorSet(adapter="default", tensors=1, layers=[0])], sgd=pb.Sgd(learning_rate=1.0))
     untouched = pb.ParamGroup(sets=[pb.TensorSet(adapter="default", layers=[0])], sgd=pb.Sgd(learning_rate=1.0))
     cases = [
@@ -283,7 +283,7 @@ def test_steps_name_what_is_wrong(member: RawMember) -> None:
         (spb.Step(step=1, groups=[pb.ParamGroup(sgd=pb.Sgd())]), INVALID, "names no tensors"),
         (spb.Step(step=1, groups=adam() + adam()), INVALID, "is in two groups"),
         (spb.Step(step=1, groups=[nowhere]), MISSING, "no adapter 'nowhere'; it has: default"),
-        (spb.Step(step=1, groups=[strange]), INVALID, "expected bits of 0x3f"),
+        (spb.Step(step=1, groups=[strange]), INVALID, "expected bits of 0xfff"),
         (spb.Step(step=1, groups=[absent]), MISSING, "has tensors ['a_down', 'b_down'] in layer 0"),
         (spb.Step(step=1, groups=[untouched]), PHASE, "in layer 0 have no gradients"),
         (spb.Step(step=1, groups=[adamw(1e-3, float("nan"))]), INVALID, "grad_scale is nan"),
