@@ -200,8 +200,6 @@ def test_a_loop_of_ones_own(server: ServerProcess, qwen3_checkpoint: Path, make:
 
 def test_what_cannot_work_says_so(server: ServerProcess, qwen3_checkpoint: Path, tmp_path: Path) -> None:
     model = adapted(qwen3_checkpoint, server.address)
-    with pytest.raises(kt.UnsupportedModel, match="reading expert weights from there is not available"):
-        model.merge_and_unload()
     lora = next(p for name, p in model.named_parameters() if ".experts." in name and "lora_A" in name)
     tokens = random_tokens(1, 6)
     model(input_ids=tokens, labels=tokens).loss.backward()
@@ -212,6 +210,21 @@ def test_what_cannot_work_says_so(server: ServerProcess, qwen3_checkpoint: Path,
     other = save_checkpoint("mixtral", tmp_path / "other")
     with pytest.raises(kt.WrongPhase, match=r"this model is a mixtral, the server at .* has loaded a qwen3_moe"):
         adapted(other, server.address)
+
+
+def test_merged_lora_is_computed_with_and_taken_out_again(server: ServerProcess, qwen3_checkpoint: Path) -> None:
+    model, tokens = adapted(qwen3_checkpoint, server.address), random_tokens(1, 6)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.copy_(torch.full(parameter.shape, 0.05))
+        expected = model(input_ids=tokens).logits
+        model.merge_adapter()
+        torch.testing.assert_close(model(input_ids=tokens).logits, expected, rtol=1e-5, atol=1e-5)
+        model.unmerge_adapter()
+        torch.testing.assert_close(model(input_ids=tokens).logits, expected, rtol=1e-5, atol=1e-5)
+        merged = model.merge_and_unload()
+        torch.testing.assert_close(merged(input_ids=tokens).logits, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_bf16_trainers_send_bf16(server: ServerProcess, qwen3_checkpoint: Path) -> None:
