@@ -21,8 +21,6 @@ from kt_expert_client.staging import HostBuffer, HostTensor
 _TIMEOUT_S = 3600.0  # a tensor may be large and the disk of a server that saves meanwhile slow
 _BARRIER_TIMEOUT_S = 1800.0  # ranks may differ by a whole gradient accumulation
 _PIECE_BYTES = 64 * 1024 * 1024  # larger tensors travel some experts at a time: a layer's weights are gigabytes
-
-
 _DIMENSIONS = 3  # experts, rows, columns
 
 
@@ -98,11 +96,9 @@ class RunAdapters:
         for each in waiting:
             each.wait()
 
-    def submit_read(self, key: TensorKey, shape: tuple[int, ...], first_expert: int = 0) -> Pending:
-        """The result is the tensor ADAPTER, fp32 [E * rows, columns], from an expert on."""
-        name = pb.TensorName(
-            adapter=key.adapter, tensor=key.tensor, part=PART_NUMBERS[key.part], first_expert=first_expert, experts=shape[0]
-        )
+    def submit_read(self, key: TensorKey, shape: tuple[int, ...], first_expert: int | None = None) -> Pending:
+        """The result is the tensor ADAPTER, fp32 [E * rows, columns]; with `first_expert`, some experts' part of it."""
+        name = _named(key, first_expert, shape[0])
         call = Call(Op.READ_TENSOR, pb.RequestOpen(read_tensor=name), _TIMEOUT_S, key.layer)
         call.expects = {Tensor.ADAPTER: math.prod(shape) * ITEM_BYTES[Dtype.FP32]}
         return self._session.submit(call)
@@ -116,9 +112,8 @@ class RunAdapters:
         if values.data_ptr() == tensor.data_ptr():
             values = values.clone()  # it is sent, and perhaps sent again, after this returns
         rows, columns = int(tensor.shape[0] * tensor.shape[1]), int(tensor.shape[2])
-        name = pb.TensorName(adapter=key.adapter, tensor=key.tensor, part=PART_NUMBERS[key.part], step=step)
-        if first_expert is not None:
-            name.first_expert, name.experts = first_expert, int(tensor.shape[0])
+        name = _named(key, first_expert, int(tensor.shape[0]))
+        name.step = step
         sent = (OutTensor(Tensor.ADAPTER, Dtype.FP32, rows, columns, HostTensor(values)),)
         opened = pb.RequestOpen(write_tensor=name)
         return self._session.submit(Call(Op.WRITE_TENSOR, opened, _TIMEOUT_S, key.layer, Dtype.FP32, rows, columns, sent))
@@ -128,6 +123,14 @@ class RunAdapters:
         self._session.submit(call).wait()
         assert call.head is not None  # noqa: S101  # it has succeeded
         return call.head
+
+
+def _named(key: TensorKey, first_expert: int | None, experts: int) -> pb.TensorName:
+    """The whole tensor, or with `first_expert` that expert and those after it, `experts` of them."""
+    name = pb.TensorName(adapter=key.adapter, tensor=key.tensor, part=PART_NUMBERS[key.part])
+    if first_expert is not None:
+        name.first_expert, name.experts = first_expert, experts
+    return name
 
 
 def _pieces(shape: tuple[int, ...]) -> list[slice]:

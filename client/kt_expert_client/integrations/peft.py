@@ -25,6 +25,7 @@ from kt_expert_client.integrations.experts import RemoteExperts
 from kt_expert_client.parameters.lora import LoraShape, make_parameter
 from kt_expert_client.parameters.matrix import DOWN, GATE_UP, Place
 from kt_expert_client.parameters.tensor import RemoteTensor
+from kt_expert_client.parameters.weights import WEIGHTS_ADAPTER
 
 _TARGETS = {GATE_UP_PARAMETER: GATE_UP, DOWN_PARAMETER: DOWN}
 _SIDES = {"lora_A": "A", "lora_B": "B"}
@@ -121,7 +122,7 @@ def _give_to_server(owner: _Owner, adapter: str, linear: nn.Linear) -> None:
 
 
 def server_name(adapter: str) -> str:
-    """PEFT's adapters have any name; the server's are letters, digits, dots and dashes."""
-    if _NAME.fullmatch(adapter):
+    """PEFT's adapters have any name; the server's are letters, digits, dots and dashes, and one is that of trained weights."""
+    if _NAME.fullmatch(adapter) and adapter != WEIGHTS_ADAPTER:
         return adapter
     return f"adapter-{hashlib.sha256(adapter.encode()).hexdigest()[:16]}"

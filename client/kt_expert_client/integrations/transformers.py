@@ -26,7 +26,7 @@ from kt_expert_client.integrations.experts import (
 )
 from kt_expert_client.offload import ModelOffload
 from kt_expert_client.options import RunOptions
-from kt_expert_client.parameters import gradient_operations, operations, weight_operations  # noqa: F401  # register what they define
+from kt_expert_client.parameters import gradient_operations, operations  # noqa: F401  # register what they define
 from kt_expert_client.parameters.ddp import NamesForDdp
 from kt_expert_client.parameters.driver import OptimizerDriver
 from kt_expert_client.start import SERVER_VARIABLE

@@ -36,10 +36,9 @@ def adapters_on(
         for each in source.merged:
             add(each.a.place.adapter, target, each.scale)
         for product in products:
-            a, b, _ = factors(target, product)
+            a, *_ = factors(target, product)
             add(a.place.adapter, target, product.scale)
             leaves += [_base_of(product.left), _base_of(product.right)]
-            del b
     for bias in biases:
         source = _bias(bias)
         leaves.append(bias)

@@ -20,17 +20,17 @@ def merge(weight: object, more: object, sign: float) -> bool:
     products = _products(more)
     if source is None or not products:
         return False
-    merged = source.merged
-    for product in products:
-        a, b, is_b_first = factors(source.matrix.place.target, product)
-        merged = with_added(merged, snapshot(a, b, sign * product.scale, is_b_first=is_b_first))
     if source.matrix.is_owned:  # such weights hold their own sum
         whole = source.read()
         for product in products:
             whole = whole + sign * product.read()
         source.write(whole)
-    else:
-        source.merged = merged
+        return True
+    merged = source.merged
+    for product in products:
+        a, b, is_b_first = factors(source.matrix.place.target, product)
+        merged = with_added(merged, snapshot(a, b, sign * product.scale, is_b_first=is_b_first))
+    source.merged = merged
     return True
 
 

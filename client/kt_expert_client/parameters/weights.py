@@ -41,22 +41,22 @@ class WeightSet:
             return
         added = {layer} | (self.store.gradients.trained_layers(self.adapter) - self.layers if trainable else set())
         merged = [source for source in self.store.gradients.weight_sources(self.adapter, added) if source.merged]
-        values = {source: source.read() for source in merged}  # before they are owned
         self.store.make_weights(self.adapter, sorted(added), trainable=trainable)
-        self.layers |= added
-        for source, whole in values.items():
+        for source in merged:  # one at a time: all layers' weights would not fit here
+            source.matrix.put(source.read(), PARAMETER)
+        for source in merged:
             source.merged = ()
-            source.write(whole)
+        self.layers |= added
 
     def copy(self, memo: dict[int, Any]) -> WeightSet:
         """The same for all that are copied with one memo."""
-        copies: dict[int, WeightSet] = memo.setdefault(id(self.store) + 1, {})
-        if id(self) not in copies:
+        if id(self) not in memo:
             name = self.store.copy_name(WEIGHTS_ADAPTER)
             if self.layers:
                 self.store.copy_adapter(self.adapter, name)
-            copies[id(self)] = WeightSet(self.store, name, self.layers)
-        return copies[id(self)]
+            memo[id(self)] = WeightSet(self.store, name, self.layers)
+        copied: WeightSet = memo[id(self)]
+        return copied
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +103,10 @@ class WeightMatrix(Matrix):
 
     def write(self, values: torch.Tensor, part: str, *, step: int = 0) -> None:
         self.weights.own(self.place.layer, trainable=part != PARAMETER)
+        self.put(values, part, step=step)
+
+    def put(self, values: torch.Tensor, part: str, *, step: int = 0) -> None:
+        """write() where the adapter is there."""
         place, layout = self.place, self.shape.layout
         parts: tuple[torch.Tensor, ...]
         if place.target == GATE_UP:
