@@ -88,7 +88,7 @@ class Trainer {
         bytes_(bytes),
         parameters_(layer_weights().spec(), lora),
         gradients_(layer_weights().spec(), lora),
-        weight_gradients_(layer_weights().spec(), weights_spec()) {
+        weight_gradients_(layer_weights().spec(), full_weights()) {
     fill(bytes, parameters_);
     gradients_.zero();
     weight_gradients_.zero();
@@ -180,11 +180,6 @@ class Trainer {
  private:
   Engine& engine_;
   Bytes& bytes_;
-  static AdapterSpec weights_spec() {
-    AdapterSpec spec;
-    spec.full = true;
-    return spec;
-  }
   AdapterTensors parameters_, gradients_, weight_gradients_;
   FloatType type_ = FloatType::kF32;
   bool uses_adapter_ = false;

@@ -255,11 +255,9 @@ LayerResult reference(const LayerInputs& inputs, const LayerWeights& weights, bo
   result.dx.assign(inputs.x.size(), 0.0);
   result.d_weights.assign(inputs.ids.size(), 0.0);
   const LayerSpec& layer = inputs.spec.layer;
-  AdapterSpec full;
-  full.full = true;
   for (int t = 0; t < kAdapterTensors; ++t) {
     const TensorShape shape =
-        tensor_shape(layer, t < kLoraTensors ? inputs.spec.lora : full, static_cast<AdapterTensor>(t));
+        tensor_shape(layer, t < kLoraTensors ? inputs.spec.lora : full_weights(), static_cast<AdapterTensor>(t));
     result.gradients[t].assign(static_cast<std::size_t>(layer.experts * shape.rows * shape.columns), 0.0);
   }
   for (int e = 0; e < inputs.spec.layer.experts; ++e) {
@@ -300,9 +298,7 @@ LayerResult run_engine(Engine& engine, const LayerInputs& inputs, FloatType type
   const LayerCase& spec = inputs.spec;
   const LayerWeights weights = load_weights(inputs, engine.nodes());
   const AdapterTensors adapter = load_adapter(inputs);
-  AdapterSpec full;
-  full.full = true;
-  AdapterTensors gradients(spec.layer, spec.lora), weight_gradients(spec.layer, full);
+  AdapterTensors gradients(spec.layer, spec.lora), weight_gradients(spec.layer, full_weights());
   const std::vector<std::uint8_t> x = token_bytes(inputs.x, type), dy = token_bytes(inputs.dy, type);
   std::vector<std::uint8_t> y(x.size()), dx(x.size());
   std::vector<float> d_weights(inputs.ids.size());

@@ -262,9 +262,7 @@ TEST_CASE("masters hold what the weights decode to, and encode to the same bits"
         make_inputs({"masters", layer(3, 70, 45, {Activation::kGptOss, 1.702f, 1.0f}, true), kTied, 4, 2}, 21);
     Engine engine(3, "scalar", nodes);
     const LayerWeights weights = load_weights(inputs, nodes);
-    AdapterSpec full;
-    full.full = true;
-    AdapterTensors masters(inputs.spec.layer, full);
+    AdapterTensors masters(inputs.spec.layer, full_weights());
     engine.decode_weights(weights, masters);
     LayerWeights encoded(inputs.spec.layer, WeightFormat::kBf16, nodes);
     engine.encode_weights(masters, 0, 2, encoded);
@@ -292,15 +290,13 @@ TEST_CASE("a step on weights is seen by the next pass, rounded once") {
   const LayerInputs inputs = make_inputs({"step", layer(3, 37, 29), AdapterSpec{}, 9, 2}, 22);
   Engine engine(2, "scalar", 1);
   LayerWeights weights = load_weights(inputs, 1);
-  AdapterSpec full;
-  full.full = true;
-  AdapterTensors masters(inputs.spec.layer, full), gradients(inputs.spec.layer, full);
+  AdapterTensors masters(inputs.spec.layer, full_weights()), gradients(inputs.spec.layer, full_weights());
   engine.decode_weights(weights, masters);
   for (int t = kLoraTensors; t < kAdapterTensors; ++t) {
     AlignedBuffer<float>& tensor = gradients.tensor(static_cast<AdapterTensor>(t));
     std::fill_n(tensor.data(), tensor.size(), 1.0f);
   }
-  OptimizerState state(inputs.spec.layer, full, OptimizerKind::kSgd, MomentType::kF32);
+  OptimizerState state(inputs.spec.layer, full_weights(), OptimizerKind::kSgd, MomentType::kF32);
   LayerUpdate update;
   OptimizerUpdate sgd;
   sgd.kind = OptimizerKind::kSgd;

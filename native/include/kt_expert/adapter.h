@@ -38,6 +38,13 @@ struct AdapterSpec {
   AdapterSpec scaled(const AdapterScales& scales) const;
 };
 
+// The layer's weights and biases.
+inline AdapterSpec full_weights() {
+  AdapterSpec spec;
+  spec.full = true;
+  return spec;
+}
+
 enum class AdapterTensor {
   kAGate = 0,
   kBGate = 1,

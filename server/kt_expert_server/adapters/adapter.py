@@ -13,6 +13,7 @@ from kt_expert_proto.lora import LayerLora
 from kt_expert_server.errors import AlreadyExists, NotFound, WrongPhase
 from kt_expert_server.model.loader import BaseModel
 
+TRAINED_FORMAT = "bf16"  # of weights that are trained: whatever the base model's, they begin at its values and can follow
 _INITIALISED = ("a_gate", "a_up", "a_down")
 _TENSORS_PER_LAYER = 4  # seeds are apart by this; a multiple of what is initialised
 
@@ -30,9 +31,6 @@ def native_lora(lora: LayerLora) -> native.AdapterSpec:
         dropout=lora.dropout,
         full=lora.full,
     )
-
-
-TRAINED_FORMAT = "bf16"  # of weights that are trained: whatever the base model's, they begin at its values and can follow
 
 
 @dataclass(frozen=True, eq=False, slots=True)

@@ -48,6 +48,9 @@ class ApplyWork(Work):
             adapter.drop_moments()  # a layer it has no moments of had taken no step then
         for tensor, values in ordered:
             write_tensor(self._adapters[tensor.adapter], tensor, values, self._manifest.step)
+        for record in self._manifest.adapters:
+            for layer in self._adapters[record.name].layers.values():
+                layer.encode()
 
     def _check(self, tensor: TensorId, values: NDArray[np.float32]) -> None:
         """Raises InvalidRequest for a tensor the run does not have, of another shape, or with values that are not finite."""

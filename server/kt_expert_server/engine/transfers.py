@@ -153,6 +153,8 @@ class WriteWork(Work):
             return
         require_values(self._tensor, values)
         write_tensor(adapter, self._tensor, values, self._step)
+        if self._tensor.part == PARAMETER:
+            adapter.layer(self._tensor.layer).encode(self._tensor.first_expert, experts)
 
     def commit(self) -> Outcome:
         adapter = find_adapter(self._trained.adapters, self._tensor.adapter)

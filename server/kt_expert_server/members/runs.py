@@ -96,7 +96,7 @@ class NewAdaptersWork(Work):
                 adapter.layers[lora.layer] = layer = AdapterLayer.make(self._model, lora, self._engine)
                 if self._restored is None:
                     layer.initialise(self._config.seed)
-                layer.encode()
+                    layer.encode()
                 layer.version = 1  # a copy of weights that may have been trained
         if self._restored is not None:
             ApplyWork(adapters, self._run, *self._restored).run()
