@@ -31,6 +31,8 @@ def adapters_on(
 
     for target, weight in ((GATE_UP, gate_up), (DOWN, down)):
         base, source, products = _parts(target, weight)
+        if source.merged and base.requires_grad and torch.is_grad_enabled():
+            source.matrix.prepare()  # gradients are those of weights that hold their own sum
         leaves.append(base)
         owners.append(source)
         for each in source.merged:

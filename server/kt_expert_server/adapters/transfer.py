@@ -154,8 +154,9 @@ def require_values(tensor: TensorId, values: NDArray[np.float32]) -> None:
 
 
 def write_tensor(adapter: Adapter, tensor: TensorId, values: NDArray[np.float32], step: int) -> None:
-    """Replaces a tensor; encode the layer afterwards where it is a parameter. `values` have shape_of() and passed require_values(). The count of a moment is `step` until
-    one comes of its own. Raises InvalidRequest for a count without moments."""
+    """Replaces a tensor; encode the layer afterwards where it is a parameter. `values` have shape_of() and passed
+    require_values(). The count of a moment is `step` until one comes of its own. Raises InvalidRequest for a count without
+    moments."""
     layer = adapter.layer(tensor.layer)
     if tensor.part == PARAMETER:
         LiveTensor(tensor.of_memory(layer.parameters.tensor(tensor.tensor))).write(values)

@@ -1,0 +1,124 @@
+"""What a trainer may do to expert weights: merge LoRA into them, average, write, save and train them, as in process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from golden.reference import relative_error
+from peft import get_peft_model
+from safetensors.torch import load_file
+from support.models import random_tokens
+from support.server import ServerProcess
+from support.training import adapted, lora_config
+from torch.optim.swa_utils import AveragedModel
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")  # the libraries' own
+BOUND = 1e-5
+ROUNDED = 2e-2  # weights that hold LoRA's sum are rounded to bf16 where the server computes
+TOKENS = random_tokens(1, 6)
+DOWN = "model.layers.1.mlp.experts.down_proj"
+
+
+def made(checkpoint: Path, address: str | None) -> Any:
+    model = adapted(checkpoint, address)
+    randomise(model)
+    return model
+
+
+def randomise(model: Any) -> None:
+    """By name: the order of two models may differ."""
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for _, parameter in sorted((name, each) for name, each in model.named_parameters() if "lora_" in name):
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        values: torch.Tensor = model(input_ids=TOKENS).logits
+    return values
+
+
+def merged(model: Any, out: Path) -> torch.Tensor:
+    del out
+    return logits(model.merge_and_unload())
+
+
+def merged_with_a_check(model: Any, out: Path) -> torch.Tensor:
+    del out
+    return logits(model.merge_and_unload(safe_merge=True))
+
+
+def values_of_merged_weights(model: Any, out: Path) -> torch.Tensor:
+    del out
+    values: torch.Tensor = dict(model.merge_and_unload().named_parameters())[DOWN].detach().cpu()
+    return values
+
+
+def a_saved_merged_model(model: Any, out: Path) -> torch.Tensor:
+    model.merge_and_unload().save_pretrained(out)
+    tensors = load_file(out / "model.safetensors")
+    return torch.cat([tensors[name].flatten() for name in sorted(tensors)])
+
+
+def an_adapter_made_again_with_another_rank(model: Any, out: Path) -> torch.Tensor:
+    del out
+    config = lora_config()
+    config.r = 2 * config.r
+    again = get_peft_model(model.unload(), config)
+    del model
+    randomise(again)
+    return logits(again)
+
+
+def an_averaged_model(model: Any, out: Path) -> torch.Tensor:
+    del out
+    average = AveragedModel(model)
+    average.update_parameters(model)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.mul_(2.0)
+    average.update_parameters(model)
+    return logits(average)
+
+
+def data_that_is_set(model: Any, out: Path) -> torch.Tensor:
+    del out
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data = torch.full(parameter.shape, 0.05)
+    return logits(model)
+
+
+@pytest.mark.parametrize(
+    "what",
+    [
+        merged,
+        merged_with_a_check,
+        values_of_merged_weights,
+        a_saved_merged_model,
+        an_adapter_made_again_with_another_rank,
+        an_averaged_model,
+        data_that_is_set,
+    ],
+)
+def test_as_in_process(
+    what: Callable[[Any, Path], torch.Tensor], server: ServerProcess, qwen3_checkpoint: Path, tmp_path: Path
+) -> None:
+    expected = what(made(qwen3_checkpoint, None), tmp_path / "stock")
+    got = what(made(qwen3_checkpoint, server.address), tmp_path / "remote")
+    torch.testing.assert_close(got, expected, rtol=0.0, atol=BOUND)
+
+
+def test_merged_weights_are_trained(server: ServerProcess, qwen3_checkpoint: Path) -> None:
+    gradients = []
+    for address in (None, server.address):
+        model = made(qwen3_checkpoint, address).merge_and_unload().requires_grad_(True)
+        model(input_ids=TOKENS, labels=TOKENS).loss.backward()
+        gradients.append(dict(model.named_parameters())[DOWN].grad.clone())
+    assert relative_error(gradients[1], gradients[0]) < ROUNDED
