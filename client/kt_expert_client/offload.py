@@ -14,7 +14,7 @@ import torch
 from kt_expert_client.adapter import GradientTarget
 from kt_expert_client.autograd import ExpertsCall
 from kt_expert_client.connection import Client
-from kt_expert_client.errors import UnsupportedModel, WrongPhase
+from kt_expert_client.errors import InvalidRequest, UnsupportedModel, WrongPhase
 from kt_expert_client.membership import Membership, current_membership
 from kt_expert_client.options import RunOptions
 from kt_expert_client.parameters.gradients import handle
@@ -43,6 +43,7 @@ class _Ticket:
 
     run: Run
     number: int
+    top_k: int
 
 
 class OffloadedLayer:
@@ -63,6 +64,7 @@ class OffloadedLayer:
     def forward(
         self, hidden_states: torch.Tensor, routing_weights: torch.Tensor, call: ExpertsCall
     ) -> tuple[torch.Tensor, int]:  # fmt: skip
+        self._require_finite(hidden_states=hidden_states, routing_weights=routing_weights)
         self._offload.parameters.settle()
         run = self._offload.parameters.run
         handle = run.submit_forward(
@@ -79,7 +81,7 @@ class OffloadedLayer:
         if not call.keep:
             return output, 0
         number = next(self._numbers)
-        self._tickets[number] = _Ticket(run, handle.ticket)
+        self._tickets[number] = _Ticket(run, handle.ticket, call.expert_ids.shape[1])
         return output, number
 
     def backward(
@@ -91,6 +93,7 @@ class OffloadedLayer:
                 f"what the server had saved of this forward of layer {self.layer} has been released: a saved-tensor hook keeps "
                 "a copy of its ticket instead of the ticket, as save_on_cpu(pin_memory=True) does; use pin_memory=False"
             )
+        self._require_finite(grad_output=grad_output)
         gradients: list[torch.Tensor] = []
         targets: dict[str, GradientTarget] = {}
         for parameter in parameters:
@@ -106,9 +109,27 @@ class OffloadedLayer:
             targets[name] = GradientTarget(name, old.wanted | bits, old.replaced | replaced, old.continued | continued)
             gradients.append(handle(gradient, parameter))
         backward = saved.run.submit_backward(
-            self.layer, saved.number, grad_output, targets=targets.values(), keep_ticket=True, borrow=True
+            self.layer,
+            saved.number,
+            grad_output,
+            targets=targets.values(),
+            keep_ticket=True,
+            top_k=saved.top_k,
+            borrow=True,
         )
         return *backward.result(), gradients
+
+    def _require_finite(self, **tensors: torch.Tensor) -> None:
+        """Where the run is to refuse other values. Raises InvalidRequest."""
+        if self._offload.options.non_finite == "allow":
+            return
+        for name, tensor in tensors.items():
+            rows = (~torch.isfinite(tensor)).any(dim=-1).nonzero().flatten()
+            if rows.numel():
+                raise InvalidRequest(
+                    f"{name} of layer {self.layer} holds values that are not finite, in {rows.numel()} of {tensor.shape[0]} "
+                    f"tokens, the first in token {int(rows[0])}; non_finite='allow' computes with them"
+                )
 
     def release(self, ticket: int) -> None:
         saved = self._tickets.pop(ticket, None)

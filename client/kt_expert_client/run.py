@@ -155,6 +155,7 @@ class Run:
         targets: Iterable[GradientTarget] | None = None,
         replace_gradients: bool = False,
         keep_ticket: bool = False,
+        top_k: int = 0,
         timeout_s: float = DEFAULT_REQUEST_TIMEOUT_S,
         borrow: bool = False,
     ) -> BackwardHandle:
@@ -162,7 +163,8 @@ class Run:
 
         LoRA gradients stay on the server, added to this member's. `targets` says which: by default all of the adapter the run
         began with, which replace_gradients makes forget what they held in this layer. The ticket is consumed unless
-        keep_ticket says that another backward comes, or release(). `borrow` and errors as for submit_forward.
+        keep_ticket says that another backward comes, or release(). `top_k` is that of the forward, where it is not the
+        config's. `borrow` and errors as for submit_forward.
         """
         if grad_output.dim() != 2 or layer not in self._top_k:
             raise InvalidRequest(f"grad_output has shape {tuple(grad_output.shape)} for layer {layer}, expected [T, H]")
@@ -172,10 +174,13 @@ class Run:
         if targets is None:
             bits = self._default_bits.get(layer, 0)
             targets = [GradientTarget(DEFAULT_ADAPTER, bits, bits if replace_gradients else 0)] if bits else []
-        backward = pb.Backward(ticket=ticket, keep_ticket=keep_ticket, targets=[each.to_proto() for each in targets])
+        top_k = top_k or self._top_k[layer]
+        backward = pb.Backward(
+            ticket=ticket, keep_ticket=keep_ticket, targets=[each.to_proto() for each in targets], top_k=top_k
+        )
         opened = pb.RequestOpen(backward=backward)
         call = self._pass(Op.BACKWARD, layer, tokens, hidden, opened, sent, timeout_s)
-        routes = (tokens, self._top_k[layer])
+        routes = (tokens, top_k)
         call.expects = {
             Tensor.GRAD_HIDDEN_STATES: tokens * hidden * ITEM_BYTES[self._wire],
             Tensor.GRAD_ROUTING_WEIGHTS: math.prod(routes) * ITEM_BYTES[Dtype.FP32],

@@ -45,6 +45,17 @@ TEST_CASE("rows are quantised to the nearest of 255 steps") {
   });
 }
 
+TEST_CASE("a row with NaN is NaN") {
+  for_each_integer_rung([](const KernelTable&, const IntegerKernels& integer) {
+    for (const std::size_t at : {std::size_t{0}, std::size_t{15}, std::size_t{16}, std::size_t{36}}) {
+      std::vector<float> row(37, 1.0f);
+      row[at] = std::numeric_limits<float>::quiet_NaN();
+      std::vector<std::int8_t> codes(row.size());
+      CHECK(std::isnan(integer.quantise(row.data(), 37, codes.data())));
+    }
+  });
+}
+
 // Under the emulator AMX's signed bytes are taken for unsigned: there only values both readings agree on are used, and
 // tile_model_test.cc shows that signs are right.
 TEST_CASE("integer products are exact up to their scales") {

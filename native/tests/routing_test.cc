@@ -2,7 +2,6 @@
 
 #include <doctest/doctest.h>
 
-#include <limits>
 #include <stdexcept>
 #include <vector>
 
@@ -30,11 +29,9 @@ TEST_CASE("no tokens are a legal batch") {
 }
 
 TEST_CASE("bad routings are refused") {
-  const float nan = std::numeric_limits<float>::quiet_NaN();
   CHECK_THROWS_WITH_AS(route({4}, {1}, 1, 1, 3), doctest::Contains("expert id 4 at token 0, slot 0"),
                        std::runtime_error);
   CHECK_THROWS_WITH_AS(route({-1}, {1}, 1, 1, 3), doctest::Contains("expert id -1"), std::runtime_error);
-  CHECK_THROWS_WITH_AS(route({0, 1}, {1, nan}, 1, 2, 3), doctest::Contains("token 0, slot 1"), std::runtime_error);
   CHECK_THROWS_WITH_AS(route({0}, {1, 1}, 1, 1, 3), doctest::Contains("1 ids and 2 weights"), std::runtime_error);
 }
 

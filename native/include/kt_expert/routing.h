@@ -28,7 +28,8 @@ struct Routing {
 };
 
 // ids and weights are [tokens, top_k]. An id equal to `experts` is the expert-parallel sentinel and dropped.
-// Throws InvalidArgument for any other id outside [0, experts), a weight that is not finite, or sizes that differ.
+// Throws InvalidArgument for any other id outside [0, experts), or for sizes that differ.
+// A weight that is not finite makes its token's row so, as it does in process.
 Routing build_routing(Span<const std::int32_t> ids, Span<const float> weights, int tokens, int top_k, int experts);
 
 // Upper bound of the bytes a Routing of this many routes holds.

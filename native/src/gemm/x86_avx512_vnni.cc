@@ -3,6 +3,7 @@
 // exact. Everything else is the AVX-512 ISA.
 #include <cmath>
 #include <cstring>
+#include <limits>
 
 #include "gemm/x86_avx512.h"
 #include "gemm/x86_avx512_decode.h"
@@ -77,8 +78,11 @@ float quantise_row(const float* values, std::int64_t count, std::int8_t* target)
     return count - i >= kLanes ? static_cast<__mmask16>(0xFFFF) : static_cast<__mmask16>((1u << (count - i)) - 1u);
   };
   __m512 largest = _mm512_setzero_ps();
+  __mmask16 unordered = 0;  // the maximum forgets NaN
   for (std::int64_t i = 0; i < count; i += kLanes) {
-    largest = _mm512_max_ps(largest, _mm512_abs_ps(_mm512_maskz_loadu_ps(inside(i), values + i)));
+    const __m512 magnitudes = _mm512_abs_ps(_mm512_maskz_loadu_ps(inside(i), values + i));
+    unordered = static_cast<__mmask16>(unordered | _mm512_cmp_ps_mask(magnitudes, magnitudes, _CMP_UNORD_Q));
+    largest = _mm512_max_ps(largest, magnitudes);
   }
   const float magnitude = _mm512_reduce_max_ps(largest);
   const __m512 factor = _mm512_set1_ps(magnitude > 0.0f ? kMax / magnitude : 0.0f);
@@ -86,7 +90,7 @@ float quantise_row(const float* values, std::int64_t count, std::int8_t* target)
     const __m512i codes = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_maskz_loadu_ps(inside(i), values + i), factor));
     _mm512_mask_cvtsepi32_storeu_epi8(target + i, inside(i), codes);
   }
-  return magnitude / kMax;
+  return unordered != 0 ? std::numeric_limits<float>::quiet_NaN() : magnitude / kMax;
 }
 
 const KernelTable& avx512_vnni_kernels() {

@@ -1,6 +1,5 @@
 #include "kt_expert/routing.h"
 
-#include <cmath>
 #include <string>
 
 #include "kt_expert/error.h"
@@ -25,10 +24,6 @@ void validate(Span<const std::int32_t> ids, Span<const float> weights, int token
       throw InvalidArgument("expert id " + std::to_string(ids[slot]) + " at " + place(slot, top_k) +
                             " is outside [0, " + std::to_string(experts) + "); " + std::to_string(experts) +
                             " itself is the sentinel for a route to skip");
-    }
-    if (!std::isfinite(weights[slot])) {
-      throw InvalidArgument("routing weight at " + place(slot, top_k) + " is " + std::to_string(weights[slot]) +
-                            ", expected a finite number");
     }
   }
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -66,4 +67,6 @@ def _same(ours: ParamGroup, theirs: ParamGroup) -> bool:
     fields = ("sets", "kind", "numbers", "new_optimizer")
     if any(getattr(ours, field) != getattr(theirs, field) for field in fields):
         return False
+    if not (math.isfinite(ours.grad_scale) and math.isfinite(theirs.grad_scale)):
+        return math.isfinite(ours.grad_scale) == math.isfinite(theirs.grad_scale)
     return abs(theirs.grad_scale - ours.grad_scale) <= _SCALE_TOLERANCE * abs(ours.grad_scale)

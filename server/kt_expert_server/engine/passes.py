@@ -230,22 +230,27 @@ class BackwardWork(Work):
 
     def __init__(
         self, tools: Tools, trained: Trained, layer: LoadedLayer, header: Header, dy: PooledBuffer,
-        *, ticket: int, keep_ticket: bool, targets: Sequence[Target], token: native.CancelToken,
+        *, ticket: int, keep_ticket: bool, targets: Sequence[Target], top_k: int, token: native.CancelToken,
     ) -> None:  # fmt: skip
         super().__init__()
         self.token = token
         self._tools, self._trained, self._layer, self._header = tools, trained, layer, header
-        self._ticket_id, self._keeps, self._targets = ticket, keep_ticket, targets
+        self._ticket_id, self._keeps, self._targets, self._top_k = ticket, keep_ticket, targets, top_k
         self._dy = dy.array(header.dtype, header.rows, header.columns)
         self._saved: SavedTicket | None = None
         self._dx: PooledBuffer | None = None
         self._d_weights: PooledBuffer | None = None
-        self.cost = _BACKWARD_COST * (header.rows * layer.plan.top_k + layer.plan.num_experts)
+        self.cost = _BACKWARD_COST * (header.rows * top_k + layer.plan.num_experts)
 
     def prepare(self) -> None:
         # Looked up here and not on arrival: meanwhile the ticket may have been used and an adapter replaced.
         tools, header, trained = self._tools, self._header, self._trained
         self._saved = saved = trained.tickets.find(self._ticket_id, header.layer, trained.adapters)
+        if saved.ticket.top_k != self._top_k:
+            raise InvalidRequest(
+                f"the forward of ticket {self._ticket_id} routed each token to {saved.ticket.top_k} experts, its backward says "
+                f"{self._top_k}"
+            )
         for target in self._targets:
             self._check_target(saved, target)
         lora, scratch = native.AdapterSpec(), 0
@@ -254,11 +259,11 @@ class BackwardWork(Work):
             scratch = saved.stacked.nbytes if self._targets else 0
         elif saved.used:
             lora = saved.used[0].active.layer.spec
-        top_k, trains_weights = saved.ticket.top_k, any(map(self._is_of_weights, self._targets))
-        scratch += tools.engine.scratch_bytes(self._layer.spec, lora, header.rows, top_k, trains_weights)
+        trains_weights = any(map(self._is_of_weights, self._targets))
+        scratch += tools.engine.scratch_bytes(self._layer.spec, lora, header.rows, self._top_k, trains_weights)
         self.held.add(tools.budget.reserve(Kind.SCRATCH, scratch, trained.owner, f"a backward of {header.rows} tokens"))
         self._dx = tools.pool.take(header.tensor_bytes)
-        self._d_weights = tools.pool.take(header.rows * top_k * 4)
+        self._d_weights = tools.pool.take(header.rows * self._top_k * 4)
 
     def _is_of_weights(self, target: Target) -> bool:
         adapter = self._trained.adapters.get(target.adapter)
@@ -343,7 +348,7 @@ class BackwardWork(Work):
             saved.ticket,
             self._dy,
             self._dx.array(header.dtype, header.rows, header.columns),
-            self._d_weights.array(Dtype.FP32, header.rows, saved.ticket.top_k),
+            self._d_weights.array(Dtype.FP32, header.rows, self._top_k),
             self.token,
             [name for each in both for name in each.wanted],
             [name for each in both for name in each.replaced],
@@ -355,13 +360,12 @@ class BackwardWork(Work):
         assert saved is not None and self._dx is not None and self._d_weights is not None  # noqa: S101, PT018
         for target in self._targets:
             trained.windows.of(target.adapter).add(header.layer, target.wanted)
-        top_k = saved.ticket.top_k
         if not self._keeps:
             trained.tickets.drop(self._ticket_id, f"consumed by backward request {header.request_id}")
-        _report(self._tools.observer, self.kind, self._layer, header.rows, top_k)
+        _report(self._tools.observer, self.kind, self._layer, header.rows, self._top_k)
         weights = Header(
             FrameType.TENSOR, layer=header.layer, op=Op.BACKWARD, tensor=Tensor.GRAD_ROUTING_WEIGHTS, dtype=Dtype.FP32,
-            rows=header.rows, columns=top_k,
+            rows=header.rows, columns=self._top_k,
         )  # fmt: skip
         hidden = Header(
             FrameType.TENSOR, layer=header.layer, op=Op.BACKWARD, tensor=Tensor.GRAD_HIDDEN_STATES, dtype=header.dtype,

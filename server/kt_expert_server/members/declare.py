@@ -16,6 +16,7 @@ from kt_expert_server.errors import InvalidRequest
 from kt_expert_server.members import wire
 from kt_expert_server.members.limits import Limits
 from kt_expert_server.members.run import Run
+from kt_expert_server.model.index import LayerPlan
 from kt_expert_server.model.loader import BaseModel
 
 _OPERATIONS = {
@@ -99,18 +100,24 @@ def _pass(header: Header, opened: RequestOpen, run: Run, model: BaseModel, limit
     hidden_bytes = tokens * plan.hidden_size * ITEM_BYTES[dtype]
     if header.op is Op.BACKWARD:
         wire.targets(opened.backward)
-        weights_bytes = tokens * plan.top_k * _ROUTE_ITEM_BYTES
+        top_k = _top_k(opened.backward.top_k or plan.top_k, header, plan)
+        weights_bytes = tokens * top_k * _ROUTE_ITEM_BYTES
         return Declaration({Tensor.GRAD_OUTPUT: (dtype, tokens, plan.hidden_size)}, hidden_bytes + weights_bytes)
     wire.active_adapters(opened.forward)
-    top_k = opened.forward.top_k
-    if top_k != plan.top_k:
-        raise InvalidRequest(f"layer {header.layer} routes each token to {plan.top_k} experts, the request has {top_k}")
+    top_k = _top_k(opened.forward.top_k, header, plan)
     tensors = {
         Tensor.EXPERT_IDS: (Dtype.INT32, tokens, top_k),
         Tensor.ROUTING_WEIGHTS: (Dtype.FP32, tokens, top_k),
         Tensor.HIDDEN_STATES: (dtype, tokens, plan.hidden_size),
     }
     return Declaration(tensors, hidden_bytes)
+
+
+def _top_k(asked: int, header: Header, plan: LayerPlan) -> int:
+    """A trainer may route to other numbers of experts than the config says. Raises InvalidRequest for more than there are."""
+    if not 1 <= asked <= plan.num_experts:
+        raise InvalidRequest(f"layer {header.layer} has {plan.num_experts} experts, the request routes each token to {asked}")
+    return asked
 
 
 def _read(header: Header, opened: RequestOpen, run: Run, model: BaseModel) -> Declaration:

@@ -191,7 +191,8 @@ class Requests:
                 backward, layer = opened.backward, model.layers[header.layer]
                 return BackwardWork(
                     self._tools, member.trained, layer, header, entry.tensors[Tensor.GRAD_OUTPUT], ticket=backward.ticket,
-                    keep_ticket=backward.keep_ticket, targets=wire.targets(backward), token=token,
+                    keep_ticket=backward.keep_ticket, targets=wire.targets(backward),
+                    top_k=backward.top_k or layer.plan.top_k, token=token,
                 )  # fmt: skip
             case Op.CREATE_ADAPTER | Op.DELETE_ADAPTER:
                 return self._adapter_work(member.run, entry, model)

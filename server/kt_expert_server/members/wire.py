@@ -85,8 +85,6 @@ def step_params(request: Step) -> StepParams:
 
 
 def _group(group: pb.ParamGroup) -> ParamGroup:
-    if not math.isfinite(group.grad_scale):
-        raise InvalidRequest(f"grad_scale is {group.grad_scale}, expected a finite number")
     kind = group.WhichOneof("update")
     if kind is None:
         raise InvalidRequest("a group of the step has no update; expected adamw, adam, sgd or adafactor")

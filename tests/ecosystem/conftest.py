@@ -1,0 +1,81 @@
+"""Runs cases on both sides, and writes the table of what was found."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import kt_expert_client as kt
+import pytest
+from support.server import ServerProcess
+
+from ecosystem.case import Case, Side, difference
+
+TABLE = Path(__file__).resolve().parents[2] / "build" / "ecosystem" / "trainers.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One line of the table. A difference is null where nothing of its kind is compared."""
+
+    case: str
+    outcome: str  # equal or refused
+    loss_diff: float | None
+    norm_diff: float | None
+    logit_diff: float | None
+    reason: str
+
+
+@pytest.fixture(scope="session")
+def table() -> Iterator[list[Row]]:
+    """Rows of the cases that were run; those of earlier runs stay, so that a part can be run again."""
+    rows: list[Row] = []
+    yield rows
+    TABLE.parent.mkdir(parents=True, exist_ok=True)
+    before = json.loads(TABLE.read_text(encoding="utf-8")) if TABLE.exists() else []
+    merged = {row["case"]: row for row in before} | {row.case: asdict(row) for row in rows}
+    TABLE.write_text(json.dumps([merged[name] for name in sorted(merged, key=_order)], indent=1) + "\n", encoding="utf-8")
+
+
+def _order(case: str) -> tuple[int, str]:
+    number = case.split(":")[0].removeprefix("T")
+    return (int(number) if number.isdigit() else 999), case
+
+
+@pytest.fixture
+def compare(
+    server: ServerProcess, qwen3_checkpoint: Path, tmp_path: Path, table: list[Row]
+) -> Callable[[Case], None]:  # fmt: skip
+    def run(case: Case) -> None:
+        sides = []
+        for name, address in (("stock", None), ("remote", server.address)):
+            (tmp_path / name).mkdir()
+            sides.append(Side(qwen3_checkpoint, tmp_path / name, address))
+        name = f"{case.row}: {case.what}"
+        if case.refused:
+            if case.stock_refuses:
+                with pytest.raises(Exception):  # noqa: B017, PT011  # whatever stock says
+                    case.run(sides[0])
+            with pytest.raises(kt.KtExpertError, match=case.refused) as refusal:
+                case.run(sides[1])
+            table.append(Row(name, "refused", None, None, None, str(refusal.value)))
+            return
+        expected, got = (case.run(side) for side in sides)
+        found = difference(got, expected)
+        assert found.loss <= case.loss_bound, found
+        assert found.norm <= case.norm_bound, found
+        assert found.logit <= case.logit_bound, found
+        table.append(
+            Row(
+                name,
+                "equal",
+                found.loss if expected.losses else None,
+                found.norm if expected.norms else None,
+                found.logit if expected.logits.numel() else None,
+                "",
+            )
+        )
+
+    return run

@@ -1,0 +1,17 @@
+"""Every case of trainers, on both sides."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from ecosystem import adapters, loops
+from ecosystem.case import Case
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # the libraries' own, on both sides
+
+
+@pytest.mark.parametrize("case", [*adapters.CASES, *loops.CASES], ids=str)
+def test_equal_or_refused(case: Case, compare: Callable[[Case], None]) -> None:
+    compare(case)
