@@ -19,6 +19,7 @@ from kt_expert_client.membership import Membership, current_membership
 from kt_expert_client.options import RunOptions
 from kt_expert_client.parameters.gradients import handle
 from kt_expert_client.parameters.matrix import matrix_of
+from kt_expert_client.parameters.mirror import MirrorMatrix
 from kt_expert_client.parameters.store import ParameterStore
 from kt_expert_client.run import Run
 
@@ -96,6 +97,7 @@ class OffloadedLayer:
         self._require_finite(grad_output=grad_output)
         gradients: list[torch.Tensor] = []
         targets: dict[str, GradientTarget] = {}
+        mirrored: list[tuple[int, MirrorMatrix, torch.Tensor]] = []
         for parameter in parameters:
             matrix = matrix_of(parameter)
             if parameter is self._offload.ddp_parameter:
@@ -103,11 +105,16 @@ class OffloadedLayer:
                 continue
             if matrix is None:
                 raise UnsupportedModel(f"{parameter!r} is to be trained and is nothing that the server knows")
-            gradient, replaced, continued = self._offload.parameters.gradients.target(matrix, parameter)
             name, bits = matrix.place.adapter, matrix.place.bits
+            if isinstance(matrix, MirrorMatrix):
+                mirrored.append((len(gradients), matrix, parameter))
+                replaced, continued = bits, 0
+                gradients.append(parameter)  # until the server has it
+            else:
+                gradient, replaced, continued = self._offload.parameters.gradients.target(matrix, parameter)
+                gradients.append(handle(gradient, parameter))
             old = targets.get(name, GradientTarget(name, 0))
             targets[name] = GradientTarget(name, old.wanted | bits, old.replaced | replaced, old.continued | continued)
-            gradients.append(handle(gradient, parameter))
         backward = saved.run.submit_backward(
             self.layer,
             saved.number,
@@ -117,7 +124,10 @@ class OffloadedLayer:
             top_k=saved.top_k,
             borrow=True,
         )
-        return *backward.result(), gradients
+        grad_hidden, grad_weights = backward.result()
+        for index, mirror, parameter in mirrored:
+            gradients[index] = mirror.gradient(parameter)
+        return grad_hidden, grad_weights, gradients
 
     def _require_finite(self, **tensors: torch.Tensor) -> None:
         """Where the run is to refuse other values. Raises InvalidRequest."""

@@ -110,15 +110,12 @@ def step_groups(groups: Sequence[ParamGroup], grad_scale: float, *, new_optimize
 
 def translate(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> Update:
     """What the server has to do for this group. Raises UnsupportedModel for what it cannot."""
-    if group.get("maximize"):
-        raise UnsupportedModel("maximize is not available on the server; negate the loss")
     name = f"{type(optimizer).__module__}.{type(optimizer).__name__}"
-    if group.get("amsgrad"):
-        raise UnsupportedModel(f"amsgrad is not available on the server; make the {name} with amsgrad=False")
+    for option in ("maximize", "amsgrad"):
+        if group.get(option):
+            raise UnsupportedModel(f"the server has no {option}, with which the {name} was made; make it without")
     if isinstance(optimizer, _KNOWN) and not _steps_like_torch(optimizer):
-        raise UnsupportedModel(
-            f"{name} has a step of its own, which the server does not know; use the torch.optim class it derives from"
-        )
+        raise UnsupportedModel(f"{name} has a step of its own, which the server does not know; use torch.optim's")
     rate, decay = float(group.get("lr", 0.0)), float(group.get("weight_decay", 0.0))
     if isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW):
         beta1, beta2 = group["betas"]
@@ -128,12 +125,11 @@ def translate(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> Update
     if isinstance(optimizer, torch.optim.SGD):
         return Sgd(rate, float(group["momentum"]), float(group["dampening"]), decay, bool(group["nesterov"]))
     if isinstance(optimizer, torch.optim.Adafactor):
-        eps1, eps2 = group["eps"]
-        eps1 = _FP32_EPS if eps1 is None else float(eps1)
-        return Adafactor(rate, float(group["beta2_decay"]), eps1, float(eps2), float(group["d"]), decay)
-    raise UnsupportedModel(
-        f"the server updates LoRA with torch.optim's AdamW, Adam, SGD or Adafactor; the trainer's optimizer is {name}"
-    )
+        raise UnsupportedModel(
+            "torch.optim.Adafactor factors the moments of a whole parameter, in which PEFT keeps all experts' matrices, and "
+            "the server those of each expert's matrix: the numbers would differ; use torch.optim's AdamW, Adam or SGD"
+        )
+    raise UnsupportedModel(f"the server steps as torch.optim's AdamW, Adam and SGD do; the trainer's optimizer is {name}")
 
 
 def _steps_like_torch(optimizer: torch.optim.Optimizer) -> bool:

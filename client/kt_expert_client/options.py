@@ -5,18 +5,25 @@ from __future__ import annotations
 import math
 import os
 from dataclasses import dataclass
+from typing import Any
 
 from kt_expert_proto.v1 import service_pb2 as pb
 
 from kt_expert_client.errors import InvalidRequest
 
-TICKETS_VARIABLE = "KT_EXPERT_TICKETS"
-MOMENTS_VARIABLE = "KT_EXPERT_MOMENTS"
-DROPOUT_VARIABLE = "KT_EXPERT_DROPOUT"
-REPLAY_VARIABLE = "KT_EXPERT_REPLAY_WINDOW"
-NON_FINITE_VARIABLE = "KT_EXPERT_NON_FINITE"
+# By option: the environment variable that sets it where no RunOptions are given.
+VARIABLES = {
+    "tickets": "KT_EXPERT_TICKETS",
+    "moments": "KT_EXPERT_MOMENTS",
+    "dropout": "KT_EXPERT_DROPOUT",
+    "replay_window": "KT_EXPERT_REPLAY_WINDOW",
+    "non_finite": "KT_EXPERT_NON_FINITE",
+    "lora_location": "KT_EXPERT_LORA_LOCATION",
+}
+_NUMBERS = ("dropout", "replay_window")
 _GIB = 1024**3
 _TICKETS = {"activations": pb.TICKET_POLICY_ACTIVATIONS, "inputs": pb.TICKET_POLICY_INPUTS}
+_LOCATIONS = ("server", "trainer")
 _NON_FINITE = ("allow", "refuse")
 _MOMENTS = {"fp32": pb.MOMENT_DTYPE_FP32, "bf16": pb.MOMENT_DTYPE_BF16}
 
@@ -30,6 +37,8 @@ class RunOptions:
     the optimizer's memory. dropout: the probability with which the experts' LoRA drops its inputs while the model trains.
     replay_window: GiB of this host's memory for the requests since the server's last checkpoint, from which a server that was
     killed and started again is brought back to where it was; 0 keeps none, and such a server is a RunStateLost.
+    lora_location: "server" has LoRA parameters, gradients and moments there; "trainer" keeps them here, sends the values that have
+    changed with each forward and gets the gradients of each backward, for optimizers that the server does not know.
     non_finite: "allow" computes with NaN and infinity as in process; "refuse" looks at all that is sent, and raises.
     """
 
@@ -38,6 +47,7 @@ class RunOptions:
     dropout: float = 0.0
     replay_window: float = 0.0
     non_finite: str = "allow"
+    lora_location: str = "server"
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.dropout < 1.0:
@@ -48,6 +58,7 @@ class RunOptions:
             ("tickets", self.tickets, _TICKETS),
             ("moments", self.moments, _MOMENTS),
             ("non_finite", self.non_finite, _NON_FINITE),
+            ("lora_location", self.lora_location, _LOCATIONS),
         )
         for name, value, known in chosen:
             if value not in known:
@@ -56,17 +67,13 @@ class RunOptions:
     @classmethod
     def from_environment(cls) -> RunOptions:
         """The variables above, where they are set. Raises InvalidRequest."""
-        names = (TICKETS_VARIABLE, MOMENTS_VARIABLE, DROPOUT_VARIABLE, REPLAY_VARIABLE, NON_FINITE_VARIABLE)
+        given = {name: os.environ[name] for name in VARIABLES.values() if name in os.environ}
+        chosen: dict[str, Any] = {option: os.environ[name] for option, name in VARIABLES.items() if name in given}
         try:
-            return cls(
-                os.environ.get(TICKETS_VARIABLE, "activations"),
-                os.environ.get(MOMENTS_VARIABLE, "fp32"),
-                _number(DROPOUT_VARIABLE),
-                _number(REPLAY_VARIABLE),
-                os.environ.get(NON_FINITE_VARIABLE, "allow"),
-            )
+            return cls(**{
+                option: _number(VARIABLES[option], text) if option in _NUMBERS else text for option, text in chosen.items()
+            })  # fmt: skip
         except InvalidRequest as error:
-            given = ", ".join(f"{name}={os.environ[name]}" for name in names if name in os.environ)
             raise InvalidRequest(f"{error} (from the environment: {given})") from None
 
     @property
@@ -82,9 +89,8 @@ class RunOptions:
         return _MOMENTS[self.moments]
 
 
-def _number(name: str) -> float:
+def _number(name: str, text: str) -> float:
     """Raises InvalidRequest for text that is none."""
-    text = os.environ.get(name, "0")
     try:
         return float(text)
     except ValueError:

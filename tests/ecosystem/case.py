@@ -26,12 +26,13 @@ class Side:
     checkpoint: Path
     folder: Path
     address: str | None
+    options: kt.RunOptions | None = None
 
     def base(self, **kwargs: Any) -> Any:
         torch.manual_seed(SEED)
         if self.address is None:
             return load_stock(self.checkpoint) if not kwargs else self._stock(**kwargs)
-        with kt.offload_experts(self.address):
+        with kt.offload_experts(self.address, self.options):
             return AutoModelForCausalLM.from_pretrained(self.checkpoint, **{"dtype": torch.float32, **kwargs})
 
     def _stock(self, **kwargs: Any) -> Any:
@@ -46,7 +47,7 @@ class Side:
 
     def loading(self) -> Any:
         """Models loaded inside have their experts on this side."""
-        return kt.offload_experts(self.address) if self.address else _Nothing()
+        return kt.offload_experts(self.address, self.options) if self.address else _Nothing()
 
 
 class _Nothing:
@@ -76,6 +77,7 @@ class Case:
     run: Callable[[Side], Figures]
     refused: str = ""
     stock_refuses: bool = False
+    options: kt.RunOptions | None = None
     loss_bound: float = LOSS_BOUND
     norm_bound: float = NORM_BOUND
     logit_bound: float = LOGIT_BOUND

@@ -52,14 +52,13 @@ def compare(
         sides = []
         for name, address in (("stock", None), ("remote", server.address)):
             (tmp_path / name).mkdir()
-            sides.append(Side(qwen3_checkpoint, tmp_path / name, address))
+            sides.append(Side(qwen3_checkpoint, tmp_path / name, address, case.options))
         name = f"{case.row}: {case.what}"
         if case.refused:
-            if case.stock_refuses:
-                with pytest.raises(Exception):  # noqa: B017, PT011  # whatever stock says
-                    case.run(sides[0])
-            with pytest.raises(kt.KtExpertError, match=case.refused) as refusal:
-                case.run(sides[1])
+            error = Exception if case.stock_refuses else kt.KtExpertError
+            for side in sides if case.stock_refuses else sides[1:]:
+                with pytest.raises(error, match=case.refused) as refusal:
+                    case.run(side)
             table.append(Row(name, "refused", None, None, None, str(refusal.value)))
             return
         expected, got = (case.run(side) for side in sides)

@@ -36,6 +36,7 @@ class RemoteExperts(nn.Module):
 
     kt_shapes: dict[str, tuple[int, ...]]
     kt_dtype: torch.dtype
+    kt_frozen: set[str]
     kt_layer: OffloadedLayer | None
     kt_offload: ModelOffload | None
 
@@ -43,6 +44,7 @@ class RemoteExperts(nn.Module):
         """Records the parameters' shapes and drops them."""
         parameters = dict(self.named_parameters(recurse=False))
         self.kt_shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
+        self.kt_frozen = {name for name, parameter in parameters.items() if not parameter.requires_grad}
         self.kt_dtype = next((parameter.dtype for parameter in parameters.values()), torch.float32)
         for name in parameters:
             self._parameters.pop(name)
@@ -59,7 +61,8 @@ class RemoteExperts(nn.Module):
         sizes = WeightShape(spec.num_experts, spec.hidden_size, spec.intermediate_size, layout)
         for name, shape in self.kt_shapes.items():
             geometry = torch.empty(shape, dtype=dtype, device="meta")
-            self.register_parameter(name, make_weight(offload.parameters.weights, layer.layer, name, geometry, sizes))
+            made = make_weight(offload.parameters.weights, layer.layer, name, geometry, sizes)
+            self.register_parameter(name, made.requires_grad_(name not in self.kt_frozen))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RemoteExperts:
         """A copy talks to the same server through the same run."""

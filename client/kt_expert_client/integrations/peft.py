@@ -7,13 +7,15 @@ that PEFT has made and initialised to the server, one after another, and to leav
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from kt_expert_proto.lora import PARAMETER
 from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
@@ -22,8 +24,9 @@ from kt_expert_client.errors import UnsupportedModel
 from kt_expert_client.integrations.experts import DOWN as DOWN_PARAMETER
 from kt_expert_client.integrations.experts import GATE_UP as GATE_UP_PARAMETER
 from kt_expert_client.integrations.experts import RemoteExperts
-from kt_expert_client.parameters.lora import LoraShape, make_parameter
+from kt_expert_client.parameters.lora import LoraMatrix, LoraShape, make_parameter
 from kt_expert_client.parameters.matrix import DOWN, GATE_UP, Place
+from kt_expert_client.parameters.mirror import Mirror
 from kt_expert_client.parameters.tensor import RemoteTensor
 from kt_expert_client.parameters.weights import WEIGHTS_ADAPTER
 
@@ -55,9 +58,35 @@ class RemoteLinear(nn.Linear):
 class RemoteParamWrapper(ParamWrapper):  # type: ignore[misc]  # PEFT has no annotations
     """PEFT's wrapper of remote experts: a call to another machine is nothing to compile, nor is what PEFT prepares it with."""
 
+    kt_mirrors: dict[tuple[str, str], Mirror]  # by adapter and side: of matrices whose parameters are here
+
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return super().forward(*args, **kwargs)
+
+    def get_delta_factors(self, adapter_name: str) -> Any:
+        with self._kt_on_server(adapter_name):
+            return super().get_delta_factors(adapter_name)
+
+    def get_delta_weight(self, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
+        with self._kt_on_server(adapter_name):
+            return super().get_delta_weight(adapter_name, *args, **kwargs)
+
+    @contextlib.contextmanager
+    def _kt_on_server(self, adapter: str) -> Iterator[None]:
+        """Inside, the matrices that are here are those on the server."""
+        here: list[tuple[nn.Linear, torch.Tensor]] = []
+        for name, side in _SIDES.items():
+            mirror = self.kt_mirrors.get((adapter, side))
+            linear: nn.Linear | None = getattr(self, name)[adapter] if mirror is not None else None
+            if mirror is not None and linear is not None and linear.weight is not None:
+                here.append((linear, linear.weight))
+                linear._parameters["weight"] = mirror.on_server(linear.weight)  # type: ignore[assignment]
+        try:
+            yield
+        finally:
+            for linear, weight in here:
+                linear._parameters["weight"] = weight  # type: ignore[assignment]
 
 
 RemoteParamWrapper.__name__ = ParamWrapper.__name__  # PEFT knows its wrapper by this when it wraps the next parameter
@@ -85,10 +114,24 @@ class Registration:
             self._remove = register_module_module_registration_hook(_registered).remove
 
 
+def give_adapters_to_server(model: nn.Module) -> None:
+    """LoRA that PEFT has put on experts before they were remote: its matrices' values move to the server."""
+    for wrapper in [each for each in model.modules() if isinstance(each, ParamWrapper)]:
+        if _experts_of(wrapper) is None:
+            continue
+        _become_remote(wrapper)
+        for name, side in _SIDES.items():
+            matrices: nn.ModuleDict = getattr(wrapper, name)
+            owner = _Owner(wrapper, side)
+            object.__setattr__(matrices, _OWNER, owner)
+            for adapter, linear in matrices.items():
+                _give_to_server(owner, adapter, linear)
+
+
 def _registered(module: nn.Module, name: str, submodule: nn.Module | None) -> None:
     """A module has got a submodule: PEFT makes its dictionaries, then puts each matrix in, and again once it has its values."""
     if isinstance(module, ParamWrapper) and name in _SIDES and _experts_of(module) is not None:
-        module.__class__ = RemoteParamWrapper
+        _become_remote(module)
         object.__setattr__(submodule, _OWNER, _Owner(module, _SIDES[name]))
     owner = getattr(module, _OWNER, None) if isinstance(module, nn.ModuleDict) else None
     if owner is None or not isinstance(submodule, nn.Linear) or isinstance(submodule, RemoteLinear):
@@ -97,6 +140,12 @@ def _registered(module: nn.Module, name: str, submodule: nn.Module | None) -> No
         _give_to_server(owner, name, submodule)
     else:
         object.__setattr__(submodule, _SEEN, True)
+
+
+def _become_remote(wrapper: ParamWrapper) -> None:
+    if not isinstance(wrapper, RemoteParamWrapper):
+        wrapper.__class__ = RemoteParamWrapper
+        wrapper.kt_mirrors = {}
 
 
 def _experts_of(wrapper: nn.Module) -> Any:
@@ -114,7 +163,12 @@ def _give_to_server(owner: _Owner, adapter: str, linear: nn.Linear) -> None:
     shape = LoraShape(count, rank, wrapper.in_features, wrapper.out_features, not experts.is_concatenated)
     place = Place(server_name(adapter), experts.kt_layer.layer, _TARGETS[wrapper.parameter_name], owner.side)
     store, weight = experts.kt_offload.parameters, linear.weight
-    matrix = store.make(place, shape, None if weight.is_meta else weight.detach())
+    if experts.kt_offload.options.lora_location == "trainer":
+        wrapper.kt_mirrors[adapter, owner.side] = Mirror(store, place, shape)
+        return
+    matrix = store.make(LoraMatrix(store, place, shape))
+    if not weight.is_meta:
+        matrix.write(weight.detach(), PARAMETER)
     parameter = make_parameter(matrix, weight, requires_grad=weight.requires_grad)
     store.gradients.add(matrix, parameter)
     linear.__class__ = RemoteLinear

@@ -6,7 +6,7 @@ import contextlib
 import os
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -45,6 +45,7 @@ class Offloader:
         self._targets: list[tuple[str, RunOptions]] = []
         self._clients: dict[str, Client] = {}
         self._originals: dict[str, Any] = {}
+        self._building = threading.local()  # `depth`: how many models this thread is building, one inside the other
         self._optimizer_driver = OptimizerDriver()
         self._peft_registration: Any = None
 
@@ -100,21 +101,42 @@ class Offloader:
             original = PreTrainedModel.__dict__[name]
             self._originals[name] = original
             setattr(PreTrainedModel, name, classmethod(self._wrapped(original.__func__)))
+        PreTrainedModel.load_adapter = self._load_adapter(PreTrainedModel.load_adapter)  # inherited until now
 
     def _uninstall(self) -> None:
         for name, original in self._originals.items():
             setattr(PreTrainedModel, name, original)
         self._originals.clear()
+        del PreTrainedModel.load_adapter
 
-    def _wrapped(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        def load(cls: type[PreTrainedModel], *args: Any, **kwargs: Any) -> Any:
-            with patched_experts(), expert_keys_expected(cls):
-                result = original(cls, *args, **kwargs)
-            model = result[0] if isinstance(result, tuple) else result
+    def _load_adapter(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        """from_pretrained, given an adapter's folder, loads that before it returns the model."""
+
+        def load_adapter(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+            self._bind_last(model)
+            return original(model, *args, **kwargs)
+
+        return load_adapter
+
+    def _bind_last(self, model: PreTrainedModel) -> None:
+        """Connects a model that was just built to the server that models are loaded against."""
+        if getattr(model, OFFLOAD_ATTRIBUTE, None) is None:
             with self._lock:
                 address, options = self._targets[-1]
             if self.bind(model, address, options) is None:
                 _refuse_moe(model)
+
+    def _wrapped(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        def load(cls: type[PreTrainedModel], *args: Any, **kwargs: Any) -> Any:
+            depth = getattr(self._building, "depth", 0)
+            self._building.depth = depth + 1
+            try:
+                with patched_experts(is_outermost=depth == 0), expert_keys_expected(cls):
+                    result = original(cls, *args, **kwargs)
+            finally:
+                self._building.depth = depth
+            if depth == 0:  # else this is the language model of one that has more, which is bound as a whole
+                self._bind_last(result[0] if isinstance(result, tuple) else result)
             return result
 
         return load
@@ -124,7 +146,7 @@ OFFLOADER = Offloader()
 
 
 @contextlib.contextmanager
-def patched_experts() -> Iterator[None]:
+def patched_experts(*, is_outermost: bool = True) -> Iterator[None]:
     """Inside, transformers builds remote experts in place of its own, through its own replacement registry."""
     taken = get_patch_mapping()
     mapping = {name: remote_class(stock) for name, stock in loaded_experts_classes() if name not in taken}
@@ -133,7 +155,8 @@ def patched_experts() -> Iterator[None]:
         yield
     finally:
         unregister_patch_mapping(list(mapping))
-        restore_stock_classes()
+        if is_outermost:
+            restore_stock_classes()
 
 
 @contextlib.contextmanager
@@ -173,7 +196,8 @@ def attach(model: nn.Module, address: str | None = None, options: RunOptions | N
     """Connects a model that was built in another way: its experts lose their weights and compute on the server.
 
     `address` defaults to KT_EXPERT_SERVER, options to their own variables. A model that is connected already keeps its
-    connection and takes the options. Raises InvalidRequest without an address or for another one, WrongPhase for other
+    connection and takes the options. LoRA of PEFT's that is on the experts moves to the server: make optimizers afterwards.
+    Raises InvalidRequest without an address or for another one, WrongPhase for other
     options than those of an open run, UnsupportedModel for a model without experts classes the client knows.
     """
     existing = getattr(model, OFFLOAD_ATTRIBUTE, None)
@@ -186,13 +210,24 @@ def attach(model: nn.Module, address: str | None = None, options: RunOptions | N
     server = address or os.environ.get(SERVER_VARIABLE)
     if not server:
         raise InvalidRequest(f"attach needs the server's address: give it, or set {SERVER_VARIABLE}=host:port")
-    for module in list(model.modules()):
+    inner = _inside_peft(model)
+    for module in list(inner.modules()):
         if is_experts_class(type(module)):
             convert_in_place(module)
-    offload = OFFLOADER.bind(model, server, options or RunOptions.from_environment())
+    offload = OFFLOADER.bind(inner, server, options or RunOptions.from_environment())
     if offload is None:
-        raise UnsupportedModel(f"{type(model).__name__} has no experts module with transformers' standard signature")
+        raise UnsupportedModel(f"{type(inner).__name__} has no experts module with transformers' standard signature")
+    if inner is not model:
+        from kt_expert_client.integrations.peft import give_adapters_to_server
+
+        give_adapters_to_server(inner)
     return offload
+
+
+def _inside_peft(model: nn.Module) -> nn.Module:
+    """The transformers model that PEFT has wrapped, or the model itself."""
+    get_base_model = getattr(model, "get_base_model", None)
+    return model if get_base_model is None else cast("nn.Module", get_base_model())
 
 
 def _model_types(model: nn.Module) -> list[str]:

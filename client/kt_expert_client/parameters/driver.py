@@ -11,12 +11,16 @@ from typing import Any
 import torch
 
 from kt_expert_client.errors import UnsupportedModel
-from kt_expert_client.optimizers import Adafactor, Sgd, Update, translate
+from kt_expert_client.optimizers import Sgd, Update, translate
 from kt_expert_client.parameters.gradients import tensor_sets
+from kt_expert_client.parameters.lora import LoraMatrix
 from kt_expert_client.parameters.matrix import GradientSource, Matrix, MomentSource, gradient_of, matrix_of
 from kt_expert_client.parameters.store import ParameterStore
 from kt_expert_client.parameters.tensor import RemoteTensor, Stored
 
+_ELSEWHERE = (
+    ", or load the model with RunOptions(lora_location='trainer'): LoRA parameters are then kept here, where any optimizer works"
+)
 _SGD_SLOTS = ("momentum_buffer",)
 _ADAM_SLOTS = ("exp_avg", "exp_avg_sq")
 
@@ -112,12 +116,10 @@ def _take(optimizer: torch.optim.Optimizer, group: dict[str, Any], parameter: to
     assert matrix is not None  # noqa: S101  # the caller has looked
     if gradient is None:
         raise UnsupportedModel(f".grad of {matrix.place} was replaced by a tensor of this process; use .grad.copy_()")
-    update = translate(optimizer, group)
-    if isinstance(update, Adafactor):
-        raise UnsupportedModel(
-            "torch.optim.Adafactor factors the moments of a whole parameter, in which PEFT keeps all experts' matrices, and "
-            "the server those of each expert's matrix: the numbers would differ; use AdamW, Adam or SGD"
-        )
+    try:
+        update = translate(optimizer, group)
+    except UnsupportedModel as error:
+        raise UnsupportedModel(f"{error}{_ELSEWHERE}" if isinstance(matrix, LoraMatrix) else str(error)) from None
     slots = _SGD_SLOTS if isinstance(update, Sgd) else _ADAM_SLOTS
     return _Taken(
         parameter, matrix, gradient, update, slots, is_new=not _has_moments(optimizer.state.get(parameter, {}), slots)

@@ -10,7 +10,7 @@ import torch
 from kt_expert_proto.lora import GRADIENT, PARAMETER, tensor_bits
 
 from kt_expert_client.adapter import TensorKey
-from kt_expert_client.errors import WrongPhase
+from kt_expert_client.errors import UnsupportedModel, WrongPhase
 from kt_expert_client.parameters.tensor import RemoteTensor, Stored
 
 if TYPE_CHECKING:
@@ -123,8 +123,11 @@ class GradientSource(_Snapshot):
         return f"the gradient of {self.matrix.place}"
 
     def read(self) -> torch.Tensor:
-        self.matrix.store.gradients.require_live(self)
-        self.matrix.store.gradients.flush()
+        store = self.matrix.store
+        if store.world_size > 1:
+            raise UnsupportedModel(f"{self.name} is averaged over {store.world_size} ranks in the step; ask for its norm")
+        store.gradients.require_live(self)
+        store.gradients.flush()
         return self.matrix.read(GRADIENT)
 
     def write(self, values: torch.Tensor) -> None:

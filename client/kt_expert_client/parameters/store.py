@@ -8,19 +8,21 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from kt_expert_proto.lora import GRADIENT, LayerLora
+from kt_expert_proto.lora import LayerLora
 
 from kt_expert_client.adapter import TensorKey
-from kt_expert_client.errors import UnsupportedModel, WrongPhase
+from kt_expert_client.errors import WrongPhase
 from kt_expert_client.membership import Membership
 from kt_expert_client.parameters.gradients import Gradients
-from kt_expert_client.parameters.lora import LoraMatrix, LoraShape
+from kt_expert_client.parameters.lora import LoraMatrix
 from kt_expert_client.parameters.matrix import DOWN, Matrix, Place
 from kt_expert_client.parameters.weights import WeightSet
 from kt_expert_client.run import Run
+
+LoraMatrixT = TypeVar("LoraMatrixT", bound=LoraMatrix)
 
 
 class ParameterStore:
@@ -60,28 +62,31 @@ class ParameterStore:
         """Of adapters that are made from now on."""
         self._dropout = dropout
 
-    def make(self, place: Place, shape: LoraShape, values: torch.Tensor | None) -> LoraMatrix:
-        """A matrix of an adapter, with its values where there are some yet. Makes what the server lacks of the adapter."""
-        rank = shape.rank
+    def make(self, matrix: LoraMatrixT) -> LoraMatrixT:
+        """Makes what the server lacks of the matrix's adapter."""
+        place, rank = matrix.place, matrix.shape.rank
         self._remove_if_unused(place)
         if place.target == DOWN:
             lora = LayerLora(place.layer, rank_down=rank, scale_down=1.0, dropout=self._dropout)
         else:
             lora = LayerLora(place.layer, True, rank, rank, 0, 1.0, 1.0, dropout=self._dropout)
         self.run.adapters.create(place.adapter, [lora], trainable=True)
-        matrix = LoraMatrix(self, place, shape)
-        if values is not None:
-            matrix.write(values, "parameter")
         return matrix
 
     def copy_of(self, matrix: LoraMatrix, memo: dict[int, Any]) -> LoraMatrix:
         """The matrix in a copy of its adapter: the same copy for all that are copied with one memo."""
-        copies: dict[str, str] = memo.setdefault(id(self), {})
-        name = copies.get(matrix.place.adapter)
-        if name is None:
-            name = copies[matrix.place.adapter] = self.copy_name(matrix.place.adapter)
+        name, is_new = self.name_in_copy(matrix.place.adapter, memo)
+        if is_new:
             self.copy_adapter(matrix.place.adapter, name)
         return LoraMatrix(self, replace(matrix.place, adapter=name), matrix.shape)
+
+    def name_in_copy(self, adapter: str, memo: dict[int, Any]) -> tuple[str, bool]:
+        """What an adapter is called in the copy that has this memo, and whether this is the first question."""
+        copies: dict[str, str] = memo.setdefault(id(self), {})
+        is_new = adapter not in copies
+        if is_new:
+            copies[adapter] = self.copy_name(adapter)
+        return copies[adapter], is_new
 
     def copy_name(self, adapter: str) -> str:
         return f"{adapter}.copy{next(self._copies)}"
@@ -120,8 +125,6 @@ class ParameterStore:
 
     def read(self, key: TensorKey, size: tuple[int, int, int]) -> torch.Tensor:
         self.settle()
-        if key.part == GRADIENT and self.world_size > 1:
-            raise UnsupportedModel("a gradient of several ranks cannot be read; ask for its norm")
         return self.run.adapters.read(key, size)
 
     def write(self, key: TensorKey, values: torch.Tensor, *, step: int = 0) -> None:
