@@ -78,6 +78,7 @@ class Case:
     refused: str = ""
     stock_refuses: bool = False
     options: kt.RunOptions | None = None
+    note: str = ""
     loss_bound: float = LOSS_BOUND
     norm_bound: float = NORM_BOUND
     logit_bound: float = LOGIT_BOUND

@@ -73,7 +73,7 @@ def compare(
                 found.loss if expected.losses else None,
                 found.norm if expected.norms else None,
                 found.logit if expected.logits.numel() else None,
-                "",
+                case.note,
             )
         )
 

@@ -84,6 +84,7 @@ class Offloader:
         object.__setattr__(model, OFFLOAD_ATTRIBUTE, offload)
         object.__setattr__(model, _DDP_ATTRIBUTE, NamesForDdp(model, offload.use_ddp_parameter))
         self._optimizer_driver.install()
+        self._optimizer_driver.watch(offload.parameters)
         if self._peft_registration is None:
             self._peft_registration = Registration()
         self._peft_registration.install()

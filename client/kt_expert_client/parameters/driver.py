@@ -44,6 +44,11 @@ class OptimizerDriver:
         self._hidden: weakref.WeakKeyDictionary[torch.optim.Optimizer, list[tuple[torch.Tensor, torch.Tensor]]]
         self._hidden = weakref.WeakKeyDictionary()
         self._remove: list[Callable[[], None]] = []
+        self._stores: weakref.WeakSet[ParameterStore] = weakref.WeakSet()
+
+    def watch(self, store: ParameterStore) -> None:
+        """Its parameters may be an optimizer's from now on."""
+        self._stores.add(store)
 
     def install(self) -> None:
         """Does nothing where it is in place."""
@@ -77,8 +82,12 @@ class OptimizerDriver:
 
     def _after(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         del args, kwargs
-        for parameter, gradient in self._hidden.pop(optimizer, []):
+        taken = self._hidden.pop(optimizer, [])
+        for parameter, gradient in taken:
             parameter.grad = gradient
+        places = {matrix.place for parameter, _ in taken if (matrix := matrix_of(parameter)) is not None}
+        for store in self._stores:
+            store.gradients.warn_of_untaken(places)
 
     def _step(self, optimizer: torch.optim.Optimizer, taken: list[_Taken]) -> None:
         stores = {each.matrix.store for each in taken}

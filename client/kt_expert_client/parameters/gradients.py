@@ -9,6 +9,7 @@ and kept until a gradient changes.
 from __future__ import annotations
 
 import math
+import warnings
 import weakref
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from kt_expert_client.parameters.store import ParameterStore
 
 _NO_PASS = -1
+_STEPS_UNTAKEN = 3  # two optimizers may step in turns
+_NAMED = 4  # parameters in a message
 
 
 @dataclass(slots=True)
@@ -40,6 +43,7 @@ class _Slot:
     is_spent: bool = False  # a step has taken it; it is there until it is cleared
     scale: float = 1.0  # to be multiplied with
     edits: list[tuple[str, float, float]] = field(default_factory=list)  # before that: zero, scale or clamp
+    passed_over: int = 0  # steps of optimizers that did not take it, one after the other
 
 
 class Gradients:
@@ -49,6 +53,7 @@ class Gradients:
         self._store = store
         self._slots: dict[Place, _Slot] = {}
         self._norms: dict[float, dict[Place, float]] = {}
+        self._has_warned = False
 
     def add(self, matrix: Matrix, parameter: torch.Tensor) -> None:
         """A parameter from now on."""
@@ -176,8 +181,26 @@ class Gradients:
     def spent(self, places: Iterable[Place]) -> None:
         """A step has taken these, scaled."""
         for place in places:
-            self._slots[place].is_spent = True
+            slot = self._slots[place]
+            slot.is_spent, slot.passed_over = True, 0
         self.changed()
+
+    def warn_of_untaken(self, taken: set[Place]) -> None:
+        """An optimizer has stepped and has taken these. Warns, once, of gradients that no optimizer takes."""
+        untaken = []
+        for place in self._live():
+            slot = self._slots[place]
+            slot.passed_over = 0 if place in taken or slot.is_spent else slot.passed_over + 1
+            if slot.passed_over == _STEPS_UNTAKEN:
+                untaken.append(str(place))
+        if untaken and not self._has_warned:
+            self._has_warned = True
+            warnings.warn(
+                f"gradients of {len(untaken)} expert parameters were left by the last {_STEPS_UNTAKEN} optimizer steps: "
+                f"{', '.join(untaken[:_NAMED])}{', ...' if len(untaken) > _NAMED else ''}. If they are to train, make "
+                "the optimizer after the adapter and give it these parameters; if not, freeze them with requires_grad_(False)",
+                stacklevel=2,
+            )
 
     def kept(self, taken: set[Place]) -> list[TensorSet]:
         """Live gradients that a step leaves to others."""
