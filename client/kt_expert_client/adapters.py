@@ -27,8 +27,8 @@ _DIMENSIONS = 3  # experts, rows, columns
 class RunAdapters:
     """Any thread may call. Each call waits for the server's answer, but those that begin with submit."""
 
-    def __init__(self, session: Session) -> None:
-        self._session = session
+    def __init__(self, session: Session, run: str, world_size: int) -> None:
+        self._session, self._run, self._world_size = session, run, world_size
 
     def create(
         self, name: str, lora: Iterable[LayerLora], *, trainable: bool = False, initialise: bool = False
@@ -81,20 +81,26 @@ class RunAdapters:
             _put(whole, *each)
         return whole
 
-    def write(self, key: TensorKey, tensor: torch.Tensor, *, step: int = 0) -> None:
-        """Replaces one tensor; `step` is what a moment counts. Raises InvalidRequest or NotFound."""
+    def write(self, key: TensorKey, tensor: torch.Tensor, *, step: int = 0, sequence: int = 0) -> None:
+        """Replaces one tensor; `step` is what a moment counts, and `sequence` what written() tells once it is done. Raises
+        InvalidRequest or NotFound."""
         shape = tuple(tensor.shape)
         pieces = _pieces(shape) if len(shape) == _DIMENSIONS else [slice(0, 0)]
         if len(pieces) == 1:
-            self.submit_write(key, tensor, step=step).wait()
+            self.submit_write(key, tensor, step=step, sequence=sequence).wait()
             return
         waiting: list[Pending] = []
         for piece in pieces:
-            waiting.append(self.submit_write(key, tensor[piece], step=step, first_expert=piece.start))
+            last = sequence if piece is pieces[-1] else 0
+            waiting.append(self.submit_write(key, tensor[piece], step=step, first_expert=piece.start, sequence=last))
             if len(waiting) > 1:
                 waiting.pop(0).wait()
         for each in waiting:
             each.wait()
+
+    def written(self) -> int:
+        """The highest sequence that a member of the run has written a tensor with."""
+        return int(self._ask(Op.LIST_TENSORS, pb.RequestOpen(list_tensors=pb.ListTensors())).writes)
 
     def submit_read(self, key: TensorKey, shape: tuple[int, ...], first_expert: int | None = None) -> Pending:
         """The result is the tensor ADAPTER, fp32 [E * rows, columns]; with `first_expert`, some experts' part of it."""
@@ -103,7 +109,9 @@ class RunAdapters:
         call.expects = {Tensor.ADAPTER: math.prod(shape) * ITEM_BYTES[Dtype.FP32]}
         return self._session.submit(call)
 
-    def submit_write(self, key: TensorKey, tensor: torch.Tensor, *, step: int = 0, first_expert: int | None = None) -> Pending:
+    def submit_write(
+        self, key: TensorKey, tensor: torch.Tensor, *, step: int = 0, first_expert: int | None = None, sequence: int = 0
+    ) -> Pending:
         """`tensor` is [E, rows, columns] and may change as soon as this returns; with `first_expert`, it is some experts' part.
         Raises InvalidRequest for another shape."""
         if tensor.dim() != _DIMENSIONS or key.part not in PART_NUMBERS:
@@ -113,14 +121,15 @@ class RunAdapters:
             values = values.clone()  # it is sent, and perhaps sent again, after this returns
         rows, columns = int(tensor.shape[0] * tensor.shape[1]), int(tensor.shape[2])
         name = _named(key, first_expert, int(tensor.shape[0]))
-        name.step = step
+        name.step, name.sequence = step, sequence
         sent = (OutTensor(Tensor.ADAPTER, Dtype.FP32, rows, columns, HostTensor(values)),)
         opened = pb.RequestOpen(write_tensor=name)
         return self._session.submit(Call(Op.WRITE_TENSOR, opened, _TIMEOUT_S, key.layer, Dtype.FP32, rows, columns, sent))
 
     def _ask(self, op: Op, opened: pb.RequestOpen, timeout_s: float = _TIMEOUT_S) -> pb.ResultHead:
         call = Call(op, opened, timeout_s)
-        self._session.submit(call).wait()
+        others = f"the other ranks of run {self._run!r}, {self._world_size} in all, to ask for the norm of gradients"
+        self._session.submit(call).wait(waits_for=others if op is Op.GRAD_NORM and self._world_size > 1 else "")
         assert call.head is not None  # noqa: S101  # it has succeeded
         return call.head
 

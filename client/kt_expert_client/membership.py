@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
+import time
 import uuid
 from dataclasses import dataclass
 
 import torch
 
+from kt_expert_client.errors import DeadlineExceeded
+
 RUN_VARIABLE = "KT_EXPERT_RUN"
 _FORBIDDEN = re.compile(r"[^A-Za-z0-9._-]")
-_NAME_BYTES = 32
+_PAUSE_S = 0.05  # between two questions
+_SILENT_S = 10.0  # then it is said what is waited for
+_DEADLINE_S = 1800.0  # ranks may differ by a whole gradient accumulation
+_log = logging.getLogger("kt_expert_client")
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,10 +34,12 @@ class Membership:
 ALONE = Membership(None, 0, 1, ephemeral=True)
 
 
-def current_membership() -> Membership:
+def current_membership(number: int) -> Membership:
     """From KT_EXPERT_RUN, torch.distributed, or the launcher's RANK and WORLD_SIZE, in that order of trust.
 
-    Under torch.distributed this is a collective: every rank calls it, and equally often.
+    `number` says which of this process's models asks: it is the same on every rank, since they connect the same models in the
+    same order. A model that one rank alone has is connected with RunOptions(alone=True). Nothing here is a collective: rank 0
+    waits for nobody, and other ranks for rank 0's name of the run.
     """
     named = os.environ.get(RUN_VARIABLE) or None
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
@@ -40,22 +49,32 @@ def current_membership() -> Membership:
         rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if named is not None or world_size == 1:
         return Membership(named, rank, world_size, ephemeral=named is None)
-    return Membership(_shared_name() if distributed else _launcher_name(), rank, world_size, ephemeral=True)
+    return Membership(_shared_name(rank, number) if distributed else _launcher_name(number), rank, world_size, ephemeral=True)
 
 
-def _shared_name() -> str:
-    """A name rank 0 invents and broadcasts as bytes."""
-    raw = torch.zeros(_NAME_BYTES, dtype=torch.uint8)
-    if torch.distributed.get_rank() == 0:
-        raw = torch.frombuffer(bytearray(uuid.uuid4().hex.encode("ascii")), dtype=torch.uint8).clone()
-    if torch.distributed.get_backend() == "nccl":
-        raw = raw.cuda()
-    torch.distributed.broadcast(raw, src=0)
-    return "ddp-" + bytes(raw.cpu().tolist()).decode("ascii")
+def _shared_name(rank: int, number: int) -> str:
+    """A name that rank 0 invents and leaves where torch.distributed's ranks met. Raises DeadlineExceeded."""
+    store, key = torch.distributed.distributed_c10d._get_default_store(), f"kt-expert-run-{number}"
+    if rank == 0:
+        store.set(key, f"ddp-{uuid.uuid4().hex}")
+    begun, is_silent = time.monotonic(), True
+    while not store.check([key]):
+        waited = time.monotonic() - begun
+        about = (
+            f"for rank 0 to use its model number {number}, as rank {rank} does now. Does rank 0 connect the same models in the "
+            "same order? A model that one rank alone has is connected with RunOptions(alone=True)"
+        )
+        if waited > _DEADLINE_S:
+            raise DeadlineExceeded(f"waited {waited:.0f} s {about}")
+        if is_silent and waited > _SILENT_S:
+            is_silent = False
+            _log.warning("waiting %s", about)
+        time.sleep(_PAUSE_S)
+    return str(store.get(key).decode("ascii"))
 
 
-def _launcher_name() -> str:
+def _launcher_name(number: int) -> str:
     """What torchrun gives every rank alike, before torch.distributed is initialised."""
     parts = [os.environ.get(key, "") for key in ("TORCHELASTIC_RUN_ID", "MASTER_ADDR", "MASTER_PORT")]
-    parts.append(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    parts += [os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), str(number)]
     return _FORBIDDEN.sub("-", "torchrun-" + "-".join(parts))[:128]

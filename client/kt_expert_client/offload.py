@@ -15,7 +15,7 @@ from kt_expert_client.adapter import GradientTarget
 from kt_expert_client.autograd import ExpertsCall
 from kt_expert_client.connection import Client
 from kt_expert_client.errors import InvalidRequest, UnsupportedModel, WrongPhase
-from kt_expert_client.membership import Membership, current_membership
+from kt_expert_client.membership import ALONE, Membership, current_membership
 from kt_expert_client.options import RunOptions
 from kt_expert_client.parameters.gradients import handle
 from kt_expert_client.parameters.matrix import matrix_of
@@ -148,7 +148,10 @@ class OffloadedLayer:
 
 
 class ModelOffload:
-    """Owns the connection of one model. The run is opened when the first call or an adapter needs it."""
+    """Owns the connection of one model. The run is opened when the first call or an adapter needs it.
+
+    `number` counts the models of a process, without those that are a rank's alone: ranks find each other by it.
+    """
 
     def __init__(
         self,
@@ -157,8 +160,10 @@ class ModelOffload:
         specs: Iterable[LocalLayerSpec],
         wire_dtype: str,
         options: RunOptions | None = None,
+        number: int = 1,
     ) -> None:
         self.client = client
+        self._number = number
         self.options = options or RunOptions()
         self.wire_dtype = wire_dtype
         self.parameters = ParameterStore(self._open_run, self.options.dropout)
@@ -184,7 +189,7 @@ class ModelOffload:
         return self.parameters.run
 
     def _open_run(self) -> tuple[Run, Membership]:
-        member = current_membership()
+        member = ALONE if self.options.alone else current_membership(self._number)
         name = member.name if member.name is None else self.client.unique_run_name(member.name)
         run = self.client.open_run(
             name,

@@ -135,11 +135,3 @@ def translate(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> Update
 def _steps_like_torch(optimizer: torch.optim.Optimizer) -> bool:
     """Whether step() is that of a torch class, seen through the wrappers torch and its schedulers put around it."""
     return inspect.unwrap(type(optimizer).step) in {inspect.unwrap(known.step) for known in _KNOWN}
-
-
-def has_stepped(optimizer: torch.optim.Optimizer, parameter: torch.Tensor) -> bool:
-    """Whether this optimizer holds a state of the parameter: false for a new one, and for SGD without momentum."""
-    state = optimizer.state.get(parameter, {})
-    if isinstance(optimizer, torch.optim.SGD):
-        return state.get("momentum_buffer") is not None
-    return int(state.get("step", 0)) > 0

@@ -19,8 +19,8 @@ VARIABLES = {
     "replay_window": "KT_EXPERT_REPLAY_WINDOW",
     "non_finite": "KT_EXPERT_NON_FINITE",
     "lora_location": "KT_EXPERT_LORA_LOCATION",
+    "alone": "KT_EXPERT_ALONE",
 }
-_NUMBERS = ("dropout", "replay_window")
 _GIB = 1024**3
 _TICKETS = {"activations": pb.TICKET_POLICY_ACTIVATIONS, "inputs": pb.TICKET_POLICY_INPUTS}
 _LOCATIONS = ("server", "trainer")
@@ -39,6 +39,7 @@ class RunOptions:
     killed and started again is brought back to where it was; 0 keeps none, and such a server is a RunStateLost.
     lora_location: "server" has LoRA parameters, gradients and moments there; "trainer" keeps them here, sends the values that have
     changed with each forward and gets the gradients of each backward, for optimizers that the server does not know.
+    alone: the model is this rank's only, as one that rank 0 evaluates with; its run waits for no other rank.
     non_finite: "allow" computes with NaN and infinity as in process; "refuse" looks at all that is sent, and raises.
     """
 
@@ -48,6 +49,7 @@ class RunOptions:
     replay_window: float = 0.0
     non_finite: str = "allow"
     lora_location: str = "server"
+    alone: bool = False
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.dropout < 1.0:
@@ -67,13 +69,14 @@ class RunOptions:
     @classmethod
     def from_environment(cls) -> RunOptions:
         """The variables above, where they are set. Raises InvalidRequest."""
-        given = {name: os.environ[name] for name in VARIABLES.values() if name in os.environ}
-        chosen: dict[str, Any] = {option: os.environ[name] for option, name in VARIABLES.items() if name in given}
+        chosen: dict[str, Any] = {option: os.environ[name] for option, name in VARIABLES.items() if name in os.environ}
         try:
             return cls(**{
-                option: _number(VARIABLES[option], text) if option in _NUMBERS else text for option, text in chosen.items()
+                option: _READERS[option](VARIABLES[option], text) if option in _READERS else text
+                for option, text in chosen.items()
             })  # fmt: skip
         except InvalidRequest as error:
+            given = ", ".join(f"{VARIABLES[option]}={text}" for option, text in chosen.items())
             raise InvalidRequest(f"{error} (from the environment: {given})") from None
 
     @property
@@ -95,3 +98,13 @@ def _number(name: str, text: str) -> float:
         return float(text)
     except ValueError:
         raise InvalidRequest(f"{name} is {text!r}, expected a number") from None
+
+
+def _switch(name: str, text: str) -> bool:
+    """Raises InvalidRequest for text that is neither."""
+    if text not in ("0", "1"):
+        raise InvalidRequest(f"{name} is {text!r}, expected 0 or 1")
+    return text == "1"
+
+
+_READERS = {"dropout": _number, "replay_window": _number, "alone": _switch}  # options that are no text

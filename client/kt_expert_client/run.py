@@ -27,6 +27,7 @@ DEFAULT_REQUEST_TIMEOUT_S = 600.0
 DEFAULT_BARRIER_TIMEOUT_S = 1800.0  # ranks may differ by a whole gradient accumulation
 _TRANSFER_TIMEOUT_S = 3600.0
 _SEEDS = 1 << 64
+_BARRIERS = (Op.GRAD_NORM, Op.STEP)
 
 
 class ForwardHandle:
@@ -83,6 +84,7 @@ class Run:
         assert joined is not None  # noqa: S101  # the session has started
         self.name = terms.run
         self.wire_dtype = wire_dtype
+        self.world_size = terms.config.world_size
         self.created = joined.created  # by this call: no other trainer has had this run before
         self._session = session
         self._wire = TOKEN_DTYPES[wire_dtype]
@@ -94,7 +96,7 @@ class Run:
         self._default_bits = {entry.layer: tensor_bits(entry.tensors) for entry in lora}
         self._on_leave = on_leave
         self._staging = staging
-        self.adapters = RunAdapters(session)
+        self.adapters = RunAdapters(session, self.name, self.world_size)
         self._closed = False
 
     @property
@@ -284,7 +286,8 @@ class Run:
     def _ask(self, op: Op, opened: pb.RequestOpen, timeout_s: float) -> pb.ResultHead:
         """A request without tensors; waits for its outcome."""
         call = Call(op, opened, timeout_s)
-        self._session.submit(call).wait()
+        others = f"the other ranks of run {self.name!r}, {self.world_size} in all, to come to the same {op.name.lower()}"
+        self._session.submit(call).wait(waits_for=others if op in _BARRIERS and self.world_size > 1 else "")
         assert call.head is not None  # noqa: S101  # it has succeeded
         return call.head
 

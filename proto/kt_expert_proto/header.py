@@ -37,7 +37,7 @@ from crc32c import crc32c
 
 from kt_expert_proto.dtypes import ITEM_BYTES, Dtype
 
-PROTOCOL_VERSION = 5
+PROTOCOL_VERSION = 6
 MAX_PAYLOAD_BYTES = 1024 * 1024  # larger messages lose the allocator's recycled arenas, smaller ones cost more calls
 FLAG_CHECKSUM = 1
 _KNOWN_FLAGS = FLAG_CHECKSUM

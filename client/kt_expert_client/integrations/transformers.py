@@ -45,6 +45,7 @@ class Offloader:
         self._targets: list[tuple[str, RunOptions]] = []
         self._clients: dict[str, Client] = {}
         self._originals: dict[str, Any] = {}
+        self._models = 0  # connected so far, but for those of one rank alone
         self._building = threading.local()  # `depth`: how many models this thread is building, one inside the other
         self._optimizer_driver = OptimizerDriver()
         self._peft_registration: Any = None
@@ -78,7 +79,8 @@ class Offloader:
         dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
         specs = [local_spec(name, module) for name, module in remote]
         wire_dtype = "bf16" if dtype == torch.bfloat16 else "fp32"
-        offload = ModelOffload(self.client(address), _model_types(model), specs, wire_dtype, options)
+        self._models += not options.alone
+        offload = ModelOffload(self.client(address), _model_types(model), specs, wire_dtype, options, self._models)
         for spec, (_, module) in zip(specs, remote, strict=True):
             module.kt_connect(offload.layers[spec.layer], offload, dtype)
         object.__setattr__(model, OFFLOAD_ATTRIBUTE, offload)

@@ -123,14 +123,21 @@ class GradientSource(_Snapshot):
         return f"the gradient of {self.matrix.place}"
 
     def read(self) -> torch.Tensor:
-        store = self.matrix.store
-        if store.world_size > 1:
-            raise UnsupportedModel(f"{self.name} is averaged over {store.world_size} ranks in the step; ask for its norm")
-        store.gradients.require_live(self)
-        store.gradients.flush()
+        self._require_one_rank()
+        self.matrix.store.gradients.require_live(self)
+        self.matrix.store.gradients.flush()
         return self.matrix.read(GRADIENT)
 
+    def _require_one_rank(self) -> None:
+        ranks = self.matrix.store.world_size
+        if ranks > 1:
+            raise UnsupportedModel(
+                f"{self.name} is averaged over {ranks} ranks in the step, and no rank has the average; ask for its norm, or load "
+                "the model with RunOptions(lora_location='trainer')"
+            )
+
     def write(self, values: torch.Tensor) -> None:
+        self._require_one_rank()
         self.matrix.store.gradients.require_live(self)
         self.matrix.store.gradients.flush()
         self.matrix.write(values, GRADIENT)

@@ -16,6 +16,7 @@ from kt_expert_proto.lora import LayerLora
 from kt_expert_client.adapter import TensorKey
 from kt_expert_client.errors import WrongPhase
 from kt_expert_client.membership import Membership
+from kt_expert_client.parameters.agreement import await_writes
 from kt_expert_client.parameters.gradients import Gradients
 from kt_expert_client.parameters.lora import LoraMatrix
 from kt_expert_client.parameters.matrix import DOWN, Matrix, Place
@@ -33,7 +34,8 @@ class ParameterStore:
         self._open_run = weakref.WeakMethod(open_run)
         self._dropout = dropout
         self._joined: tuple[Run, Membership] | None = None
-        self._awaits_values = False  # other ranks' values of what was written since
+        self._writes = 0  # every rank counts them; rank 0's values are the ones that count
+        self._settled = 0
         self._updates: dict[Place, int] = {}
         self._moments: dict[Place, int] = {}  # how often an optimizer began with them anew
         self._copies = itertools.count(1)
@@ -130,16 +132,18 @@ class ParameterStore:
     def write(self, key: TensorKey, values: torch.Tensor, *, step: int = 0) -> None:
         """Rank 0's values count, as with DDP."""
         run, member = self._join()
-        if member.world_size > 1:
-            self._awaits_values = True
+        self._writes += 1
         if member.rank == 0:
-            run.adapters.write(key, values, step=step)
+            run.adapters.write(key, values, step=step, sequence=self._writes)
 
     def settle(self) -> None:
-        """Waits until what all ranks have written is there."""
-        if self._awaits_values:
-            self._awaits_values = False
-            self.run.adapters.norms([])
+        """Waits until rank 0 has written what this rank would have. Raises DeadlineExceeded."""
+        if self._settled == self._writes:
+            return
+        run, member = self._join()
+        if member.rank != 0:
+            await_writes(run, self._writes)
+        self._settled = self._writes
 
     def moments_of(self, matrix: Matrix) -> int:
         """Which set of its moments the server has."""

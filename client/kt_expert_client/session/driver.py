@@ -19,6 +19,7 @@ from kt_expert_client.session.core import SessionCore
 from kt_expert_client.session.inflight import ANSWER_SLACK_S
 from kt_expert_client.wire.base import Opener, Transport
 
+_SILENT_S = 10.0  # then a wait says what it is for
 _log = logging.getLogger(__name__)
 _LEAVE_TIMEOUT_S = 10.0
 _LEAVE_GRACE_S = 2.0  # for the server to end the stream after the last outcome
@@ -38,9 +39,12 @@ class Pending:
     def request_id(self) -> int:
         return self.call.request_id
 
-    def wait(self, timeout_s: float | None = None) -> None:
-        """Raises the request's error, or DeadlineExceeded where no outcome came in time."""
+    def wait(self, timeout_s: float | None = None, *, waits_for: str = "") -> None:
+        """Raises the request's error, or DeadlineExceeded where no outcome came in time. `waits_for`, what is to happen first,
+        is said once it takes long."""
         most = self.call.timeout_s + ANSWER_SLACK_S + _LOCAL_SLACK_S
+        if waits_for and not self.done.wait(_SILENT_S):
+            _log.warning("waiting for %s", waits_for)
         if not self.done.wait(most if timeout_s is None else min(timeout_s, most)):
             raise DeadlineExceeded(f"request {self.request_id} has no outcome yet; wait longer, or cancel it")
         if self.error is not None:

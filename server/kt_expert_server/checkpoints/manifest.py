@@ -10,7 +10,7 @@ from kt_expert_proto.lora import LayerLora
 from kt_expert_server.adapters.run_config import RunConfig
 from kt_expert_server.errors import InvalidRequest
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +39,7 @@ class Manifest:
     owner: str  # identity that opened the run
     model_digest: str  # of the base model's experts
     step: int
+    writes: int  # the highest number of those the run's members count writes with
     sequence: int  # counts the snapshots of a run
     automatic: bool  # made by the server on its own, and pruned by it
     restart_point: bool  # no gradients were under way: a run can go on from here after the server's death

@@ -25,6 +25,7 @@ class SnapshotAbout:
     owner: str
     model_digest: str
     step: int
+    writes: int
     sequence: int
     automatic: bool
     restart_point: bool

@@ -97,7 +97,8 @@ class Requests:
         if outcome.error is not None:
             entry.outcome_held.release()
         if outcome.head is not None:
-            outcome.head.durable, outcome.head.step = member.durable, member.run.step
+            head, run = outcome.head, member.run
+            head.durable, head.step, head.writes = member.durable, run.step, run.writes
         member.log.settle(entry, outcome)
         self.send_outcome(member, entry)
 
@@ -236,6 +237,7 @@ class Requests:
             self._jobs.pop(entry, None)
             if entry.header.op in _WRITES and isinstance(outcome, Outcome):
                 run.written_since_step = run.changed_since_snapshot = True
+                run.writes = max(run.writes, entry.opened.write_tensor.sequence)
             settle(outcome)
 
         job = Job(work, run.name, member.rank, done, begun)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import kt_expert_client as kt
 import pytest
 import torch
 from kt_expert_client.autograd import ExpertsCall
 from kt_expert_client.errors import WrongPhase
 from kt_expert_client.offload import OffloadedLayer
+from kt_expert_client.options import RunOptions
 
 
 class FakeRun:
@@ -47,6 +49,8 @@ class FakeParameters:
 class FakeOffload:
     def __init__(self) -> None:
         self.parameters = FakeParameters()
+        self.options = RunOptions()
+        self.ddp_parameter = None
 
 
 def forward(layer: OffloadedLayer) -> int:
@@ -77,3 +81,17 @@ def test_a_ticket_that_was_released_is_refused_with_the_cause() -> None:
     layer.release(ticket)
     with pytest.raises(WrongPhase, match=r"of layer 3 has been released.*pin_memory=False"):
         layer.backward(ticket, torch.zeros(1, 4), [])
+
+
+def test_values_that_are_not_finite_are_refused_where_the_run_asks_for_it() -> None:
+    offload = FakeOffload()
+    offload.options = RunOptions(non_finite="refuse")
+    layer = OffloadedLayer(offload, 3)  # type: ignore[arg-type]
+    forward(layer)
+    x, weights = torch.zeros(4, 2), torch.zeros(4, 2)
+    x[2, 1] = float("nan")
+    call = ExpertsCall(torch.zeros(4, 2, dtype=torch.int64), (), keep=True, dropout_seed=0)
+    with pytest.raises(kt.InvalidRequest, match="hidden_states of layer 3 .* in 1 of 4 tokens, the first in token 2"):
+        layer.forward(x, weights, call)
+    with pytest.raises(kt.InvalidRequest, match="routing_weights of layer 3"):
+        layer.forward(weights, x, call)
