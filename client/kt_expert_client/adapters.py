@@ -98,9 +98,10 @@ class RunAdapters:
         for each in waiting:
             each.wait()
 
-    def written(self) -> int:
-        """The highest sequence that a member of the run has written a tensor with."""
-        return int(self._ask(Op.LIST_TENSORS, pb.RequestOpen(list_tensors=pb.ListTensors())).writes)
+    def written(self, adapter: str) -> int:
+        """The highest sequence that a member of the run has written one of its tensors with. Raises NotFound."""
+        asked = pb.RequestOpen(list_tensors=pb.ListTensors(adapter=adapter))
+        return int(self._ask(Op.LIST_TENSORS, asked).writes)
 
     def submit_read(self, key: TensorKey, shape: tuple[int, ...], first_expert: int | None = None) -> Pending:
         """The result is the tensor ADAPTER, fp32 [E * rows, columns]; with `first_expert`, some experts' part of it."""

@@ -15,6 +15,7 @@ from kt_expert_client.autograd import ExpertsCall, ExpertsFunction
 from kt_expert_client.errors import UnsupportedModel
 from kt_expert_client.offload import LocalLayerSpec, ModelOffload, OffloadedLayer
 from kt_expert_client.parameters.active import adapters_on
+from kt_expert_client.parameters.fsdp import leave_to_server
 from kt_expert_client.parameters.weights import WeightShape, make_weight
 from kt_expert_client.weight_layout import WeightLayout
 
@@ -55,6 +56,7 @@ class RemoteExperts(nn.Module):
     def kt_connect(self, layer: OffloadedLayer, offload: ModelOffload, dtype: torch.dtype) -> None:
         """From now on its weights are those of that layer on the server."""
         self.kt_layer, self.kt_offload = layer, offload
+        leave_to_server(self)
         module: Any = self
         spec = local_spec(f"layers.{layer.layer}", self)
         layout = WeightLayout(bool(module.is_transposed), interleaved=not module.is_concatenated)

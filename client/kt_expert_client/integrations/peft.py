@@ -24,6 +24,7 @@ from kt_expert_client.errors import UnsupportedModel
 from kt_expert_client.integrations.experts import DOWN as DOWN_PARAMETER
 from kt_expert_client.integrations.experts import GATE_UP as GATE_UP_PARAMETER
 from kt_expert_client.integrations.experts import RemoteExperts
+from kt_expert_client.parameters.fsdp import leave_to_server
 from kt_expert_client.parameters.lora import LoraMatrix, LoraShape, make_parameter
 from kt_expert_client.parameters.matrix import DOWN, GATE_UP, Place
 from kt_expert_client.parameters.mirror import Mirror
@@ -172,6 +173,7 @@ def _give_to_server(owner: _Owner, adapter: str, linear: nn.Linear) -> None:
     parameter = make_parameter(matrix, weight, requires_grad=weight.requires_grad)
     store.gradients.add(matrix, parameter)
     linear.__class__ = RemoteLinear
+    leave_to_server(linear)
     linear._parameters["weight"] = parameter
 
 

@@ -14,14 +14,14 @@ _DEADLINE_S = 1800.0  # rank 0 may be loading a large adapter
 _log = logging.getLogger("kt_expert_client")
 
 
-def await_writes(run: Run, count: int) -> None:
-    """Until rank 0 has written this often. Raises DeadlineExceeded."""
+def await_writes(run: Run, adapter: str, count: int) -> None:
+    """Until rank 0 has written this often to an adapter. Raises DeadlineExceeded."""
     begun, pause, is_silent = time.monotonic(), _FIRST_PAUSE_S, True
-    while (there := run.adapters.written()) < count:
+    while (there := run.adapters.written(adapter)) < count:
         waited = time.monotonic() - begun
         about = (
-            f"for rank 0 of run {run.name!r} to write the values of its adapters: {there} of {count} tensors are there. Does "
-            "rank 0 load the same adapters, in the same order?"
+            f"for rank 0 of run {run.name!r} to write adapter {adapter!r}: {there} of {count} tensors are there. Does rank 0 load "
+            "the same adapters?"
         )
         if waited > _DEADLINE_S:
             raise DeadlineExceeded(f"waited {waited:.0f} s {about}")

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from kt_expert_client.parameters.matrix import GradientSource, gradient_of, is_same_gradient
 from kt_expert_client.parameters.tensor import RemoteTensor, handles
@@ -21,7 +22,9 @@ def _gradients(tensor: RemoteTensor) -> tuple[GradientSource, Any] | None:
 
 
 def _number(value: Any) -> float | None:
-    """A scalar, or a plain tensor of one element."""
+    """A scalar, or a tensor of one element; a distributed one, such as FSDP2's clip coefficient, as all ranks have it."""
+    if isinstance(value, DTensor):
+        value = value.full_tensor()
     if isinstance(value, torch.Tensor):
         return float(value) if value.numel() == 1 and not isinstance(value, RemoteTensor) else None
     return float(value)

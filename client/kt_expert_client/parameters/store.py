@@ -34,8 +34,8 @@ class ParameterStore:
         self._open_run = weakref.WeakMethod(open_run)
         self._dropout = dropout
         self._joined: tuple[Run, Membership] | None = None
-        self._writes = 0  # every rank counts them; rank 0's values are the ones that count
-        self._settled = 0
+        self._writes: Counter[str] = Counter()  # by adapter, on every rank; rank 0's values are the ones that count
+        self._unsettled: set[str] = set()  # adapters that were written since somebody waited
         self._updates: dict[Place, int] = {}
         self._moments: dict[Place, int] = {}  # how often an optimizer began with them anew
         self._copies = itertools.count(1)
@@ -132,18 +132,17 @@ class ParameterStore:
     def write(self, key: TensorKey, values: torch.Tensor, *, step: int = 0) -> None:
         """Rank 0's values count, as with DDP."""
         run, member = self._join()
-        self._writes += 1
+        self._writes[key.adapter] += 1
         if member.rank == 0:
-            run.adapters.write(key, values, step=step, sequence=self._writes)
+            run.adapters.write(key, values, step=step, sequence=self._writes[key.adapter])
+        else:
+            self._unsettled.add(key.adapter)
 
     def settle(self) -> None:
         """Waits until rank 0 has written what this rank would have. Raises DeadlineExceeded."""
-        if self._settled == self._writes:
-            return
-        run, member = self._join()
-        if member.rank != 0:
-            await_writes(run, self._writes)
-        self._settled = self._writes
+        for adapter in sorted(self._unsettled):
+            await_writes(self.run, adapter, self._writes[adapter])
+        self._unsettled.clear()
 
     def moments_of(self, matrix: Matrix) -> int:
         """Which set of its moments the server has."""

@@ -39,7 +39,7 @@ class Manifest:
     owner: str  # identity that opened the run
     model_digest: str  # of the base model's experts
     step: int
-    writes: int  # the highest number of those the run's members count writes with
+    writes: dict[str, int]  # by adapter: the highest number of those the run's members count writes with
     sequence: int  # counts the snapshots of a run
     automatic: bool  # made by the server on its own, and pruned by it
     restart_point: bool  # no gradients were under way: a run can go on from here after the server's death

@@ -25,7 +25,7 @@ class SnapshotAbout:
     owner: str
     model_digest: str
     step: int
-    writes: int
+    writes: dict[str, int]
     sequence: int
     automatic: bool
     restart_point: bool

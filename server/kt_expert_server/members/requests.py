@@ -8,7 +8,8 @@ from dataclasses import replace
 import kt_expert_native as native
 from kt_expert_proto.header import FrameType, Header, Op, Tensor
 from kt_expert_proto.status import STATUS_NUMBERS
-from kt_expert_proto.v1.session_pb2 import ErrorDetail, ResultHead
+from kt_expert_proto.lora import DEFAULT_ADAPTER
+from kt_expert_proto.v1.session_pb2 import ErrorDetail, ResultHead, TensorName
 
 from kt_expert_server.adapters.window import Windows
 from kt_expert_server.checkpoints.manifest import MemberMark
@@ -97,8 +98,7 @@ class Requests:
         if outcome.error is not None:
             entry.outcome_held.release()
         if outcome.head is not None:
-            head, run = outcome.head, member.run
-            head.durable, head.step, head.writes = member.durable, run.step, run.writes
+            outcome.head.durable, outcome.head.step = member.durable, member.run.step
         member.log.settle(entry, outcome)
         self.send_outcome(member, entry)
 
@@ -214,7 +214,9 @@ class Requests:
         match header.op:
             case Op.LIST_TENSORS:
                 asked = opened.list_tensors
-                return ListWork(run.adapters, asked.adapter, parameters=asked.parameters, moments=asked.moments)
+                return ListWork(
+                    run.adapters, run.writes, asked.adapter, parameters=asked.parameters, moments=asked.moments
+                )
             case Op.READ_TENSOR:
                 size = sum(each.size_bytes for each in entry.outcome_held)
                 tensor = wire.tensor_id(header.layer, opened.read_tensor)
@@ -237,7 +239,7 @@ class Requests:
             self._jobs.pop(entry, None)
             if entry.header.op in _WRITES and isinstance(outcome, Outcome):
                 run.written_since_step = run.changed_since_snapshot = True
-                run.writes = max(run.writes, entry.opened.write_tensor.sequence)
+                _count_write(run, entry.opened.write_tensor)
             settle(outcome)
 
         job = Job(work, run.name, member.rank, done, begun)
@@ -325,6 +327,12 @@ class Requests:
         for rank, member in members.items():
             run.marks[rank] = MemberMark(member.instance, arrivals[rank].entry.request_id)
         self._saving.after_step(run)
+
+
+def _count_write(run: Run, name: TensorName) -> None:
+    if name.sequence:
+        adapter = name.adapter or DEFAULT_ADAPTER
+        run.writes[adapter] = max(run.writes.get(adapter, 0), name.sequence)
 
 
 def vanished(member: Member) -> BarrierBroken:

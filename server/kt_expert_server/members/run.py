@@ -76,7 +76,7 @@ class Run:
     training: Callable[[Sequence[LayerLora]], TrainingBytes]  # what training such layers takes
     barrier: Barrier
     step: int = 0
-    writes: int = 0  # the highest number of those its members count writes with
+    writes: dict[str, int] = field(default_factory=dict)  # by adapter: the highest number its members count writes with
     members: dict[int, Member] = field(default_factory=dict)
     # By rank: the adapter holds the effects of this trainer's requests up to here, and none of its open window.
     marks: dict[int, MemberMark] = field(default_factory=dict)

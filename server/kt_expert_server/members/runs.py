@@ -454,7 +454,7 @@ def _new_run(
     )  # fmt: skip
     if restored is not None:
         manifest = restored[0]
-        run.step, run.writes, run.snapshots = manifest.step, manifest.writes, manifest.sequence
+        run.step, run.writes, run.snapshots = manifest.step, dict(manifest.writes), manifest.sequence
         run.marks = {int(rank): mark for rank, mark in manifest.members.items()}
         run.durable_marks = dict(run.marks)
         run.opened_by = ""  # it is not new to anybody

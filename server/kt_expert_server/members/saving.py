@@ -239,7 +239,7 @@ class Saving:
             if safe:
                 run.changed_since_snapshot = False
             abouts.append(SnapshotAbout(
-                name, run.name, run.owner, self._model_digest(), run.step, run.writes, run.snapshots, author is None, safe,
+                name, run.name, run.owner, self._model_digest(), run.step, dict(run.writes), run.snapshots, author is None, safe,
                 {str(rank): mark for rank, mark in sorted(run.marks.items())}, author, run.config, _records(run),
             ))  # fmt: skip
 

@@ -24,7 +24,7 @@ ADAPTERS = tuple(AdapterRecord(name, CONFIG.lora, trainable=True) for name in NA
 
 def snapshot(name: str, sequence: int = 1, run: str = "run") -> Snapshot:
     about = SnapshotAbout(
-        name, run, "", "digest", 12, 3, sequence, automatic=False, restart_point=True,
+        name, run, "", "digest", 12, {"default": 3}, sequence, automatic=False, restart_point=True,
         members={"0": MemberMark("a" * 32, 40)}, author=MemberMark("a" * 32, 41), config=CONFIG, adapters=ADAPTERS,
     )  # fmt: skip
     values = np.arange(24, dtype=np.float32).reshape(2, 3, 4)
