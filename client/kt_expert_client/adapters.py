@@ -103,6 +103,11 @@ class RunAdapters:
         asked = pb.RequestOpen(list_tensors=pb.ListTensors(adapter=adapter))
         return int(self._ask(Op.LIST_TENSORS, asked).writes)
 
+    def old(self) -> dict[str, frozenset[int]]:
+        """Adapters that none of the trainers made that are connected now, and their layers."""
+        head = self._ask(Op.LIST_TENSORS, pb.RequestOpen(list_tensors=pb.ListTensors(parameters=True)))
+        return {name: frozenset(each.layer for each in head.tensors if each.adapter == name) for name in head.old_adapters}
+
     def submit_read(self, key: TensorKey, shape: tuple[int, ...], first_expert: int | None = None) -> Pending:
         """The result is the tensor ADAPTER, fp32 [E * rows, columns]; with `first_expert`, some experts' part of it."""
         name = _named(key, first_expert, shape[0])

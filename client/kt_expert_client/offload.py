@@ -14,13 +14,14 @@ import torch
 from kt_expert_client.adapter import GradientTarget
 from kt_expert_client.autograd import ExpertsCall
 from kt_expert_client.connection import Client
-from kt_expert_client.errors import InvalidRequest, UnsupportedModel, WrongPhase
-from kt_expert_client.membership import ALONE, Membership, current_membership
+from kt_expert_client.errors import InvalidRequest, KtExpertError, UnsupportedModel, WrongPhase
+from kt_expert_client.membership import ALONE, current_membership
 from kt_expert_client.options import RunOptions
+from kt_expert_client.parameters.existing import meet_existing
 from kt_expert_client.parameters.gradients import handle
 from kt_expert_client.parameters.matrix import matrix_of
 from kt_expert_client.parameters.mirror import MirrorMatrix
-from kt_expert_client.parameters.store import ParameterStore
+from kt_expert_client.parameters.store import Joined, ParameterStore
 from kt_expert_client.run import Run
 
 
@@ -188,7 +189,7 @@ class ModelOffload:
     def run(self) -> Run:
         return self.parameters.run
 
-    def _open_run(self) -> tuple[Run, Membership]:
+    def _open_run(self) -> Joined:
         member = ALONE if self.options.alone else current_membership(self._number)
         name = member.name if member.name is None else self.client.unique_run_name(member.name)
         run = self.client.open_run(
@@ -200,7 +201,11 @@ class ModelOffload:
             options=self.options,
         )
         weakref.finalize(self, _leave_in_background, run).atexit = False
-        return run, member
+        try:
+            return Joined(run, member, meet_existing(run, self.options))
+        except KtExpertError:
+            run.leave()
+            raise
 
     def use_ddp_parameter(self, parameter: torch.nn.Parameter) -> None:
         """From now on every experts call depends on it, and its gradient is zero: see NamesForDdp."""

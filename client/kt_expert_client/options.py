@@ -20,9 +20,11 @@ VARIABLES = {
     "non_finite": "KT_EXPERT_NON_FINITE",
     "lora_location": "KT_EXPERT_LORA_LOCATION",
     "alone": "KT_EXPERT_ALONE",
+    "existing": "KT_EXPERT_EXISTING",
 }
 _GIB = 1024**3
 _TICKETS = {"activations": pb.TICKET_POLICY_ACTIVATIONS, "inputs": pb.TICKET_POLICY_INPUTS}
+_EXISTING = ("refuse", "keep", "replace")
 _LOCATIONS = ("server", "trainer")
 _NON_FINITE = ("allow", "refuse")
 _MOMENTS = {"fp32": pb.MOMENT_DTYPE_FP32, "bf16": pb.MOMENT_DTYPE_BF16}
@@ -37,9 +39,11 @@ class RunOptions:
     the optimizer's memory. dropout: the probability with which the experts' LoRA drops its inputs while the model trains.
     replay_window: GiB of this host's memory for the requests since the server's last checkpoint, from which a server that was
     killed and started again is brought back to where it was; 0 keeps none, and such a server is a RunStateLost.
-    lora_location: "server" has LoRA parameters, gradients and moments there; "trainer" keeps them here, sends the values that have
-    changed with each forward and gets the gradients of each backward, for optimizers that the server does not know.
+    lora_location: "server" has LoRA parameters, gradients and moments there; "trainer" keeps them here, sends values that have
+    changed before each forward and gets the gradients of each backward, for optimizers that the server does not know.
     alone: the model is this rank's only, as one that rank 0 evaluates with; its run waits for no other rank.
+    existing: where a named run (KT_EXPERT_RUN) has adapters of an earlier start: "refuse" raises, "keep" goes on with their
+    values in place of those that adapters begin with, "replace" begins anew.
     non_finite: "allow" computes with NaN and infinity as in process; "refuse" looks at all that is sent, and raises.
     """
 
@@ -50,6 +54,7 @@ class RunOptions:
     non_finite: str = "allow"
     lora_location: str = "server"
     alone: bool = False
+    existing: str = "refuse"
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.dropout < 1.0:
@@ -61,6 +66,7 @@ class RunOptions:
             ("moments", self.moments, _MOMENTS),
             ("non_finite", self.non_finite, _NON_FINITE),
             ("lora_location", self.lora_location, _LOCATIONS),
+            ("existing", self.existing, _EXISTING),
         )
         for name, value, known in chosen:
             if value not in known:
@@ -69,12 +75,13 @@ class RunOptions:
     @classmethod
     def from_environment(cls) -> RunOptions:
         """The variables above, where they are set. Raises InvalidRequest."""
-        chosen: dict[str, Any] = {option: os.environ[name] for option, name in VARIABLES.items() if name in os.environ}
+        chosen = {option: os.environ[name] for option, name in VARIABLES.items() if name in os.environ}
         try:
-            return cls(**{
+            settings: dict[str, Any] = {
                 option: _READERS[option](VARIABLES[option], text) if option in _READERS else text
                 for option, text in chosen.items()
-            })  # fmt: skip
+            }
+            return cls(**settings)
         except InvalidRequest as error:
             given = ", ".join(f"{VARIABLES[option]}={text}" for option, text in chosen.items())
             raise InvalidRequest(f"{error} (from the environment: {given})") from None

@@ -255,8 +255,12 @@ class Run:
         for key, tensor in ordered:
             self.adapters.write(key, tensor, step=step or 0)
         if any(key.part not in (PARAMETER, GRADIENT) for key in tensors):
-            opened = pb.RequestOpen(set_step=pb.SetStep(step=step or 0))
-            self._step = int(self._ask(Op.SET_STEP, opened, _TRANSFER_TIMEOUT_S).step)
+            self.set_steps(step or 0)
+
+    def set_steps(self, count: int) -> None:
+        """From now on the run has taken so many optimizer steps. Raises WrongPhase where a rank waits for one."""
+        opened = pb.RequestOpen(set_step=pb.SetStep(step=count))
+        self._step = int(self._ask(Op.SET_STEP, opened, _TRANSFER_TIMEOUT_S).step)
 
     def refresh_steps(self) -> None:
         """Learns the run's step count from the server: another member may have set it."""

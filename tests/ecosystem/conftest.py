@@ -40,7 +40,7 @@ def table() -> Iterator[list[Row]]:
 
 
 def _order(case: str) -> tuple[int, str]:
-    number = case.split(":")[0].removeprefix("T")
+    number = case.split(":", maxsplit=1)[0].removeprefix("T")
     return (int(number) if number.isdigit() else 999), case
 
 

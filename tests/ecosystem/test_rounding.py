@@ -32,9 +32,7 @@ def test_bf16_is_rounding_alone(server: ServerProcess, qwen3_checkpoint: Path, t
     stock, remote = Side(qwen3_checkpoint, tmp_path, None), Side(qwen3_checkpoint, tmp_path, server.address)
     dtype = torch.float32 if autocast else torch.bfloat16
     exact = logits(stock, autocast=False)
-    eager, grouped = (
-        logits(stock, autocast=autocast, implementation=name, dtype=dtype) for name in ("eager", "grouped_mm")
-    )
+    eager, grouped = (logits(stock, autocast=autocast, implementation=name, dtype=dtype) for name in ("eager", "grouped_mm"))
     ours = logits(remote, autocast=autocast, dtype=dtype)
     assert relative_error(ours, exact) < AS_FAR * relative_error(eager, exact)
     assert relative_error(ours, eager) < AS_FAR * relative_error(grouped, eager)

@@ -64,7 +64,8 @@ class RemoteExperts(nn.Module):
         for name, shape in self.kt_shapes.items():
             geometry = torch.empty(shape, dtype=dtype, device="meta")
             made = make_weight(offload.parameters.weights, layer.layer, name, geometry, sizes)
-            self.register_parameter(name, made.requires_grad_(name not in self.kt_frozen))
+            made.requires_grad_(name not in self.kt_frozen)
+            self.register_parameter(name, made)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RemoteExperts:
         """A copy talks to the same server through the same run."""

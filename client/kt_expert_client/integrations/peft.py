@@ -12,7 +12,7 @@ import copy
 import hashlib
 import re
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from kt_expert_proto.lora import PARAMETER
@@ -126,7 +126,7 @@ def give_adapters_to_server(model: nn.Module) -> None:
             owner = _Owner(wrapper, side)
             object.__setattr__(matrices, _OWNER, owner)
             for adapter, linear in matrices.items():
-                _give_to_server(owner, adapter, linear)
+                _give_to_server(owner, adapter, cast("nn.Linear", linear))
 
 
 def _registered(module: nn.Module, name: str, submodule: nn.Module | None) -> None:
@@ -168,7 +168,7 @@ def _give_to_server(owner: _Owner, adapter: str, linear: nn.Linear) -> None:
         wrapper.kt_mirrors[adapter, owner.side] = Mirror(store, place, shape)
         return
     matrix = store.make(LoraMatrix(store, place, shape))
-    if not weight.is_meta:
+    if not weight.is_meta and place.layer not in store.kept_layers(place.adapter):
         matrix.write(weight.detach(), PARAMETER)
     parameter = make_parameter(matrix, weight, requires_grad=weight.requires_grad)
     store.gradients.add(matrix, parameter)

@@ -20,8 +20,8 @@ def await_writes(run: Run, adapter: str, count: int) -> None:
     while (there := run.adapters.written(adapter)) < count:
         waited = time.monotonic() - begun
         about = (
-            f"for rank 0 of run {run.name!r} to write adapter {adapter!r}: {there} of {count} tensors are there. Does rank 0 load "
-            "the same adapters?"
+            f"for rank 0 of run {run.name!r} to write adapter {adapter!r}: {there} of {count} tensors are there. Does rank 0 "
+            "load the same adapters?"
         )
         if waited > _DEADLINE_S:
             raise DeadlineExceeded(f"waited {waited:.0f} s {about}")

@@ -19,7 +19,8 @@ from kt_expert_client.parameters.store import ParameterStore
 from kt_expert_client.parameters.tensor import RemoteTensor, Stored
 
 _ELSEWHERE = (
-    ", or load the model with RunOptions(lora_location='trainer'): LoRA parameters are then kept here, where any optimizer works"
+    ", or load the model with RunOptions(lora_location='trainer'): LoRA parameters are then kept here, where any optimizer "
+    "works"
 )
 _SGD_SLOTS = ("momentum_buffer",)
 _ADAM_SLOTS = ("exp_avg", "exp_avg_sq")

@@ -1,5 +1,5 @@
-"""FSDP2 passes modules over whose parameters another distributed API of torch's has: that is what modules with remote parameters
-say of themselves, since the server averages their gradients over the ranks."""
+"""FSDP2 passes modules over whose parameters another distributed API of torch's has: that is what modules with remote
+parameters say of themselves, since the server averages their gradients over the ranks."""
 
 from __future__ import annotations
 

@@ -132,8 +132,8 @@ class GradientSource(_Snapshot):
         ranks = self.matrix.store.world_size
         if ranks > 1:
             raise UnsupportedModel(
-                f"{self.name} is averaged over {ranks} ranks in the step, and no rank has the average; ask for its norm, or load "
-                "the model with RunOptions(lora_location='trainer')"
+                f"{self.name} is averaged over {ranks} ranks in the step, and no rank has the average; ask for its norm, or "
+                "load the model with RunOptions(lora_location='trainer')"
             )
 
     def write(self, values: torch.Tensor) -> None:

@@ -1,5 +1,5 @@
-"""LoRA whose parameters are the trainer's own: with lora_location="trainer" the server gets their values before it computes with
-them, and gives each pass's gradients back to autograd. Whatever torch does to a tensor, and every optimizer, works with them."""
+"""LoRA whose parameters are the trainer's own: with lora_location="trainer" the server gets their values before it computes
+with them, and gives each pass's gradients back to autograd. Whatever torch does to a tensor, and every optimizer, works."""
 
 from __future__ import annotations
 
@@ -71,5 +71,3 @@ class _OnServer(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor, None]:
         del ctx
         return grad_outputs[0], None
-
-

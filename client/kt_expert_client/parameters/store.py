@@ -6,8 +6,8 @@ import gc
 import itertools
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
@@ -26,14 +26,23 @@ from kt_expert_client.run import Run
 LoraMatrixT = TypeVar("LoraMatrixT", bound=LoraMatrix)
 
 
+@dataclass(frozen=True, slots=True)
+class Joined:
+    """A run, who of its members this process is, and the layers of adapters that had values before it came."""
+
+    run: Run
+    member: Membership
+    kept: Mapping[str, frozenset[int]]
+
+
 class ParameterStore:
     """`open_run`, a method, is called when the server is first needed, if its object is still there."""
 
-    def __init__(self, open_run: Callable[[], tuple[Run, Membership]], dropout: float) -> None:
+    def __init__(self, open_run: Callable[[], Joined], dropout: float) -> None:
         # Gradients, which torch holds where the garbage collector does not look, hold this store; it must not hold the model.
         self._open_run = weakref.WeakMethod(open_run)
         self._dropout = dropout
-        self._joined: tuple[Run, Membership] | None = None
+        self._joined: Joined | None = None
         self._writes: Counter[str] = Counter()  # by adapter, on every rank; rank 0's values are the ones that count
         self._unsettled: set[str] = set()  # adapters that were written since somebody waited
         self._updates: dict[Place, int] = {}
@@ -46,11 +55,11 @@ class ParameterStore:
 
     @property
     def run(self) -> Run:
-        return self._join()[0]
+        return self._join().run
 
     @property
     def world_size(self) -> int:
-        return self._join()[1].world_size
+        return self._join().member.world_size
 
     @property
     def is_open(self) -> bool:
@@ -58,7 +67,11 @@ class ParameterStore:
 
     def leave(self) -> None:
         if self._joined is not None:
-            self._joined[0].leave()
+            self._joined.run.leave()
+
+    def kept_layers(self, adapter: str) -> frozenset[int]:
+        """Those layers of the adapter that keep the values of an earlier start of this run."""
+        return self._join().kept.get(adapter, frozenset())
 
     def use_dropout(self, dropout: float) -> None:
         """Of adapters that are made from now on."""
@@ -131,10 +144,10 @@ class ParameterStore:
 
     def write(self, key: TensorKey, values: torch.Tensor, *, step: int = 0) -> None:
         """Rank 0's values count, as with DDP."""
-        run, member = self._join()
+        joined = self._join()
         self._writes[key.adapter] += 1
-        if member.rank == 0:
-            run.adapters.write(key, values, step=step, sequence=self._writes[key.adapter])
+        if joined.member.rank == 0:
+            joined.run.adapters.write(key, values, step=step, sequence=self._writes[key.adapter])
         else:
             self._unsettled.add(key.adapter)
 
@@ -159,7 +172,7 @@ class ParameterStore:
     def count_updates(self, matrix: Matrix, count: int) -> None:
         self._updates[matrix.place] = count
 
-    def _join(self) -> tuple[Run, Membership]:
+    def _join(self) -> Joined:
         if self._joined is None:
             open_run = self._open_run()
             if open_run is None:

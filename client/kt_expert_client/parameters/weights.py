@@ -32,7 +32,11 @@ class WeightSet:
     """The expert weights of one model, or of one copy of it: `layers` are those that the run has of its own, in an adapter."""
 
     def __init__(self, store: ParameterStore, adapter: str = WEIGHTS_ADAPTER, layers: frozenset[int] = frozenset()) -> None:
-        self.store, self.adapter, self.layers = store, adapter, layers
+        self.store, self.adapter, self._layers = store, adapter, layers
+
+    @property
+    def layers(self) -> frozenset[int]:
+        return self._layers | self.store.kept_layers(self.adapter)
 
     def own(self, layer: int, *, trainable: bool) -> None:
         """From now on the layer's weights are the run's own; where they are to be trained, so are those of all layers that are:
@@ -46,7 +50,7 @@ class WeightSet:
             source.matrix.put(source.read(), PARAMETER)
         for source in merged:
             source.merged = ()
-        self.layers |= added
+        self._layers |= added
 
     def copy(self, memo: dict[int, Any]) -> WeightSet:
         """The same for all that are copied with one memo."""

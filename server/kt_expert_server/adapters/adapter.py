@@ -128,8 +128,9 @@ class Held(Protocol):
 class Adapter:
     """Changed only by work of the engine, so never while another piece of work reads it."""
 
-    def __init__(self, name: str, moment_dtype: str) -> None:
+    def __init__(self, name: str, moment_dtype: str, maker: str = "") -> None:
         self.name = name
+        self.maker = maker  # the trainer's instance
         self.moment_dtype = moment_dtype
         self.layers: dict[int, AdapterLayer] = {}
         self.held: list[Held] = []  # its memory

@@ -28,6 +28,7 @@ class AdapterRecord:
     name: str
     lora: tuple[LayerLora, ...]
     trainable: bool
+    maker: str  # the instance that made it
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +67,7 @@ class Manifest:
             members = {rank: MemberMark(**mark) for rank, mark in fields.pop("members").items()}
             author = fields.pop("author")
             adapters = tuple(
-                AdapterRecord(each["name"], tuple(LayerLora(**entry) for entry in each["lora"]), each["trainable"])
+                AdapterRecord(**each | {"lora": tuple(LayerLora(**entry) for entry in each["lora"])})
                 for each in fields.pop("adapters")
             )
             return cls(

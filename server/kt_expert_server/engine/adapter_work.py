@@ -32,6 +32,7 @@ class AdapterRequest:
     copy_of: str = ""
     trainable: bool = False
     seed: int | None = None  # None: zero
+    maker: str = ""  # the instance that asks
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +55,7 @@ class CreateAdapterWork(Work):
     ) -> None:
         super().__init__()
         self._reserve, self._owner, self._request, self._windows = reserve, owner, request, windows
-        self._adapter = Adapter(request.name, owner.moment_dtype)
+        self._adapter = Adapter(request.name, owner.moment_dtype, request.maker)
         self._asked: list[LayerLora] = []
         self._made: list[AdapterLayer] = []
         self._is_trained = False
@@ -66,7 +67,7 @@ class CreateAdapterWork(Work):
         if request.copy_of:  # one that is there is another rank's copy, or was made before
             asked = () if existing is not None else find_adapter(owner.adapters, request.copy_of).lora
         check_lora(owner.model, asked)
-        self._adapter = existing or Adapter(request.name, owner.moment_dtype)
+        self._adapter = existing or Adapter(request.name, owner.moment_dtype, request.maker)
         self._asked = self._adapter.missing(asked)
         self._require_unused(self._asked)
         old = [self._adapter.layers[each.layer].lora for each in self._asked if each.layer in self._adapter.layers]

@@ -33,13 +33,13 @@ from kt_expert_server.model.loader import BaseModel
 
 
 class ListWork(Work):
-    """Names and shapes of the tensors there are, and the count of its writes: of one adapter, or without a name of all."""
+    """Names and shapes of the tensors there are, of one adapter or without a name of all, beside what else is told of them."""
 
     def __init__(
-        self, adapters: Mapping[str, Adapter], writes: Mapping[str, int], name: str, *, parameters: bool, moments: bool
+        self, adapters: Mapping[str, Adapter], about: ResultHead, name: str, *, parameters: bool, moments: bool
     ) -> None:
         super().__init__()
-        self._writes = writes
+        self._about = about
         self._adapters, self._name, self._parameters, self._moments = adapters, name, parameters, moments
 
     def prepare(self) -> None:
@@ -57,7 +57,8 @@ class ListWork(Work):
             )
             for each, live in found
         ]
-        return Outcome(ResultHead(tensors=infos, writes=self._writes.get(self._name, 0)))
+        self._about.tensors.extend(infos)
+        return Outcome(self._about)
 
 
 class ReadWork(Work):

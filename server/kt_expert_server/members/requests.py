@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import kt_expert_native as native
 from kt_expert_proto.header import FrameType, Header, Op, Tensor
-from kt_expert_proto.status import STATUS_NUMBERS
 from kt_expert_proto.lora import DEFAULT_ADAPTER
+from kt_expert_proto.status import STATUS_NUMBERS
 from kt_expert_proto.v1.session_pb2 import ErrorDetail, ResultHead, TensorName
 
 from kt_expert_server.adapters.window import Windows
@@ -196,17 +196,19 @@ class Requests:
                     top_k=backward.top_k or layer.plan.top_k, token=token,
                 )  # fmt: skip
             case Op.CREATE_ADAPTER | Op.DELETE_ADAPTER:
-                return self._adapter_work(member.run, entry, model)
+                return self._adapter_work(member, entry, model)
         return self._tensor_work(member, entry, model)
 
-    def _adapter_work(self, run: Run, entry: Entry, model: BaseModel) -> Work:
+    def _adapter_work(self, member: Member, entry: Entry, model: BaseModel) -> Work:
+        run = member.run
+
         def windows() -> list[Windows]:
             return list(run.windows().values())
 
         if entry.header.op is Op.DELETE_ADAPTER:
             return DeleteAdapterWork(run.adapters, entry.opened.delete_adapter.adapter, windows)
         owner = Owner(run.name, model, self._tools.engine, run.adapters, run.config.moment_dtype, run.training)
-        wanted = wire.adapter_request(entry.opened.create_adapter, run.config.seed)
+        wanted = wire.adapter_request(entry.opened.create_adapter, run.config.seed, member.instance)
         return CreateAdapterWork(self._tools.budget.reserve, owner, wanted, windows)
 
     def _tensor_work(self, member: Member, entry: Entry, model: BaseModel) -> Work:
@@ -214,9 +216,8 @@ class Requests:
         match header.op:
             case Op.LIST_TENSORS:
                 asked = opened.list_tensors
-                return ListWork(
-                    run.adapters, run.writes, asked.adapter, parameters=asked.parameters, moments=asked.moments
-                )
+                about = ResultHead(writes=run.writes.get(asked.adapter, 0), old_adapters=run.old_adapters())
+                return ListWork(run.adapters, about, asked.adapter, parameters=asked.parameters, moments=asked.moments)
             case Op.READ_TENSOR:
                 size = sum(each.size_bytes for each in entry.outcome_held)
                 tensor = wire.tensor_id(header.layer, opened.read_tensor)

@@ -95,6 +95,11 @@ class Run:
         """No gradients are under way and nothing waits for a backward."""
         return all(member.windows.is_empty and not len(member.tickets) for member in self.members.values())
 
+    def old_adapters(self) -> list[str]:
+        """Those of an earlier start: none of the trainers that are connected made them."""
+        here = {member.instance for member in self.members.values() if member.stream is not None}
+        return sorted(name for name, adapter in self.adapters.items() if adapter.maker not in here)
+
     def windows(self) -> dict[int, Windows]:
         """In rank order."""
         return {rank: self.members[rank].windows for rank in sorted(self.members)}

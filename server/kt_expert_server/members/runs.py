@@ -90,7 +90,7 @@ class NewAdaptersWork(Work):
     def run(self) -> None:
         adapters: dict[str, Adapter] = {}
         for record in self._records:
-            adapter = adapters[record.name] = Adapter(record.name, self._config.moment_dtype)
+            adapter = adapters[record.name] = Adapter(record.name, self._config.moment_dtype, record.maker)
             adapter.is_trained = record.trainable
             for lora in record.lora:
                 adapter.layers[lora.layer] = layer = AdapterLayer.make(self._model, lora, self._engine)
@@ -183,7 +183,7 @@ class Runs:
 
     def _found(self, opening: _Opening, model: BaseModel, found: Restored | ServerError) -> None:
         wanted = opening.wanted
-        default = AdapterRecord(DEFAULT_ADAPTER, wanted.config.lora, trainable=True)
+        default = AdapterRecord(DEFAULT_ADAPTER, wanted.config.lora, trainable=True, maker=wanted.instance)
         records: Sequence[AdapterRecord] = [default] if wanted.config.lora else []
         held: dict[str, list[Reservation]] = {}
         try:
@@ -328,6 +328,9 @@ class Runs:
 
     def _new_member(self, run: Run, wanted: Wanted) -> Member:
         limits = self._limits
+        is_known = any(mark.instance == wanted.instance for mark in run.marks.values())
+        if not is_known and all(each.stream is None for each in run.members.values()):
+            run.writes.clear()  # they were counted by trainers that are gone
         member = Member(
             run,
             wanted.rank,

@@ -239,8 +239,9 @@ class Saving:
             if safe:
                 run.changed_since_snapshot = False
             abouts.append(SnapshotAbout(
-                name, run.name, run.owner, self._model_digest(), run.step, dict(run.writes), run.snapshots, author is None, safe,
-                {str(rank): mark for rank, mark in sorted(run.marks.items())}, author, run.config, _records(run),
+                name, run.name, run.owner, self._model_digest(), run.step, dict(run.writes), run.snapshots,
+                author is None, safe, {str(rank): mark for rank, mark in sorted(run.marks.items())}, author,
+                run.config, _records(run),
             ))  # fmt: skip
 
         def copied(outcome: Outcome | ServerError) -> None:
@@ -366,7 +367,7 @@ def _manifest(store: CheckpointStore, name: str, owner: str) -> Manifest:
 
 
 def _records(run: Run) -> tuple[AdapterRecord, ...]:
-    return tuple(AdapterRecord(name, adapter.lora, adapter.is_trained) for name, adapter in sorted(run.adapters.items()))
+    return tuple(AdapterRecord(name, each.lora, each.is_trained, each.maker) for name, each in sorted(run.adapters.items()))
 
 
 def _require_same_adapters(checkpoint: str, manifest: Manifest, run: Run) -> None:

@@ -156,13 +156,14 @@ def targets(request: Backward) -> tuple[Target, ...]:
     return found
 
 
-def adapter_request(request: CreateAdapter, seed: int) -> AdapterRequest:
+def adapter_request(request: CreateAdapter, seed: int, maker: str = "") -> AdapterRequest:
     """Raises InvalidRequest for a name or settings without a meaning."""
     check_name("adapter", request.adapter)
     if bool(request.copy_of) == bool(request.lora):
         raise InvalidRequest("an adapter is made of layers, or as the copy of another one: give one of the two")
     lora = tuple(_layer_lora(entry) for entry in request.lora)
-    return AdapterRequest(request.adapter, lora, request.copy_of, request.trainable, seed if request.initialise else None)
+    seed_of_a = seed if request.initialise else None
+    return AdapterRequest(request.adapter, lora, request.copy_of, request.trainable, seed_of_a, maker)
 
 
 def tensor_id(layer: int, name: TensorName) -> TensorId:

@@ -91,7 +91,7 @@ def test_values_that_are_not_finite_are_refused_where_the_run_asks_for_it() -> N
     x, weights = torch.zeros(4, 2), torch.zeros(4, 2)
     x[2, 1] = float("nan")
     call = ExpertsCall(torch.zeros(4, 2, dtype=torch.int64), (), keep=True, dropout_seed=0)
-    with pytest.raises(kt.InvalidRequest, match="hidden_states of layer 3 .* in 1 of 4 tokens, the first in token 2"):
+    with pytest.raises(kt.InvalidRequest, match=r"hidden_states of layer 3 .* in 1 of 4 tokens, the first in token 2"):
         layer.forward(x, weights, call)
     with pytest.raises(kt.InvalidRequest, match="routing_weights of layer 3"):
         layer.forward(weights, x, call)

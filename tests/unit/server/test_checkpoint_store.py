@@ -19,7 +19,7 @@ from kt_expert_server.errors import AlreadyExists, InternalError, InvalidRequest
 
 CONFIG = RunConfig(2, "bf16", (LayerLora(3, rank_up=2, scale_up=0.5),), 7)
 NAMES = ("default", "second")
-ADAPTERS = tuple(AdapterRecord(name, CONFIG.lora, trainable=True) for name in NAMES)
+ADAPTERS = tuple(AdapterRecord(name, CONFIG.lora, trainable=True, maker="a" * 32) for name in NAMES)
 
 
 def snapshot(name: str, sequence: int = 1, run: str = "run") -> Snapshot:
