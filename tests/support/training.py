@@ -55,7 +55,7 @@ def dataset(count: int = 64) -> list[dict[str, torch.Tensor]]:
     return [{"input_ids": row, "labels": row.clone()} for row in rows]
 
 
-def trainer(model: PeftModel, output: Path, **changes: Any) -> Trainer:
+def trainer(model: PeftModel, output: Path, *, eval_rows: int = 0, **changes: Any) -> Trainer:
     settings: dict[str, Any] = {
         "output_dir": str(output),
         "per_device_train_batch_size": 2,
@@ -73,7 +73,12 @@ def trainer(model: PeftModel, output: Path, **changes: Any) -> Trainer:
         "seed": 3,
         "disable_tqdm": True,
     }
-    made = Trainer(model=model, args=TrainingArguments(**settings | changes), train_dataset=dataset())
+    made = Trainer(
+        model=model,
+        args=TrainingArguments(**settings | changes),
+        train_dataset=dataset(),
+        eval_dataset=dataset(eval_rows) if eval_rows else None,
+    )
     made.remove_callback(PrinterCallback)
     return made
 
