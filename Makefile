@@ -16,7 +16,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # Bochs and a kernel, built once from Debian's packages and named after what went in.
 EMULATOR_CACHE ?= build/emulator
 
-.PHONY: setup demo test check format native-test mca sanitize hostile-inputs fuzz emulated simulate soak neighbours python-test bench clean system-packages
+.PHONY: setup demo test check format native-test mca sanitize hostile-inputs fuzz emulated simulate soak neighbours python-test versions bench clean system-packages
 
 setup: $(STAMP)
 
@@ -36,7 +36,7 @@ $(STAMP): pyproject.toml $(NATIVE_SOURCES) $(PROTO_SOURCES) | $(VENV)/.torch
 demo: $(STAMP)
 	$(BIN)/python deploy/demo/run.py $(DEMO_FLAGS)
 
-test: check native-test mca sanitize hostile-inputs emulated simulate soak python-test
+test: check native-test mca sanitize hostile-inputs emulated simulate soak python-test versions
 	$(MAKE) demo DEMO_FLAGS="--out build/demo-small --base-steps 40 --steps 6"
 
 check: $(STAMP)
@@ -111,6 +111,10 @@ neighbours: $(STAMP)
 
 python-test: $(STAMP) system-packages
 	$(BIN)/python -m pytest
+
+# What trainers do, with older transformers and PEFT.
+versions: $(STAMP)
+	sh .ci/versions.sh "$(TORCH)"
 
 bench: $(STAMP)
 	kt-expert bench kernels --json build/bench.json

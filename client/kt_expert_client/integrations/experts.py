@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import re
 import sys
-from collections.abc import Iterator
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -59,7 +59,7 @@ class RemoteExperts(nn.Module):
         leave_to_server(self)
         module: Any = self
         spec = local_spec(f"layers.{layer.layer}", self)
-        layout = WeightLayout(bool(module.is_transposed), interleaved=not module.is_concatenated)
+        layout = WeightLayout(bool(module.is_transposed), interleaved=is_interleaved(module))
         sizes = WeightShape(spec.num_experts, spec.hidden_size, spec.intermediate_size, layout)
         for name, shape in self.kt_shapes.items():
             geometry = torch.empty(shape, dtype=dtype, device="meta")
@@ -131,22 +131,15 @@ def is_experts_class(candidate: object) -> bool:
     )
 
 
-def loaded_experts_classes() -> Iterator[tuple[str, type[nn.Module]]]:
-    """Experts classes of all modeling modules imported so far."""
-    for module_name, module in list(sys.modules.items()):
-        if module_name.startswith("transformers.models.") and ".modeling_" in module_name:
-            for name, candidate in list(vars(module).items()):
-                if is_experts_class(candidate) and candidate.__module__ == module_name:
-                    yield name, candidate
-
-
-def restore_stock_classes() -> None:
-    """Puts the library's own classes back: its replacement leaves ours in place where building a model fails."""
-    for module_name, module in list(sys.modules.items()):
-        if module_name.startswith("transformers.models.") and ".modeling_" in module_name:
-            for name, candidate in list(vars(module).items()):
-                if isinstance(candidate, type) and issubclass(candidate, RemoteExperts):
-                    setattr(module, name, candidate.__mro__[2])
+def loaded_experts_classes() -> list[tuple[ModuleType, str, type[nn.Module]]]:
+    """Experts classes of all modeling modules imported so far: the module, the class's name in it, and the class."""
+    return [
+        (module, name, candidate)
+        for module_name, module in list(sys.modules.items())
+        if module_name.startswith("transformers.models.") and ".modeling_" in module_name
+        for name, candidate in list(vars(module).items())
+        if is_experts_class(candidate)
+    ]
 
 
 _REMOTE_CLASSES: dict[type[nn.Module], type[RemoteExperts]] = {}
@@ -178,6 +171,12 @@ def convert_in_place(module: nn.Module) -> RemoteExperts:
     remote.kt_strip()
     converted: RemoteExperts = remote
     return converted
+
+
+def is_interleaved(module: Any) -> bool:
+    """Whether gate and up take turns in its gate_up. transformers before 5.16 does not say it of a class: gpt-oss's do."""
+    stock: Any = type(module).__mro__[2]
+    return not getattr(module, "is_concatenated", stock.__name__ != _GPT_OSS_CLASS)
 
 
 def layer_index(name: str) -> int:

@@ -23,7 +23,7 @@ from torch.nn.modules.module import register_module_module_registration_hook
 from kt_expert_client.errors import UnsupportedModel
 from kt_expert_client.integrations.experts import DOWN as DOWN_PARAMETER
 from kt_expert_client.integrations.experts import GATE_UP as GATE_UP_PARAMETER
-from kt_expert_client.integrations.experts import RemoteExperts
+from kt_expert_client.integrations.experts import RemoteExperts, is_interleaved
 from kt_expert_client.parameters.fsdp import leave_to_server
 from kt_expert_client.parameters.lora import LoraMatrix, LoraShape, make_parameter
 from kt_expert_client.parameters.matrix import DOWN, GATE_UP, Place
@@ -33,6 +33,7 @@ from kt_expert_client.parameters.weights import WEIGHTS_ADAPTER
 
 _TARGETS = {GATE_UP_PARAMETER: GATE_UP, DOWN_PARAMETER: DOWN}
 _SIDES = {"lora_A": "A", "lora_B": "B"}
+_OTHER_SIDE = {"A": "B", "B": "A"}
 _OWNER = "_kt_owner"
 _SEEN = "_kt_seen"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -161,8 +162,14 @@ def _give_to_server(owner: _Owner, adapter: str, linear: nn.Linear) -> None:
     if wrapper.parameter_name not in _TARGETS:
         raise UnsupportedModel(f"LoRA on the experts' {wrapper.parameter_name} is not available; target {sorted(_TARGETS)}")
     count, rank = experts.kt_shapes[wrapper.parameter_name][0], wrapper.r[adapter]
-    shape = LoraShape(count, rank, wrapper.in_features, wrapper.out_features, not experts.is_concatenated)
-    place = Place(server_name(adapter), experts.kt_layer.layer, _TARGETS[wrapper.parameter_name], owner.side)
+    # PEFT before 0.19 takes the middle of [E, out, in] for the inputs.
+    swapped = not experts.is_transposed and not getattr(wrapper, "_did_swap_in_out_features", False)
+    side = _OTHER_SIDE[owner.side] if swapped else owner.side
+    inputs, outputs = wrapper.in_features, wrapper.out_features
+    if swapped:
+        inputs, outputs = outputs, inputs
+    shape = LoraShape(count, rank, inputs, outputs, is_interleaved(experts), swapped)
+    place = Place(server_name(adapter), experts.kt_layer.layer, _TARGETS[wrapper.parameter_name], side)
     store, weight = experts.kt_offload.parameters, linear.weight
     if experts.kt_offload.options.lora_location == "trainer":
         wrapper.kt_mirrors[adapter, owner.side] = Mirror(store, place, shape)

@@ -11,7 +11,6 @@ from typing import Any, cast
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.monkey_patching import get_patch_mapping, register_patch_mapping, unregister_patch_mapping
 
 from kt_expert_client.connection import Client, connect
 from kt_expert_client.errors import InvalidRequest, UnsupportedModel
@@ -22,7 +21,6 @@ from kt_expert_client.integrations.experts import (
     loaded_experts_classes,
     local_spec,
     remote_class,
-    restore_stock_classes,
 )
 from kt_expert_client.offload import ModelOffload
 from kt_expert_client.options import RunOptions
@@ -134,7 +132,7 @@ class Offloader:
             depth = getattr(self._building, "depth", 0)
             self._building.depth = depth + 1
             try:
-                with patched_experts(is_outermost=depth == 0), expert_keys_expected(cls):
+                with patched_experts(), expert_keys_expected(cls):
                     result = original(cls, *args, **kwargs)
             finally:
                 self._building.depth = depth
@@ -149,17 +147,17 @@ OFFLOADER = Offloader()
 
 
 @contextlib.contextmanager
-def patched_experts(*, is_outermost: bool = True) -> Iterator[None]:
-    """Inside, transformers builds remote experts in place of its own, through its own replacement registry."""
-    taken = get_patch_mapping()
-    mapping = {name: remote_class(stock) for name, stock in loaded_experts_classes() if name not in taken}
-    register_patch_mapping(mapping)
+def patched_experts() -> Iterator[None]:
+    """Inside, transformers' modeling modules build remote experts in place of their own. Done here and not through the
+    library's registry of replacements, which imports every module of the library it can find (5.6)."""
+    replaced = [(module, name, stock) for module, name, stock in loaded_experts_classes()]
+    for module, name, stock in replaced:
+        setattr(module, name, remote_class(stock))
     try:
         yield
     finally:
-        unregister_patch_mapping(list(mapping))
-        if is_outermost:
-            restore_stock_classes()
+        for module, name, stock in replaced:
+            setattr(module, name, stock)
 
 
 @contextlib.contextmanager

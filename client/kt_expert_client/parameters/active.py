@@ -101,6 +101,8 @@ def factors(target: str, product: Product) -> tuple[LoraMatrix, LoraMatrix, bool
 def _expected_strides(a: LoraMatrix, *, is_b_first: bool) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Of the views PEFT multiplies, for each expert: B A, or A^T B^T where the weight is [E, in, out]."""
     experts, rank, inputs = a.shape.experts, a.shape.rank, a.shape.inputs
+    if a.shape.swapped and is_b_first:  # PEFT's A^T B^T of matrices that are B and A
+        return (rank * a.shape.outputs, 1, a.shape.outputs), (1, experts, rank * experts)
     if is_b_first:
         return (1, rank * experts, experts), (rank * inputs, inputs, 1)
     return (rank * inputs, 1, inputs), (1, experts, rank * experts)

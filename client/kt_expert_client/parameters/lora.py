@@ -14,7 +14,7 @@ import torch
 from kt_expert_proto.lora import PARAMETER
 
 from kt_expert_client import peft_layout
-from kt_expert_client.parameters.matrix import DOWN, GATE_UP, A, Matrix, ParameterSource, Place
+from kt_expert_client.parameters.matrix import GATE_UP, A, Matrix, ParameterSource, Place
 from kt_expert_client.parameters.tensor import RemoteTensor, Stored
 
 if TYPE_CHECKING:
@@ -23,13 +23,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class LoraShape:
-    """Sizes of one projection's LoRA, and whether its outputs lie gate, up, gate, up."""
+    """Sizes of one projection's LoRA, and whether its outputs lie gate, up, gate, up. `swapped`: PEFT's lora_A is B and its
+    lora_B is A, as PEFT before 0.19 has them for weights [E, out, in]."""
 
     experts: int
     rank: int
     inputs: int
     outputs: int
     interleaved: bool
+    swapped: bool = False
 
 
 class LoraMatrix(Matrix):
@@ -41,30 +43,40 @@ class LoraMatrix(Matrix):
 
     @property
     def size(self) -> tuple[int, int]:
+        """PEFT's."""
         shape = self.shape
-        if self.place.side == A:
-            return shape.rank * shape.experts, shape.inputs
-        return shape.outputs, shape.rank * shape.experts
+        outer = shape.inputs if self.place.side == A else shape.outputs
+        together = shape.rank * shape.experts
+        return (together, outer) if self._is_peft_a else (outer, together)
+
+    @property
+    def _is_peft_a(self) -> bool:
+        return (self.place.side == A) != self.shape.swapped
 
     def read(self, part: str) -> torch.Tensor:
-        """[r * E, in] or [out, r * E], fp32."""
+        """As PEFT has it: lora_A [r * E, in] or lora_B [out, r * E], fp32."""
+        values = self.read_by_expert(part)
+        if self.shape.swapped:
+            values = values.transpose(1, 2)
+        return peft_layout.a_to_peft(values) if self._is_peft_a else peft_layout.b_to_peft(values)
+
+    def read_by_expert(self, part: str) -> torch.Tensor:
+        """A [E, r, in] or B [E, out, r], fp32."""
         place = self.place
         parts = [self.store.read(self._key(name, part), self._size_of(name)) for name in place.tensors]
-        if place.side == A:
-            return peft_layout.a_to_peft(parts[0])
-        whole = parts[0]
-        if place.target == GATE_UP:
-            whole = peft_layout.join_gate_up(parts[0], parts[1], interleaved=self.shape.interleaved)
-        return peft_layout.b_to_peft(whole)
+        if len(parts) == 1:
+            return parts[0]
+        return peft_layout.join_gate_up(parts[0], parts[1], interleaved=self.shape.interleaved)
 
     def write(self, values: torch.Tensor, part: str, *, step: int = 0) -> None:
         place, experts = self.place, self.shape.experts
-        parts: Sequence[torch.Tensor]
-        if place.side == A:
-            parts = [peft_layout.a_from_peft(values, experts)]
-        else:
-            whole = peft_layout.b_from_peft(values, experts)
-            parts = [whole] if place.target == DOWN else peft_layout.split_gate_up(whole, interleaved=self.shape.interleaved)
+        from_peft = peft_layout.a_from_peft if self._is_peft_a else peft_layout.b_from_peft
+        whole = from_peft(values, experts)
+        if self.shape.swapped:
+            whole = whole.transpose(1, 2).contiguous()
+        parts: Sequence[torch.Tensor] = [whole]
+        if len(place.tensors) > 1:
+            parts = peft_layout.split_gate_up(whole, interleaved=self.shape.interleaved)
         for name, part_values in zip(place.tensors, parts, strict=True):
             self.store.write(self._key(name, part), part_values, step=step)
         if part == PARAMETER:

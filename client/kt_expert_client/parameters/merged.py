@@ -6,6 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from kt_expert_proto.lora import PARAMETER
 
 from kt_expert_client.parameters.lora import LoraMatrix
 from kt_expert_client.parameters.matrix import A, B, Place
@@ -33,9 +34,7 @@ class Merged:
 
     def read(self) -> torch.Tensor:
         """In the layout of the weights, fp32."""
-        experts = self.a.shape.experts
-        a = self.a.read("parameter").reshape(experts, -1, self.a.shape.inputs)
-        b = self.b.read("parameter").reshape(self.b.shape.outputs, -1, experts).permute(2, 0, 1)
+        a, b = self.a.read_by_expert(PARAMETER), self.b.read_by_expert(PARAMETER)
         product = torch.bmm(b, a) if self.is_b_first else torch.bmm(a.transpose(1, 2), b.transpose(1, 2))
         return product * self.scale
 

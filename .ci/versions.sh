@@ -1,0 +1,19 @@
+#!/bin/sh
+# The table of trainers with the older libraries that people have pinned: LLaMA-Factory 0.9.5 and axolotl 0.19.0. Each pair gets
+# a virtual environment of its own, with the wheel as a user installs it.
+set -eu
+cd "$(dirname "$0")/.."
+torch=$1
+rm -rf build/wheel
+.venv/bin/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir build/wheel .
+wheel=$(ls build/wheel/*.whl)
+for pair in "5.6.0 0.18.1" "5.16.1 0.20.0"; do
+    transformers=${pair% *} peft=${pair#* }
+    folder=build/versions/transformers-$transformers
+    [ -d "$folder" ] || python3 -m venv "$folder"
+    "$folder/bin/python" -m pip install --quiet "$torch"
+    "$folder/bin/python" -m pip install --quiet "$wheel[server,transformers]" "transformers==$transformers" "peft==$peft" \
+        pytest pytest-timeout trustme
+    "$folder/bin/python" -m pip install --quiet --force-reinstall --no-deps "$wheel"
+    OLDER_LIBRARIES=1 "$folder/bin/python" -m pytest -q -p no:cacheprovider tests/ecosystem/test_trainers.py
+done
