@@ -20,7 +20,9 @@ from kt_expert_client.staging import HostBuffer, HostTensor
 
 _TIMEOUT_S = 3600.0  # a tensor may be large and the disk of a server that saves meanwhile slow
 _BARRIER_TIMEOUT_S = 1800.0  # ranks may differ by a whole gradient accumulation
-_PIECE_BYTES = 64 * 1024 * 1024  # larger tensors travel some experts at a time: a layer's weights are gigabytes
+# Larger tensors travel some experts at a time: a layer's weights are gigabytes. Above the 32 MiB up to which malloc may keep
+# what is given back.
+_PIECE_BYTES = 40 * 1024 * 1024
 _DIMENSIONS = 3  # experts, rows, columns
 
 

@@ -7,21 +7,11 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
+from kt_expert_proto.environment import RUN_OPTIONS
 from kt_expert_proto.v1 import service_pb2 as pb
 
 from kt_expert_client.errors import InvalidRequest
 
-# By option: the environment variable that sets it where no RunOptions are given.
-VARIABLES = {
-    "tickets": "KT_EXPERT_TICKETS",
-    "moments": "KT_EXPERT_MOMENTS",
-    "dropout": "KT_EXPERT_DROPOUT",
-    "replay_window": "KT_EXPERT_REPLAY_WINDOW",
-    "non_finite": "KT_EXPERT_NON_FINITE",
-    "lora_location": "KT_EXPERT_LORA_LOCATION",
-    "alone": "KT_EXPERT_ALONE",
-    "existing": "KT_EXPERT_EXISTING",
-}
 _GIB = 1024**3
 _TICKETS = {"activations": pb.TICKET_POLICY_ACTIVATIONS, "inputs": pb.TICKET_POLICY_INPUTS}
 _EXISTING = ("refuse", "keep", "replace")
@@ -74,16 +64,16 @@ class RunOptions:
 
     @classmethod
     def from_environment(cls) -> RunOptions:
-        """The variables above, where they are set. Raises InvalidRequest."""
-        chosen = {option: os.environ[name] for option, name in VARIABLES.items() if name in os.environ}
+        """Their variables (kt_expert_proto.environment), where they are set. Raises InvalidRequest."""
+        chosen = {option: os.environ[name] for option, name in RUN_OPTIONS.items() if name in os.environ}
         try:
             settings: dict[str, Any] = {
-                option: _READERS[option](VARIABLES[option], text) if option in _READERS else text
+                option: _READERS[option](RUN_OPTIONS[option], text) if option in _READERS else text
                 for option, text in chosen.items()
             }
             return cls(**settings)
         except InvalidRequest as error:
-            given = ", ".join(f"{VARIABLES[option]}={text}" for option, text in chosen.items())
+            given = ", ".join(f"{RUN_OPTIONS[option]}={text}" for option, text in chosen.items())
             raise InvalidRequest(f"{error} (from the environment: {given})") from None
 
     @property

@@ -2,7 +2,8 @@
 
 PEFT (tuners/lora/layer.py, ParamWrapper) keeps, for E experts and rank r, lora_A as [r * E, in] with row e * r + j, and
 lora_B as [out, r * E] with column j * E + e. gate and up share one A; their outputs are concatenated, or interleaved
-where the model interleaves them.
+where the model interleaves them. What comes from PEFT is a view: its values are put in order as they are sent, some experts
+at a time.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import torch
 
 def a_from_peft(weight: torch.Tensor, experts: int) -> torch.Tensor:
     """[r * E, in] -> [E, r, in]."""
-    return weight.reshape(experts, -1, weight.shape[-1]).contiguous()
+    return weight.reshape(experts, -1, weight.shape[-1])
 
 
 def a_to_peft(tensor: torch.Tensor) -> torch.Tensor:
@@ -22,7 +23,7 @@ def a_to_peft(tensor: torch.Tensor) -> torch.Tensor:
 
 def b_from_peft(weight: torch.Tensor, experts: int) -> torch.Tensor:
     """[out, r * E] -> [E, out, r]."""
-    return weight.reshape(weight.shape[0], -1, experts).permute(2, 0, 1).contiguous()
+    return weight.reshape(weight.shape[0], -1, experts).permute(2, 0, 1)
 
 
 def b_to_peft(tensor: torch.Tensor) -> torch.Tensor:
@@ -33,9 +34,9 @@ def b_to_peft(tensor: torch.Tensor) -> torch.Tensor:
 def split_gate_up(tensor: torch.Tensor, *, interleaved: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """[E, 2I, r] -> gate and up [E, I, r]."""
     if interleaved:
-        return tensor[:, 0::2].contiguous(), tensor[:, 1::2].contiguous()
+        return tensor[:, 0::2], tensor[:, 1::2]
     gate, up = tensor.chunk(2, dim=1)
-    return gate.contiguous(), up.contiguous()
+    return gate, up
 
 
 def join_gate_up(gate: torch.Tensor, up: torch.Tensor, *, interleaved: bool) -> torch.Tensor:

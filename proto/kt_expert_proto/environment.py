@@ -6,13 +6,20 @@ import difflib
 from collections.abc import Mapping
 
 PREFIX = "KT_EXPERT_"
+RUN_OPTIONS = {  # what a trainer's RunOptions are where it gives none
+    "tickets": "KT_EXPERT_TICKETS",
+    "moments": "KT_EXPERT_MOMENTS",
+    "dropout": "KT_EXPERT_DROPOUT",
+    "replay_window": "KT_EXPERT_REPLAY_WINDOW",
+    "non_finite": "KT_EXPERT_NON_FINITE",
+    "lora_location": "KT_EXPERT_LORA_LOCATION",
+    "alone": "KT_EXPERT_ALONE",
+    "existing": "KT_EXPERT_EXISTING",
+}
 KNOWN = (
     "KT_EXPERT_SERVER",
     "KT_EXPERT_RUN",
-    "KT_EXPERT_TICKETS",
-    "KT_EXPERT_MOMENTS",
-    "KT_EXPERT_DROPOUT",
-    "KT_EXPERT_REPLAY_WINDOW",
+    *RUN_OPTIONS.values(),
     "KT_EXPERT_TOKEN_FILE",
     "KT_EXPERT_CA",
     "KT_EXPERT_CERT",

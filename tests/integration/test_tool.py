@@ -68,6 +68,15 @@ def test_bench_measures_memory(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert main(["bench", "memory", "--tokens", "1,2"]) == 2
 
 
+def test_bench_measures_the_trainers_side(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "bench.json"
+    sizes = ["--layers", "5", "--experts", "8", "--rank", "2", "--repeats", "1"]
+    assert main(["bench", "trainer", *sizes, "--json", str(path)]) == 0
+    assert "2 layers, 8 remote tensors" in capsys.readouterr().out
+    found = json.loads(path.read_text(encoding="utf-8"))["trainer"]
+    assert found["step_requests"] <= 2
+
+
 def test_bench_measures_optimizers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "optimizers.json"
     assert main(["bench", "optimizer", "--shape", "4,64,32,2", "--rank", "4", "--repeats", "1", "--json", str(path)]) == 0

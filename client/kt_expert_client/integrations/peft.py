@@ -27,6 +27,7 @@ from kt_expert_client.integrations.experts import RemoteExperts, is_interleaved
 from kt_expert_client.parameters.fsdp import leave_to_server
 from kt_expert_client.parameters.lora import LoraMatrix, LoraShape, make_parameter
 from kt_expert_client.parameters.matrix import DOWN, GATE_UP, Place
+from kt_expert_client.parameters.memory import give_back
 from kt_expert_client.parameters.mirror import Mirror
 from kt_expert_client.parameters.tensor import RemoteTensor
 from kt_expert_client.parameters.weights import WEIGHTS_ADAPTER
@@ -182,6 +183,9 @@ def _give_to_server(owner: _Owner, adapter: str, linear: nn.Linear) -> None:
     linear.__class__ = RemoteLinear
     leave_to_server(linear)
     linear._parameters["weight"] = parameter
+    size = weight.nbytes
+    del weight
+    give_back(size)
 
 
 def server_name(adapter: str) -> str:

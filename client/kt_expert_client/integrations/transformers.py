@@ -67,7 +67,7 @@ class Offloader:
             if not self._targets:
                 self._uninstall()
 
-    def bind(self, model: nn.Module, address: str, options: RunOptions) -> ModelOffload | None:
+    def bind(self, model: nn.Module, client: Client, options: RunOptions) -> ModelOffload | None:
         """Connects a model's remote experts to the server. None where it has none."""
         from kt_expert_client.integrations.peft import Registration
 
@@ -78,7 +78,7 @@ class Offloader:
         specs = [local_spec(name, module) for name, module in remote]
         wire_dtype = "bf16" if dtype == torch.bfloat16 else "fp32"
         self._models += not options.alone
-        offload = ModelOffload(self.client(address), _model_types(model), specs, wire_dtype, options, self._models)
+        offload = ModelOffload(client, _model_types(model), specs, wire_dtype, options, self._models)
         for spec, (_, module) in zip(specs, remote, strict=True):
             module.kt_connect(offload.layers[spec.layer], offload, dtype)
         object.__setattr__(model, OFFLOAD_ATTRIBUTE, offload)
@@ -124,7 +124,7 @@ class Offloader:
         if getattr(model, OFFLOAD_ATTRIBUTE, None) is None:
             with self._lock:
                 address, options = self._targets[-1]
-            if self.bind(model, address, options) is None:
+            if self.bind(model, self.client(address), options) is None:
                 _refuse_moe(model)
 
     def _wrapped(self, original: Callable[..., Any]) -> Callable[..., Any]:
@@ -215,7 +215,7 @@ def attach(model: nn.Module, address: str | None = None, options: RunOptions | N
     for module in list(inner.modules()):
         if is_experts_class(type(module)):
             convert_in_place(module)
-    offload = OFFLOADER.bind(inner, server, options or RunOptions.from_environment())
+    offload = OFFLOADER.bind(inner, OFFLOADER.client(server), options or RunOptions.from_environment())
     if offload is None:
         raise UnsupportedModel(f"{type(inner).__name__} has no experts module with transformers' standard signature")
     if inner is not model:

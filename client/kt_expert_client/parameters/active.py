@@ -29,8 +29,10 @@ def adapters_on(
             raise UnsupportedModel(f"adapter {adapter!r} is on {target} of layer {layer} twice")
         of_adapter[target] = scale
 
-    for target, weight in ((GATE_UP, gate_up), (DOWN, down)):
-        base, source, products = _parts(target, weight)
+    parts = {target: _parts(target, weight) for target, weight in ((GATE_UP, gate_up), (DOWN, down))}
+    for base, _, products in parts.values():
+        _follow([base, *(_base_of(side) for each in products for side in (each.left, each.right)), *biases])
+    for target, (base, source, products) in parts.items():
         if source.merged and base.requires_grad and torch.is_grad_enabled():
             source.matrix.prepare()  # gradients are those of weights that hold their own sum
         leaves.append(base)
@@ -46,6 +48,13 @@ def adapters_on(
         leaves.append(bias)
         owners.append(source)
     return (*_own(layer, owners), *(_active(name, by_target) for name, by_target in scales.items())), leaves
+
+
+def _follow(tensors: Sequence[torch.Tensor]) -> None:
+    for each in tensors:
+        matrix = matrix_of(each)
+        if matrix is not None:
+            matrix.store.gradients.follow(matrix, each)
 
 
 def _own(layer: int, owners: Sequence[WeightSource]) -> list[ActiveAdapter]:

@@ -38,6 +38,20 @@ class _Taken:
     is_new: bool
 
 
+class _Group:
+    """One of an optimizer's groups, translated once for all its parameters: what the server is to do, or why it cannot."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> None:
+        self.optimizer = optimizer
+        self.parameters: list[torch.Tensor] = group["params"]
+        self.update: Update | UnsupportedModel
+        try:
+            self.update = translate(optimizer, group)
+        except UnsupportedModel as error:
+            self.update = error
+        self.slots = _SGD_SLOTS if isinstance(self.update, Sgd) else _ADAM_SLOTS
+
+
 class OptimizerDriver:
     """One pair of hooks for the whole process, through torch's own registration."""
 
@@ -64,8 +78,8 @@ class OptimizerDriver:
     def _before(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         taken = [
             (group, parameter)
-            for group in optimizer.param_groups
-            for parameter in group["params"]
+            for group in (_Group(optimizer, each) for each in optimizer.param_groups)
+            for parameter in group.parameters
             if matrix_of(parameter) is not None and parameter.grad is not None
         ]
         if not taken:
@@ -76,8 +90,8 @@ class OptimizerDriver:
                 "without a closure"
             )
         if not _found_inf(optimizer):  # else the gradient scaler has this step skipped
-            self._step(optimizer, [_take(optimizer, group, parameter) for group, parameter in taken])
-        self._hidden[optimizer] = [(parameter, parameter.grad) for _, parameter in taken]
+            self._step(optimizer, [_take(group, parameter) for group, parameter in taken])
+        self._hidden[optimizer] = [(each, each.grad) for _, each in taken if each.grad is not None]
         for _, parameter in taken:
             parameter.grad = None
 
@@ -121,19 +135,15 @@ def _step_one(store: ParameterStore, optimizer: torch.optim.Optimizer, taken: li
         _count(optimizer, each)
 
 
-def _take(optimizer: torch.optim.Optimizer, group: dict[str, Any], parameter: torch.Tensor) -> _Taken:
+def _take(group: _Group, parameter: torch.Tensor) -> _Taken:
     matrix, gradient = matrix_of(parameter), gradient_of(parameter.grad)
     assert matrix is not None  # noqa: S101  # the caller has looked
     if gradient is None:
         raise UnsupportedModel(f".grad of {matrix.place} was replaced by a tensor of this process; use .grad.copy_()")
-    try:
-        update = translate(optimizer, group)
-    except UnsupportedModel as error:
-        raise UnsupportedModel(f"{error}{_ELSEWHERE}" if isinstance(matrix, LoraMatrix) else str(error)) from None
-    slots = _SGD_SLOTS if isinstance(update, Sgd) else _ADAM_SLOTS
-    return _Taken(
-        parameter, matrix, gradient, update, slots, is_new=not _has_moments(optimizer.state.get(parameter, {}), slots)
-    )
+    if isinstance(group.update, UnsupportedModel):
+        raise UnsupportedModel(f"{group.update}{_ELSEWHERE}" if isinstance(matrix, LoraMatrix) else str(group.update))
+    state = group.optimizer.state.get(parameter, {})
+    return _Taken(parameter, matrix, gradient, group.update, group.slots, is_new=not _has_moments(state, group.slots))
 
 
 def _has_moments(state: dict[str, Any], slots: Iterable[str]) -> bool:
@@ -174,14 +184,24 @@ def _count(optimizer: torch.optim.Optimizer, each: _Taken) -> None:
     if each.is_new:
         each.matrix.store.begin_moments(each.matrix)
     state = optimizer.state[each.parameter]
+    if isinstance(each.update, Sgd) and not each.update.momentum:
+        state["momentum_buffer"] = None
+        return
+    generation = each.matrix.store.moments_of(each.matrix)
+    for slot in each.slots:
+        if not _is_of_generation(state.get(slot), generation):
+            state[slot] = _moment(each, slot)
     if isinstance(each.update, Sgd):
-        state["momentum_buffer"] = _moment(each, "momentum_buffer") if each.update.momentum else None
         return
     count = int(state.get("step", 0)) + 1
     state["step"] = torch.tensor(float(count))
-    for slot in each.slots:
-        state[slot] = _moment(each, slot)
     each.matrix.store.count_updates(each.matrix, count)
+
+
+def _is_of_generation(moment: object, generation: int) -> bool:
+    """Whether it is a handle of the moments that the server has now."""
+    source = moment.remote.source if isinstance(moment, RemoteTensor) and isinstance(moment.remote, Stored) else None
+    return isinstance(source, MomentSource) and source.generation == generation
 
 
 def _found_inf(optimizer: torch.optim.Optimizer) -> bool:

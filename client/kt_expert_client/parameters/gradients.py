@@ -37,6 +37,7 @@ _NAMED = 4  # parameters in a message
 class _Slot:
     """The gradient of one parameter."""
 
+    matrix: weakref.ref[Matrix]  # lives as long as anything that stands for it
     parameter: weakref.ref[torch.Tensor]
     generation: int = 0
     begun_in: int = _NO_PASS  # the autograd pass that began it
@@ -57,7 +58,13 @@ class Gradients:
 
     def add(self, matrix: Matrix, parameter: torch.Tensor) -> None:
         """A parameter from now on."""
-        self._slots[matrix.place] = _Slot(weakref.ref(parameter))
+        self._slots[matrix.place] = _Slot(weakref.ref(matrix), weakref.ref(parameter))
+
+    def follow(self, matrix: Matrix, parameter: torch.Tensor) -> None:
+        """The parameter as it is now: casts and moves of modules put other objects in its place."""
+        slot = self._slots.get(matrix.place)
+        if slot is not None and slot.parameter() is not parameter:
+            slot.parameter = weakref.ref(parameter)
 
     def knows(self, place: Place) -> bool:
         return place in self._slots
@@ -79,9 +86,9 @@ class Gradients:
                 yield source, parameter.requires_grad
 
     def forget(self, adapter: str) -> bool:
-        """Whether no parameter of an adapter is left; what is known of it is dropped then."""
+        """Whether nothing of an adapter is left; what is known of it is dropped then."""
         places = [place for place in self._slots if place.adapter == adapter]
-        if not places or any(self._slots[place].parameter() is not None for place in places):
+        if not places or any(self._slots[place].matrix() is not None for place in places):
             return False
         for place in places:
             del self._slots[place]

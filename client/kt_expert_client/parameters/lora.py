@@ -73,7 +73,7 @@ class LoraMatrix(Matrix):
         from_peft = peft_layout.a_from_peft if self._is_peft_a else peft_layout.b_from_peft
         whole = from_peft(values, experts)
         if self.shape.swapped:
-            whole = whole.transpose(1, 2).contiguous()
+            whole = whole.transpose(1, 2)
         parts: Sequence[torch.Tensor] = [whole]
         if len(place.tensors) > 1:
             parts = peft_layout.split_gate_up(whole, interleaved=self.shape.interleaved)

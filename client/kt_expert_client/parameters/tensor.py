@@ -107,6 +107,7 @@ class _Elsewhere:
 
 
 SET_DATA: Any = torch.Tensor.data.__set__  # type: ignore[attr-defined]  # what torch calls for `tensor.data = value`
+_SETTER = type(SET_DATA)
 Handler = Callable[..., Any]
 HANDLERS: dict[Any, Handler] = {}  # by operation; filled where the modules of this package are imported
 
@@ -208,11 +209,9 @@ class RemoteTensor(torch.Tensor):
     def __torch_function__(
         cls, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[Any, Any] | None = None
     ) -> Any:
-        del types
-        if func == SET_DATA and isinstance(args[0], RemoteTensor) and args[0].become(args[1]):
+        if type(func) is _SETTER and func == SET_DATA and isinstance(args[0], RemoteTensor) and args[0].become(args[1]):
             return None
-        with torch._C.DisableTorchFunctionSubclass():
-            return func(*args, **(kwargs or {}))
+        return torch._C._disabled_torch_function_impl(func, types, args, kwargs or {})  # a step asks thousands of times
 
     def geometry(self) -> torch.Tensor:
         """A meta tensor of its sizes and strides."""

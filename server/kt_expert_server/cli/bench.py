@@ -1,6 +1,7 @@
 """kt-expert bench: one MoE layer on this machine beside its bounds and its peers.
 
-`kernels` runs forward and backward, `optimizer` the update of the layer's LoRA, `memory` shows what the process holds.
+`kernels` runs forward and backward, `optimizer` the update of the layer's LoRA, `memory` shows what the process holds, and
+`trainer` what a trainer of DeepSeek-V3 pays on its own side, with a server that holds shapes only.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from kt_expert_server.bench.optimizer import measure_optimizers, print_optimizer
 from kt_expert_server.bench.peers import KtKernel, Peer, TorchLoop, TorchWeights
 from kt_expert_server.bench.report import print_rows, write_plot
 from kt_expert_server.bench.shapes import PUBLISHED, LayerShape, parse_shape
+from kt_expert_server.bench.trainer import measure_trainer, print_trainer
 from kt_expert_server.config import ISA_VARIABLE, WEIGHT_FORMATS, available_cores, available_memory
 from kt_expert_server.errors import InvalidRequest
 from kt_expert_server.model.placement import AUTO, choose_placement
@@ -33,7 +35,7 @@ _MEMORY_SHARE = 0.6  # of what this process may use, for weights
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("what", choices=("kernels", "optimizer", "memory"))
+    parser.add_argument("what", choices=("kernels", "optimizer", "memory", "trainer"))
     parser.add_argument("--shape", default="qwen3-30b-a3b", help=f"{', '.join(PUBLISHED)}, a model directory, or E,H,I,k")
     parser.add_argument("--tokens", help="batch sizes, separated by commas (default: 1,16,128,2048; of memory 512)")
     parser.add_argument("--rank", help="LoRA ranks, separated by commas; 0 is none (default: 0,16; else 16)")
@@ -43,6 +45,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=int, default=available_cores())
     parser.add_argument("--nodes", default=AUTO, metavar="N", help="memory nodes, as for kt-expert-server")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--layers", type=int, default=61, help="of bench trainer: DeepSeek-V3's, three of them without experts")
+    parser.add_argument("--experts", type=int, default=256, help="of bench trainer: in each layer")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures there")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="also draw them (.png, .svg, .pdf)")
 
@@ -51,6 +55,8 @@ def run(options: argparse.Namespace) -> int:
     console = Console()
     if not console.is_terminal:
         console = Console(width=_FILE_WIDTH)
+    if options.what == "trainer":
+        return _run_trainer(console, options)
     asked = parse_shape(options.shape)
     is_kernels = options.what == "kernels"
     options.tokens = _numbers(options.tokens or ("1,16,128,2048" if is_kernels else "512"), "--tokens", 1)
@@ -112,6 +118,14 @@ def _run_memory(console: Console, shape: LayerShape, options: argparse.Namespace
     row = measure_memory(engine, fitting, options.format, options.tokens[0], options.rank[0], placement)
     print_memory(console, row)
     _write_json(options.json, memory_as_json([row]))
+    return 0
+
+
+def _run_trainer(console: Console, options: argparse.Namespace) -> int:
+    (rank,) = _numbers(options.rank or "16", "--rank", 1)[:1]
+    found = measure_trainer(options.layers, options.experts, rank, options.repeats)
+    print_trainer(console, found)
+    _write_json(options.json, {"trainer": found})
     return 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from kt_expert_client import Adam, AdamW, RunOptions, Sgd
 from kt_expert_client.optimizers import Update, translate
+from kt_expert_proto.environment import RUN_OPTIONS
 
 Make = Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer]
 
@@ -95,3 +97,7 @@ def test_a_variable_without_a_meaning_is_named(monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setenv(name, value)
     with pytest.raises(kt.InvalidRequest, match=sentence):
         RunOptions.from_environment()
+
+
+def test_every_option_has_a_variable() -> None:
+    assert {field.name for field in dataclasses.fields(RunOptions)} == set(RUN_OPTIONS)

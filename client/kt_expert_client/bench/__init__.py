@@ -1,0 +1,1 @@
+"""Figures of the trainer's side: `kt-expert bench trainer`."""
