@@ -31,6 +31,7 @@ from kt_expert_client.errors import (
     UnsupportedModel,
     WrongPhase,
 )
+from kt_expert_client.full import train_in_full
 from kt_expert_client.optimizers import Adafactor, Adam, AdamW, ParamGroup, Sgd
 from kt_expert_client.options import RunOptions
 from kt_expert_client.run import BackwardHandle, ForwardHandle, Run
@@ -39,6 +40,7 @@ from kt_expert_client.start import attach, enable_from_environment, offload_expe
 __all__ = [
     "offload_experts",
     "attach",
+    "train_in_full",
     "connect",
     "Client",
     "Credentials",

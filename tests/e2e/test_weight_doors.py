@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import kt_expert_client as kt
 import pytest
 import torch
 from golden.reference import relative_error
@@ -122,3 +123,31 @@ def test_merged_weights_are_trained(server: ServerProcess, qwen3_checkpoint: Pat
         model(input_ids=TOKENS, labels=TOKENS).loss.backward()
         gradients.append(dict(model.named_parameters())[DOWN].grad.clone())
     assert relative_error(gradients[1], gradients[0]) < ROUNDED
+
+
+def test_one_layer_in_full_beside_lora(server: ServerProcess, qwen3_checkpoint: Path) -> None:
+    losses = []
+    for address in (None, server.address):
+        model = adapted(qwen3_checkpoint, address)
+        randomise(model)
+        if address is None:
+            trained = [p for name, p in model.named_parameters() if "layers.2.mlp.experts" in name and "lora_" not in name]
+            for parameter in trained:
+                parameter.requires_grad_(True)
+        else:
+            trained = kt.train_in_full(model, [2])
+        assert len(trained) == 2
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.02)
+        for _ in range(5):
+            loss = model(input_ids=TOKENS, labels=TOKENS).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    assert losses[1] == pytest.approx(losses[0], rel=5e-3)  # the server computes with the bf16 form of what it trains
+
+
+def test_only_layers_that_there_are_can_be_trained(server: ServerProcess, qwen3_checkpoint: Path) -> None:
+    model = adapted(qwen3_checkpoint, server.address)
+    with pytest.raises(kt.InvalidRequest, match=r"layers \[7\] have no experts on a server; those that have: \[0, 1, 2\]"):
+        kt.train_in_full(model, [2, 7])

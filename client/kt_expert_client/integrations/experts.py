@@ -67,6 +67,10 @@ class RemoteExperts(nn.Module):
             made.requires_grad_(name not in self.kt_frozen)
             self.register_parameter(name, made)
 
+    def kt_weights(self) -> list[nn.Parameter]:
+        """Its weights and biases, whether or not they are parametrized at the moment."""
+        return [parameter for _, parameter in self.named_parameters()]
+
     def __deepcopy__(self, memo: dict[int, Any]) -> RemoteExperts:
         """A copy talks to the same server through the same run."""
         copied = type(self).__new__(type(self))

@@ -3,6 +3,7 @@ run's own."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -43,7 +44,16 @@ class WeightSet:
         memory is refused for all at once, or for none. Raises OutOfCapacity."""
         if layer in self.layers:
             return
-        added = {layer} | (self.store.gradients.trained_layers(self.adapter) - self.layers if trainable else set())
+        self._add({layer} | (self.store.gradients.trained_layers(self.adapter) if trainable else set()), trainable=trainable)
+
+    def own_all(self, layers: Iterable[int]) -> None:
+        """own() of several layers that are to be trained: their memory is reserved together."""
+        self._add(set(layers), trainable=True)
+
+    def _add(self, layers: set[int], *, trainable: bool) -> None:
+        added = layers - self.layers
+        if not added:
+            return
         merged = [source for source in self.store.gradients.weight_sources(self.adapter, added) if source.merged]
         self.store.make_weights(self.adapter, sorted(added), trainable=trainable)
         for source in merged:  # one at a time: all layers' weights would not fit here
