@@ -14,7 +14,7 @@ from kt_expert_server.model.loader import BaseModel, LoadedLayer
 
 EXPERTS, HIDDEN, INTER, TOP_K, LAYERS = 3, 16, 8, 2, 2
 RANK = 2  # of every LoRA matrix
-MADE_LATER, COPIED = "later", "copied"  # adapters
+MADE_LATER, COPIED, WEIGHTS = "later", "copied", "weights"  # adapters; the last one is the layers' own weights
 TOKENS = 3
 
 
@@ -45,6 +45,8 @@ def _naming() -> Naming:
 
 def lora_of(layer: int, dropout: float = 0.0, adapter: str = DEFAULT_ADAPTER) -> LayerLora:
     """Those that trainings make on their way are of other ranks than the first one and its copies."""
+    if adapter == WEIGHTS:
+        return LayerLora(layer, full=True)
     if adapter == MADE_LATER:
         return LayerLora(layer, layer % 2 == 1, 1, 1, RANK, 0.5, 0.5, 1.0)
     return LayerLora(layer, layer % 2 == 0, RANK, RANK, RANK, 1.0, 1.0, 0.5, dropout)

@@ -22,6 +22,7 @@ from simulation.training import Plan
 
 _MAX_EVENTS = 400_000
 _WITH_ADAPTERS = 4  # every fourth schedule has trainings with several adapters
+_WITH_WEIGHTS = 5  # and every fifth of the others trainings in full
 _MAX_SECONDS = 50_000.0  # of virtual time; a schedule that takes longer hangs
 LENGTHS = (5, 6, 8, 12, 20)  # steps of a training
 _OFTEN = (84, 8, 4, 3, 1)  # how often each: long ones find no more for their time
@@ -271,6 +272,8 @@ def play(seed: int) -> Result:
     plans, limits = choose_plans(rng), choose_limits(rng)
     if seed % _WITH_ADAPTERS == 0:
         plans = [replace(plan, adapters=True, drops=False, edits=False) for plan in plans]
+    elif seed % _WITH_WEIGHTS == 0:
+        plans = [replace(plan, weights=True, drops=False, edits=False) for plan in plans]
     world = World(rng, plans, limits)
     plan_faults(world, rng)
     try:

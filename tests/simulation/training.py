@@ -23,7 +23,7 @@ from kt_expert_proto.v1 import session_pb2 as spb
 from support.adapters import adamw
 
 from simulation.calls import TIMEOUT_S, backward, forward, read_tensor, write_tensor
-from simulation.model import COPIED, EXPERTS, HIDDEN, LAYERS, MADE_LATER, RANK, batch, lora_of
+from simulation.model import COPIED, EXPERTS, HIDDEN, LAYERS, MADE_LATER, RANK, WEIGHTS, batch, lora_of
 
 _MAX_NORM = 0.3
 _RETRY_S = 0.5
@@ -50,6 +50,7 @@ class Plan:
     drops: bool = False  # LoRA inputs are dropped
     edits: bool = False  # it writes tensors and the step count, saves checkpoints and goes back to one
     adapters: bool = False  # it makes, copies and deletes adapters, and trains them alone and together
+    weights: bool = False  # it trains the layers' own weights beside LoRA
     cancels: float = 0.0  # chance to cancel a pass
     extras: float = 0.0  # chance of what leaves no trace, such as a new window that is cancelled
     piece_bytes: int = MAX_PAYLOAD_BYTES
@@ -60,6 +61,8 @@ class Plan:
 
     def active(self, step: int) -> tuple[str, ...]:
         """The adapters that a step trains."""
+        if self.weights and step >= _MADE_AT:
+            return (WEIGHTS, DEFAULT_ADAPTER) if step % 2 else (WEIGHTS,)
         if not self.adapters or step < _MADE_AT:
             return (DEFAULT_ADAPTER,)
         if step < _COPIED_AT:
@@ -103,6 +106,9 @@ class Training:
                 step = yield from self._edit(step)
             if plan.adapters:
                 yield from self._change_adapters(step)
+            if plan.weights and step == _MADE_AT:
+                layers = [lora_of(layer, adapter=WEIGHTS).to_proto() for layer in range(LAYERS)]
+                yield from self._create(spb.CreateAdapter(adapter=WEIGHTS, lora=layers, trainable=True))
             if self._rng.random() < plan.extras or plan.extras == 0.0:
                 yield from self._read(step)
             yield from self._accumulate(step)

@@ -13,8 +13,8 @@ GRADIENTS = (pb.TensorSet(adapter=DEFAULT_ADAPTER),)  # all it has
 
 
 def targets(lora: LayerLora, *, replaced: bool = False, adapter: str = DEFAULT_ADAPTER) -> tuple[spb.GradientTarget, ...]:
-    """All tensors of a layer, added to or begun anew."""
-    bits = tensor_bits(lora.tensors)
+    """All tensors of a layer, added to or begun anew; of a layer's own weights, those without biases."""
+    bits = tensor_bits(("w_gate", "w_up", "w_down") if lora.full else lora.tensors)
     return (spb.GradientTarget(adapter=adapter, wanted=bits, replaced=bits if replaced else 0),)
 
 
