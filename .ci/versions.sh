@@ -15,5 +15,11 @@ for pair in "5.6.0 0.18.1" "5.16.1 0.20.0"; do
     "$folder/bin/python" -m pip install --quiet "$wheel[server,transformers]" "transformers==$transformers" "peft==$peft" \
         pytest pytest-timeout trustme
     "$folder/bin/python" -m pip install --quiet --force-reinstall --no-deps "$wheel"
-    OLDER_LIBRARIES=1 "$folder/bin/python" -m pytest -q -p no:cacheprovider tests/ecosystem/test_trainers.py
+    tests=tests/ecosystem/test_trainers.py
+    if [ "$transformers" = 5.16.1 ]; then  # axolotl's plug-in interface, without the GPU libraries that its trainer needs
+        "$folder/bin/python" -m pip install --quiet --no-deps axolotl==0.19.0 addict
+        tests="$tests tests/ecosystem/test_axolotl.py"
+    fi
+    # shellcheck disable=SC2086  # several names
+    OLDER_LIBRARIES=1 "$folder/bin/python" -m pytest -q -p no:cacheprovider $tests
 done
