@@ -123,20 +123,6 @@ def test_a_loop_may_change_its_optimizer(server: ServerProcess, qwen3_checkpoint
     assert (found[1][1] - found[0][1]).abs().max() < 1e-4
 
 
-def test_gradients_that_no_optimizer_takes_are_named(server: ServerProcess, qwen3_checkpoint: Path) -> None:
-    model = adapted(qwen3_checkpoint, server.address)
-    others = [p for name, p in model.named_parameters() if p.requires_grad and ".experts." not in name]
-    optimizer = torch.optim.AdamW(others, lr=1e-3)
-    for step in range(2):
-        backward(model, step)
-        optimizer.step()
-    backward(model, 2)
-    with pytest.warns(UserWarning, match="gradients of 12 expert parameters were left by the last 3 optimizer steps"):
-        optimizer.step()
-    backward(model, 3)
-    optimizer.step()  # said once
-
-
 def test_attach_takes_options_until_the_run_is_open(server: ServerProcess, qwen3_checkpoint: Path) -> None:
     options = kt.RunOptions(moments="bf16", tickets="inputs")
     with kt.offload_experts(server.address):

@@ -13,6 +13,8 @@ from support.server import ServerProcess
 from support.training import SEED, logits, lora_config
 from transformers import AutoModelForCausalLM
 
+from ecosystem.conftest import Row
+
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")  # the libraries' own
 TOKENS = random_tokens(1, 8)
 
@@ -50,13 +52,13 @@ def end(server: ServerProcess, model: torch.nn.Module) -> None:
 
 @pytest.mark.parametrize("full", [False, True], ids=["LoRA", "weights"])
 def test_what_was_trained_is_never_overwritten_unasked(
-    server: ServerProcess, qwen3_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, full: bool
+    server: ServerProcess, qwen3_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, table: list[Row], full: bool
 ) -> None:
     monkeypatch.setenv("KT_EXPERT_RUN", f"named-{full}")
     model = started(qwen3_checkpoint, server.address, full=full)
     trained = train(model)
     end(server, model)
-    with pytest.raises(kt.WrongPhase, match=r"adapters of an earlier start on the server, after 2 steps.*existing='keep'"):
+    with pytest.raises(kt.WrongPhase, match=r"of an earlier start on the server, after 2 steps.*existing='keep'") as refusal:
         train(started(qwen3_checkpoint, server.address, full=full))
     end(server, model)
     kept = started(qwen3_checkpoint, server.address, kt.RunOptions(existing="keep"), full=full)
@@ -68,6 +70,8 @@ def test_what_was_trained_is_never_overwritten_unasked(
     assert getattr(again, "kt_expert_offload").run.steps_taken == 2  # noqa: B009
     end(server, again)
     kt.connect(server.address).close_run(f"named-{full}")
+    what = "weights" if full else "LoRA"
+    table.append(Row(f"T32: a named run started twice, {what}", "refused", None, None, None, str(refusal.value)))
 
 
 def test_values_of_the_trainer_are_not_kept_on_the_server(
