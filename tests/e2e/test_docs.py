@@ -21,23 +21,24 @@ def blocks(page: Path, language: str, server: ServerProcess, checkpoint: Path) -
     return "\n".join(found).replace("host:7443", server.address).replace("/models/Qwen3-30B-A3B", str(checkpoint))
 
 
-@pytest.mark.parametrize("language", ["python", "sh"])
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_what_a_page_shows_runs(
-    page: Path, language: str, server: ServerProcess, qwen3_checkpoint: Path, tmp_path: Path
-) -> None:
-    code = blocks(page, language, server, qwen3_checkpoint)
-    if not code:
-        assert f"```{language}" not in page.read_text(encoding="utf-8")
-        return
-    command = [sys.executable, "-c", code] if language == "python" else ["bash", "-euc", code]
+def test_what_a_page_shows_runs(page: Path, server: ServerProcess, qwen3_checkpoint: Path, tmp_path: Path) -> None:
+    """Its Python first, then its commands, in one folder."""
     search = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    result = subprocess.run(
-        command, cwd=tmp_path, capture_output=True, text=True, timeout=240, check=False, env={**os.environ, "PATH": search}
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr
-    if page.stem == "trainers" and language == "sh":
-        assert "True" in result.stdout
+    for language, command in (("python", [sys.executable, "-c"]), ("sh", ["bash", "-euc"])):
+        code = blocks(page, language, server, qwen3_checkpoint)
+        result = subprocess.run(
+            [*command, code],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=240,
+            check=False,
+            env={**os.environ, "PATH": search},
+        )
+        assert result.returncode == 0, result.stderr
+        if page.stem == "trainers" and language == "sh":
+            assert "True" in result.stdout
 
 
 def test_links_lead_somewhere() -> None:

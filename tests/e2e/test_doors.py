@@ -13,11 +13,10 @@ import pytest
 import torch
 from kt_expert_client.parameters.tensor import RemoteTensor
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
-from peft.optimizers import create_loraplus_optimizer
 from safetensors.torch import load_file, save_file
 from support.models import random_tokens
 from support.server import ServerProcess
-from support.training import adapted, logits, lora_config
+from support.training import adapted, logits
 from torch.nn.utils import parametrize
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")  # the libraries' own
@@ -88,51 +87,6 @@ def sgd(model: Any) -> torch.optim.Optimizer:
     return torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05, momentum=0.9)
 
 
-def test_names_counts_and_shapes_are_stocks(pair: Pair) -> None:
-    stock, remote = ({name: tuple(p.shape) for name, p in model.named_parameters()} for model in pair)
-    assert remote == stock
-    assert pair[1].get_nb_trainable_parameters() == pair[0].get_nb_trainable_parameters()
-    assert pair[1].num_parameters() == pair[0].num_parameters()
-    assert all(isinstance(p, RemoteTensor) == (".experts." in name) for name, p in pair[1].named_parameters())
-
-
-def test_groups_have_rates_of_their_own(pair: Pair) -> None:
-    both(pair, lambda model: torch.optim.AdamW([
-        {"params": list(lora_of(model, "lora_A").values()), "lr": 1e-3, "weight_decay": 0.1},
-        {"params": list(lora_of(model, "lora_B").values()), "lr": 2e-2, "betas": (0.8, 0.9)},
-    ]))  # fmt: skip
-
-
-def test_lora_plus(pair: Pair) -> None:
-    both(pair, lambda model: create_loraplus_optimizer(model, torch.optim.AdamW, lr=1e-3, loraplus_lr_ratio=16))
-
-
-@pytest.mark.parametrize("frozen", [".experts.", "lora_A", "layers.1."])
-def test_parameters_are_frozen_by_name(pair: Pair, frozen: str) -> None:
-    for model in pair:
-        for name, parameter in lora_of(model).items():
-            parameter.requires_grad_(frozen not in name)
-    both(pair, adamw)
-
-
-@pytest.mark.parametrize(
-    "clip",
-    [
-        lambda model: torch.nn.utils.clip_grad_value_(model.parameters(), 1e-3),
-        lambda model: torch.nn.utils.clip_grad_norm_(model.parameters(), 0.01),
-        lambda model: torch.nn.utils.clip_grad_norm_(model.parameters(), 0.01, norm_type=1.0),
-        lambda model: torch.nn.utils.clip_grad_norm_(model.parameters(), 0.001, norm_type=float("inf")),
-        lambda model: [torch.nn.utils.clip_grad_norm_([p], 0.001) for p in model.parameters() if p.grad is not None],
-        lambda model: [p.grad.mul_(0.5).clamp_(max=1e-4) for p in model.parameters() if p.grad is not None],
-        lambda model: [p.grad.div_(3) for p in model.parameters() if p.grad is not None],
-        lambda model: [p.grad.zero_() for name, p in lora_of(model, "lora_A").items()],
-    ],
-    ids=["value", "2", "1", "inf", "one by one", "scale and clamp", "divide", "zero some"],
-)
-def test_gradients_are_changed_as_in_process(pair: Pair, clip: Callable[[Any], object]) -> None:
-    both(pair, adamw, change=clip)
-
-
 def test_gradients_have_stocks_values(pair: Pair) -> None:
     for model in pair:
         loss(model, 1).backward()
@@ -140,56 +94,6 @@ def test_gradients_have_stocks_values(pair: Pair) -> None:
     for (name, expected), (_, got) in zip(lora_of(pair[0]).items(), lora_of(pair[1]).items(), strict=True):
         assert torch.allclose(got.grad.detach().cpu(), expected.grad, rtol=1e-4, atol=2e-6), name
         assert bool(torch.isfinite(got.grad).all())
-
-
-def test_only_what_a_pass_collects_is_added_up(pair: Pair) -> None:
-    for model in pair:
-        loss(model, 1).backward()
-        embeddings = model.get_input_embeddings().weight.requires_grad_()
-        torch.autograd.grad(loss(model, 2), [embeddings])
-        value = loss(model, 3)
-        value.backward(inputs=[next(p for n, p in lora_of(model).items() if "q_proj" in n)], retain_graph=True)
-        value.backward(inputs=[p for n, p in lora_of(model, "lora_B").items()])
-        embeddings.requires_grad_(False)
-    for (name, expected), (_, got) in zip(lora_of(pair[0]).items(), lora_of(pair[1]).items(), strict=True):
-        assert torch.allclose(got.grad.detach().cpu(), expected.grad, rtol=1e-4, atol=2e-6), name
-
-
-def test_two_losses_on_one_graph(pair: Pair) -> None:
-    def step(model: Any, optimizer: torch.optim.Optimizer) -> None:
-        value = loss(model, 1)
-        value.backward(retain_graph=True)
-        (value * 0.5).backward()
-        optimizer.step()
-
-    for model in pair:
-        step(model, adamw(model))
-    same(pair)
-
-
-def test_a_second_adapter(pair: Pair) -> None:
-    config, bound = lora_config(r=2, lora_alpha=6), 1e-4  # each training makes more of the last one's rounding
-    for model in pair:
-        torch.manual_seed(11)
-        model.add_adapter("second", config)
-        model.set_adapter("second")
-    same(pair, bound=bound)
-    for model in pair:
-        randomise(model, 5)
-        model.set_adapter("second")
-    both(pair, sgd, bound=bound)
-    for model in pair:
-        model.set_adapter("default")
-    same(pair, bound=bound)
-    for model in pair:
-        model.base_model.set_adapter(["default", "second"])
-    both(pair, sgd, bound=bound)
-    for model in pair:
-        with model.disable_adapter():
-            pass
-        model.delete_adapter("second")
-        model.set_adapter("default")
-    both(pair, sgd, bound=bound)
 
 
 def test_saved_and_loaded_as_a_second_adapter(pair: Pair, tmp_path: Path) -> None:
@@ -271,19 +175,6 @@ def test_arithmetic_on_parameters(pair: Pair) -> None:
     same(pair)
 
 
-def test_the_gradient_scaler(pair: Pair) -> None:
-    for model in pair:
-        optimizer, scaler = adamw(model), torch.amp.GradScaler("cpu", init_scale=64.0)
-        for step in range(3):
-            scaler.scale(loss(model, step)).backward()
-            scaler.unscale_(optimizer)
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 0.05)
-            scaler.step(optimizer)
-            scaler.update()
-            optimizer.zero_grad()
-    same(pair)
-
-
 class Rounded(torch.nn.Module):
     """The bf16 form of weights; gradients pass as if nothing had been rounded."""
 
@@ -321,14 +212,6 @@ def test_full_fine_tuning_trains_the_experts(name: str, tmp_path: Path) -> None:
             if ".experts." in key:
                 ours, theirs = value.detach().cpu() - begun[key], trained[key].detach() - begun[key]
                 assert float((ours - theirs).norm() / theirs.norm()) < 0.1, key
-
-
-@pytest.mark.parametrize("make", [torch.optim.Adafactor, torch.optim.RMSprop, torch.optim.NAdam])
-def test_an_optimizer_of_other_numbers_is_refused(pair: Pair, make: Any) -> None:
-    optimizer = make([p for p in pair[1].parameters() if p.requires_grad], lr=1e-2)
-    loss(pair[1]).backward()
-    with pytest.raises(kt.UnsupportedModel, match=f"torch.optim.*{make.__name__}"):
-        optimizer.step()
 
 
 def test_moments_that_another_optimizer_replaced_are_not_taken_for_ones_own(pair: Pair) -> None:

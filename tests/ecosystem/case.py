@@ -9,6 +9,7 @@ from typing import Any
 
 import kt_expert_client as kt
 import torch
+from kt_expert_client.parameters.tensor import RemoteTensor
 from peft import PeftModel, get_peft_model
 from support.models import load_stock, random_tokens
 from support.training import SEED, lora_config
@@ -33,7 +34,10 @@ class Side:
         if self.address is None:
             return load_stock(self.checkpoint) if not kwargs else self._stock(**kwargs)
         with kt.offload_experts(self.address, self.options):
-            return AutoModelForCausalLM.from_pretrained(self.checkpoint, **{"dtype": torch.float32, **kwargs})
+            model = AutoModelForCausalLM.from_pretrained(self.checkpoint, **{"dtype": torch.float32, **kwargs})
+        named = model.named_parameters()
+        assert all(isinstance(parameter, RemoteTensor) == (".experts." in name) for name, parameter in named)
+        return model
 
     def _stock(self, **kwargs: Any) -> Any:
         settings = {"dtype": torch.float32, "experts_implementation": "eager", **kwargs}

@@ -375,6 +375,8 @@ CASES = [
         lambda model: [clip_norm([p], 0.001) for p in model.parameters() if p.grad is not None])),
     Case("T6", "scaled and clamped by hand", clipped(
         lambda model: [p.grad.mul_(0.5).clamp_(max=1e-4) for p in model.parameters() if p.grad is not None])),
+    Case("T6", "divided by hand", clipped(lambda model: [p.grad.div_(3) for p in model.parameters() if p.grad is not None])),
+    Case("T6", "some zeroed by hand", clipped(lambda model: [p.grad.zero_() for p in lora_of(model, "lora_A").values()])),
     Case("T7", "accelerate", lambda side: accelerated(side, save=False)),
     Case("T7", "save_state and load_state", lambda side: accelerated(side, save=True)),
     Case("T9", "all parameters trainable, first gradients", full_fine_tuning, norm_bound=2e-2),

@@ -31,6 +31,12 @@ def test_gradients_that_no_optimizer_takes_are_named(
     loss_of(model, 3).backward()
     optimizer.step()  # said once
     (row,) = [str(each.message) for each in warnings if said in str(each.message)]
+    other = adapted(qwen3_checkpoint, server.address)
+    loss_of(other).backward()
+    for step in range(5):  # of one model, while another one has gradients that nobody has cleared
+        optimizer.zero_grad()
+        loss_of(model, step).backward()
+        optimizer.step()
     table.append(
         Row("T37: no optimizer holds the experts' parameters", "equal", None, None, None, f"as stock, and a warning: {row}")
     )

@@ -45,6 +45,7 @@ class _Slot:
     scale: float = 1.0  # to be multiplied with
     edits: list[tuple[str, float, float]] = field(default_factory=list)  # before that: zero, scale or clamp
     passed_over: int = 0  # steps of optimizers that did not take it, one after the other
+    is_fresh: bool = False  # a backward has added to it since an optimizer stepped
 
 
 class Gradients:
@@ -123,6 +124,7 @@ class Gradients:
             )
         matrix.prepare()
         self.changed()
+        slot.is_fresh = True
         if gradient is None and not self_begun:
             slot.generation, slot.begun_in, slot.is_spent = slot.generation + 1, current, False
             slot.scale, slot.edits = 1.0, []
@@ -197,9 +199,13 @@ class Gradients:
         untaken = []
         for place in self._live():
             slot = self._slots[place]
-            slot.passed_over = 0 if place in taken or slot.is_spent else slot.passed_over + 1
-            if slot.passed_over == _STEPS_UNTAKEN:
-                untaken.append(str(place))
+            if place in taken or slot.is_spent:
+                slot.passed_over = 0
+            elif slot.is_fresh:  # else the step is perhaps another model's
+                slot.passed_over += 1
+                if slot.passed_over == _STEPS_UNTAKEN:
+                    untaken.append(str(place))
+            slot.is_fresh = False
         if untaken and not self._has_warned:
             self._has_warned = True
             warnings.warn(
