@@ -253,3 +253,43 @@ def _change(folder: Path, **settings: object) -> None:
 def _keep(folder: Path, wanted: Callable[[str], bool]) -> None:
     tensors = load_file(folder / TENSORS)
     save_file({key: value for key, value in tensors.items() if wanted(key)}, folder / TENSORS)
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "deepseek_v3", "gpt_oss", "olmoe"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_merged_model_is_the_one_that_was_trained(
+    family: str, dtype: torch.dtype, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In the checkpoint's own names and dtypes: stock loads it."""
+    model = save_checkpoint(family, tmp_path / "model")
+    if dtype == torch.float32:
+        load_stock(model).save_pretrained(tmp_path / "fp32")
+        model = tmp_path / "fp32"
+    expected = trained(model, tmp_path / "adapter")
+    assert tool("merge", tmp_path / "adapter", tmp_path / "merged", "--model", model) == 0
+    assert "tensors with the adapter in them, read back" in capsys.readouterr().out
+    got = logits(load_stock(tmp_path / "merged"))
+    if dtype == torch.float32:
+        assert (got - expected).abs().max() <= BOUND * expected.abs().max()
+        return
+    reference = PeftModel.from_pretrained(load_stock(model), tmp_path / "adapter").merge_and_unload()
+    with torch.no_grad():
+        for parameter in reference.parameters():
+            parameter.copy_(parameter.to(torch.bfloat16).float())
+    # One of many values may lie so near to a tie that fp32's rounding decides.
+    assert (got - logits(reference)).abs().max() <= 5e-3 * expected.abs().max()
+
+
+def test_what_cannot_be_merged_is_named(
+    qwen3_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:  # fmt: skip
+    trained(qwen3_checkpoint, tmp_path / "adapter")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "something").write_text("")
+    assert tool("merge", tmp_path / "adapter", tmp_path / "full", "--model", qwen3_checkpoint) == 2
+    assert "is not empty; give a new folder" in capsys.readouterr().err
+    tensors = load_file(tmp_path / "adapter" / TENSORS)
+    renamed = {key.replace("layers.0.self_attn", "layers.7.self_attn"): value for key, value in tensors.items()}
+    save_file(renamed, tmp_path / "adapter" / TENSORS)
+    assert tool("merge", tmp_path / "adapter", tmp_path / "out", "--model", qwen3_checkpoint) == 2
+    assert "changes model.layers.7.self_attn.q_proj.weight, which" in capsys.readouterr().err

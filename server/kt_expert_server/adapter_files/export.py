@@ -38,7 +38,7 @@ def per_expert(files: AdapterFiles, base: BaseOfAdapter) -> tuple[dict[str, Any]
     """Configuration and tensors. Raises InvalidRequest for an adapter that cannot be written so."""
     if base.is_fused_in_vllm:
         raise InvalidRequest(f"{base.model_type} is served from PEFT's fused form, as it is; nothing is to be exported")
-    layers, others = experts_of(files, base), _others(files)
+    layers, others = experts_of(files, base), others_of(files)
     rank = max(
         [each.rank for layer in layers.values() for each in layer.values()] + [a.shape[0] for a, _, _ in others.values()]
     )
@@ -59,7 +59,7 @@ def per_expert(files: AdapterFiles, base: BaseOfAdapter) -> tuple[dict[str, Any]
     return dict(files.config) | changed, tensors
 
 
-def _others(files: AdapterFiles) -> dict[str, tuple[Array, Array, float]]:
+def others_of(files: AdapterFiles) -> dict[str, tuple[Array, Array, float]]:
     """LoRA of modules beside the experts: A, B and scale by module. Raises InvalidRequest for tensors that are no LoRA."""
     experts = {each.key for each in expert_keys(files.tensors)}
     sides: dict[str, dict[str, Array]] = {}

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kt_expert_server.model.architecture import FAMILIES
-from kt_expert_server.model.index import plan_model
+from kt_expert_server.model.index import ModelPlan, plan_model
 
 _WITHOUT_CONVERSION = ("gpt_oss", "granitemoe", "qwen2_moe")  # PEFT 0.21 does not convert names per expert for these
 
@@ -45,7 +45,11 @@ class BaseOfAdapter:
 
 def base_of_adapter(directory: Path) -> BaseOfAdapter:
     """Raises ModelError for a directory without a model that is served."""
-    plan = plan_model(directory)
+    return base_of_plan(plan_model(directory))
+
+
+def base_of_plan(plan: ModelPlan) -> BaseOfAdapter:
+    """The same of a model that was looked at."""
     namings = FAMILIES[plan.model_type].namings
     separate = next((each for each in namings if each.per_expert is not None), None)
     names = ("gate_proj", "up_proj", "down_proj")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from kt_expert_server.adapter_files.export import experts_of, per_expert
 from kt_expert_server.adapter_files.files import read_adapter, write_adapter
+from kt_expert_server.adapter_files.merge import merge
 from kt_expert_server.adapter_files.model import base_of_adapter
 from kt_expert_server.adapter_files.readers import READERS
 from kt_expert_server.adapter_files.verify import verdicts
@@ -31,6 +32,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--against", type=Path, metavar="DIR", help="the adapter as it was trained (default: DIR by PEFT's rules)"
     )
     verify.add_argument("--readers", default=",".join(READERS), help="some of %(default)s, separated by commas")
+    merged = actions.add_parser("merge", help="write the model with an adapter merged into it, as the checkpoint is")
+    merged.add_argument("adapter", type=Path, metavar="DIR")
+    merged.add_argument("out", type=Path, metavar="OUT")
+    merged.add_argument("--model", required=True, type=Path, metavar="DIR", help="the base model, in bf16, fp16 or fp32")
     export = actions.add_parser("export-adapter", help="write an adapter with names per expert, which serving engines read")
     export.add_argument(
         "adapter", type=Path, metavar="DIR", help="PEFT's, or one with kt-kernel's fused_expert_lora.safetensors"
@@ -43,6 +48,10 @@ def run(options: argparse.Namespace) -> int:
     """1 where a checkpoint is damaged, or an adapter is served in another way than it was trained."""
     if options.action == "verify-adapter":
         return _verify_adapter(options)
+    if options.action == "merge":
+        changed = merge(read_adapter(options.adapter), options.model, options.out)
+        print(f"wrote {options.out}: {changed} tensors with the adapter in them, read back")
+        return 0
     if options.action == "export-adapter":
         write_adapter(options.out, *per_expert(read_adapter(options.adapter), base_of_adapter(options.model)))
         print(f"wrote {options.out}")
