@@ -83,6 +83,7 @@ class OffloadedLayer:
         if not call.keep:
             return output, 0
         number = next(self._numbers)
+        self._offload.parameters.open_tickets += 1
         self._tickets[number] = _Ticket(run, handle.ticket, call.expert_ids.shape[1])
         return output, number
 
@@ -145,6 +146,7 @@ class OffloadedLayer:
     def release(self, ticket: int) -> None:
         saved = self._tickets.pop(ticket, None)
         if saved is not None:
+            self._offload.parameters.open_tickets -= 1
             saved.run.release(saved.number)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import gc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -151,3 +153,21 @@ def test_only_layers_that_there_are_can_be_trained(server: ServerProcess, qwen3_
     model = adapted(qwen3_checkpoint, server.address)
     with pytest.raises(kt.InvalidRequest, match=r"layers \[7\] have no experts on a server; those that have: \[0, 1, 2\]"):
         kt.train_in_full(model, [2, 7])
+
+
+def test_copies_that_are_gone_are_gone_on_the_server_too(server: ServerProcess, qwen3_checkpoint: Path) -> None:
+    model = made(qwen3_checkpoint, server.address)
+
+    def adapters() -> set[str]:
+        logits(model)  # what is not used any more goes with the next request
+        return {key.adapter for key in model.kt_expert_offload.run.get_adapter()}
+
+    assert adapters() == {"default"}
+    for _ in range(3):
+        copied = copy.deepcopy(model)
+        model.merge_adapter()
+        assert len(adapters()) == 3  # it, the copy, and what was merged
+        model.unmerge_adapter()
+        del copied
+        gc.collect()
+        assert adapters() == {"default"}

@@ -44,7 +44,8 @@ def snapshot(a: LoraMatrix, b: LoraMatrix, scale: float, *, is_b_first: bool) ->
     name = a.store.snapshot(a.place.adapter)
 
     def frozen(matrix: LoraMatrix, side: str) -> LoraMatrix:
-        return LoraMatrix(matrix.store, Place(name, matrix.place.layer, matrix.place.target, side), matrix.shape)
+        place = Place(name, matrix.place.layer, matrix.place.target, side)
+        return matrix.store.hold(LoraMatrix(matrix.store, place, matrix.shape))
 
     return Merged(frozen(a, A), frozen(b, B), scale, is_b_first)
 

@@ -28,14 +28,15 @@ class MirrorMatrix(LoraMatrix):
 class Mirror:
     """One matrix's two forms. The server's is made when it is first needed."""
 
-    def __init__(self, store: ParameterStore, place: Place, shape: LoraShape) -> None:
+    def __init__(self, store: ParameterStore, place: Place, shape: LoraShape, *, is_copy: bool = False) -> None:
+        self._is_copy = is_copy
         self._store, self._place, self._shape = store, place, shape
         self._there: RemoteTensor | None = None
         self._sent: torch.Tensor | None = None  # what the server has: writes through .data leave no other trace
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Mirror:
         name, _ = self._store.name_in_copy(self._place.adapter, memo)
-        copied = Mirror(self._store, replace(self._place, adapter=name), self._shape)
+        copied = Mirror(self._store, replace(self._place, adapter=name), self._shape, is_copy=True)
         memo[id(self)] = copied
         return copied
 
@@ -50,6 +51,8 @@ class Mirror:
         there = self._there
         if there is None:
             matrix = self._store.make(MirrorMatrix(self._store, self._place, self._shape))
+            if self._is_copy:
+                self._store.hold(matrix)
             geometry = torch.empty(matrix.size, dtype=values.dtype, device="meta")
             there = self._there = RemoteTensor(Stored(ParameterSource(matrix)), geometry)
             self._store.gradients.add(matrix, there)

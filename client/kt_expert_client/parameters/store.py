@@ -24,6 +24,7 @@ from kt_expert_client.parameters.weights import WeightSet
 from kt_expert_client.run import Run
 
 LoraMatrixT = TypeVar("LoraMatrixT", bound=LoraMatrix)
+MatrixT = TypeVar("MatrixT", bound=Matrix)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +51,9 @@ class ParameterStore:
         self._copies = itertools.count(1)
         self._versions: Counter[str] = Counter()  # of an adapter: how often its values have changed
         self._snapshots: dict[str, tuple[int, str]] = {}  # of an adapter: at which version, and its name
+        self._held: Counter[str] = Counter()  # of a copy: how many objects here stand for one of its matrices
+        self.open_tickets = 0  # forwards whose backward may come
+        self._unused: list[str] = []  # copies that nothing stands for any more
         self.gradients = Gradients(self)
         self.weights = WeightSet(self)  # the model's own; its copies have others
 
@@ -93,7 +97,29 @@ class ParameterStore:
         name, is_new = self.name_in_copy(matrix.place.adapter, memo)
         if is_new:
             self.copy_adapter(matrix.place.adapter, name)
-        return LoraMatrix(self, replace(matrix.place, adapter=name), matrix.shape)
+        return self.hold(LoraMatrix(self, replace(matrix.place, adapter=name), matrix.shape))
+
+    def hold(self, matrix: MatrixT) -> MatrixT:
+        """A matrix of a copy: the copy stays on the server for as long as one of its matrices is there."""
+        self._held[matrix.place.adapter] += 1
+        weakref.finalize(matrix, self._let_go, matrix.place.adapter).atexit = False
+        return matrix
+
+    def _let_go(self, adapter: str) -> None:
+        """Runs when the garbage collector likes: nothing is asked of the server here."""
+        self._held[adapter] -= 1
+        if not self._held[adapter]:
+            self._unused.append(adapter)
+
+    def _remove_unused(self) -> None:
+        """Copies whose models are gone, once no backward can come that would need one. Of several ranks, one may still use what
+        another has let go."""
+        while self._unused and not self.open_tickets and self.world_size == 1:
+            name = self._unused.pop()
+            if not self._held[name]:
+                self.gradients.forget(name)
+                self._snapshots = {adapter: each for adapter, each in self._snapshots.items() if each[1] != name}
+                self.run.adapters.delete(name)
 
     def name_in_copy(self, adapter: str, memo: dict[int, Any]) -> tuple[str, bool]:
         """What an adapter is called in the copy that has this memo, and whether this is the first question."""
@@ -152,7 +178,9 @@ class ParameterStore:
             self._unsettled.add(key.adapter)
 
     def settle(self) -> None:
-        """Waits until rank 0 has written what this rank would have. Raises DeadlineExceeded."""
+        """Waits until rank 0 has written what this rank would have, and gives copies back that are not used any more. Raises
+        DeadlineExceeded."""
+        self._remove_unused()
         for adapter in sorted(self._unsettled):
             await_writes(self.run, adapter, self._writes[adapter])
         self._unsettled.clear()

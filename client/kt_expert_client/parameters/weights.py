@@ -134,7 +134,7 @@ class WeightMatrix(Matrix):
     def copy(self, memo: dict[int, Any]) -> WeightMatrix:
         weights = self.weights.copy(memo)
         place = Place(weights.adapter, self.place.layer, self.place.target, self.place.side)
-        return WeightMatrix(weights, place, self.shape)
+        return self.store.hold(WeightMatrix(weights, place, self.shape))
 
 
 class WeightSource(ParameterSource):

@@ -41,6 +41,7 @@ class FakeRun:
 class FakeParameters:
     def __init__(self) -> None:
         self.run = FakeRun()
+        self.open_tickets = 0
 
     def settle(self) -> None:
         pass
