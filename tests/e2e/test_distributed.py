@@ -19,9 +19,13 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*(gradient|activation)_checkpoi
 WORKER = Path(__file__).resolve().parent.parent / "support" / "ddp_worker.py"
 
 
-@pytest.mark.parametrize("targets", ["q_proj,v_proj", ""], ids=["attention and experts", "experts alone"])
+@pytest.mark.parametrize(
+    ("targets", "location"),
+    [("q_proj,v_proj", "server"), ("", "server"), ("q_proj,v_proj", "trainer")],
+    ids=["attention and experts", "experts alone", "LoRA in the trainer"],
+)
 def test_two_ddp_ranks_equal_one_trainer_with_twice_the_batch(
-    server: ServerProcess, qwen3_checkpoint: Path, tmp_path: Path, targets: str
+    server: ServerProcess, qwen3_checkpoint: Path, tmp_path: Path, targets: str, location: str
 ) -> None:
     before = server.metric("kt_expert_tickets")  # of trainers that have vanished in other tests
     config = lora_config(target_modules=[name for name in targets.split(",") if name])
@@ -37,7 +41,7 @@ def test_two_ddp_ranks_equal_one_trainer_with_twice_the_batch(
         text=True,
         timeout=600,
         check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "KT_EXPERT_LORA_LOCATION": location},
     )
     assert result.returncode == 0, result.stderr
     double = json.loads((tmp_path / "double" / "history.json").read_text())
