@@ -394,8 +394,8 @@ CASES = [
     Case("T28", "a token of NaN", a_token_of_nan),
     Case("T29", "an interrupted accumulation under accelerate", an_interrupted_accumulation),
     Case("T33", "another top-k", another_top_k),
-    Case("", "GradScaler", gradient_scaler),
-    Case("", "checkpointing, reentrant", checkpointed(use_reentrant=True)),
-    Case("", "checkpointing, not reentrant", checkpointed(use_reentrant=False)),
-    Case("", "generate between steps", generated_between_steps),
+    Case("loop", "GradScaler", gradient_scaler),
+    Case("loop", "checkpointing, reentrant", checkpointed(use_reentrant=True)),
+    Case("loop", "checkpointing, not reentrant", checkpointed(use_reentrant=False)),
+    Case("loop", "generate between steps", generated_between_steps),
 ]  # fmt: skip

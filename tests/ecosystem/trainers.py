@@ -99,8 +99,8 @@ def saved_model(side: Side) -> Figures:
 
 
 CASES = [
-    Case("", "Trainer", plain),
-    Case("", "Trainer, resumed from its checkpoint", resumed),
+    Case("Trainer", "plain", plain),
+    Case("Trainer", "resumed from its checkpoint", resumed),
     Case("T10", "Trainer.save_model without an adapter", saved_model),
     Case("T20", "save_only_model", weights_only),
     Case("T25", "load_best_model_at_end", best_model),
