@@ -12,7 +12,8 @@ from support.server import ServerProcess
 
 # A trainer that starts its workers by torchrun, as LLaMA-Factory does, and imports transformers late.
 PROGRAM = """
-import subprocess, sys
+import importlib.util, subprocess, sys
+assert importlib.util.find_spec("transformers") is not None  # as accelerate looks whether it is there
 if len(sys.argv) > 2:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1", __file__, sys.argv[1]]
     sys.exit(subprocess.run(command).returncode)

@@ -14,16 +14,23 @@ _HERE = str(Path(__file__).parent)
 
 
 class _AfterTransformers(importlib.abc.MetaPathFinder):
-    """Finds transformers as ever, and imports the client once that is there."""
+    """Finds transformers as ever, and imports the client once that is there. Libraries look for it before they import it, so
+    that a search alone changes nothing."""
+
+    def __init__(self) -> None:
+        self._is_asking = False
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
         del path, target
-        if fullname != "transformers":
+        if fullname != "transformers" or self._is_asking:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(fullname)
+        self._is_asking = True  # the other finders
+        try:
+            spec = importlib.util.find_spec(fullname)
+        finally:
+            self._is_asking = False
         if spec is not None and spec.loader is not None:
             _import_client_after(spec.loader)
         return spec
