@@ -10,7 +10,7 @@ wheel=$(ls build/wheel/*.whl)
 for pair in "5.6.0 0.18.1" "5.16.1 0.20.0"; do
     transformers=${pair% *} peft=${pair#* }
     folder=build/versions/transformers-$transformers
-    [ -d "$folder" ] || python3 -m venv "$folder"
+    [ -d "$folder" ] || .venv/bin/python -m venv "$folder"
     "$folder/bin/python" -m pip install --quiet "$torch"
     "$folder/bin/python" -m pip install --quiet "$wheel[server,transformers]" "transformers==$transformers" "peft==$peft" \
         pytest pytest-timeout trustme

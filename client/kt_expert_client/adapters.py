@@ -13,6 +13,7 @@ from kt_expert_proto.lora import PART_NUMBERS
 from kt_expert_proto.v1 import session_pb2 as pb
 
 from kt_expert_client.adapter import LayerLora, TensorKey, TensorSet
+from kt_expert_client.asking import Asking
 from kt_expert_client.errors import InvalidRequest
 from kt_expert_client.session.calls import Call, OutTensor
 from kt_expert_client.session.driver import Pending, Session
@@ -29,8 +30,8 @@ _DIMENSIONS = 3  # experts, rows, columns
 class RunAdapters:
     """Any thread may call. Each call waits for the server's answer, but those that begin with submit."""
 
-    def __init__(self, session: Session, run: str, world_size: int) -> None:
-        self._session, self._run, self._world_size = session, run, world_size
+    def __init__(self, session: Session, asking: Asking) -> None:
+        self._session, self._asking = session, asking
 
     def create(
         self, name: str, lora: Iterable[LayerLora], *, trainable: bool = False, initialise: bool = False
@@ -135,11 +136,7 @@ class RunAdapters:
         return self._session.submit(Call(Op.WRITE_TENSOR, opened, _TIMEOUT_S, key.layer, Dtype.FP32, rows, columns, sent))
 
     def _ask(self, op: Op, opened: pb.RequestOpen, timeout_s: float = _TIMEOUT_S) -> pb.ResultHead:
-        call = Call(op, opened, timeout_s)
-        others = f"the other ranks of run {self._run!r}, {self._world_size} in all, to ask for the norm of gradients"
-        self._session.submit(call).wait(waits_for=others if op is Op.GRAD_NORM and self._world_size > 1 else "")
-        assert call.head is not None  # noqa: S101  # it has succeeded
-        return call.head
+        return self._asking.ask(op, opened, timeout_s)
 
 
 def _named(key: TensorKey, first_expert: int | None, experts: int) -> pb.TensorName:

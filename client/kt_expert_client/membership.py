@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import re
-import time
 import uuid
 from dataclasses import dataclass
 
 import torch
 
-from kt_expert_client.errors import DeadlineExceeded
+from kt_expert_client.waiting import wait_until
 
 RUN_VARIABLE = "KT_EXPERT_RUN"
 _FORBIDDEN = re.compile(r"[^A-Za-z0-9._-]")
-_PAUSE_S = 0.05  # between two questions
-_SILENT_S = 10.0  # then it is said what is waited for
-_DEADLINE_S = 1800.0  # ranks may differ by a whole gradient accumulation
-_log = logging.getLogger("kt_expert_client")
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,19 +51,13 @@ def _shared_name(rank: int, number: int) -> str:
     store, key = torch.distributed.distributed_c10d._get_default_store(), f"kt-expert-run-{number}"
     if rank == 0:
         store.set(key, f"ddp-{uuid.uuid4().hex}")
-    begun, is_silent = time.monotonic(), True
-    while not store.check([key]):
-        waited = time.monotonic() - begun
-        about = (
+    wait_until(
+        lambda: bool(store.check([key])),
+        lambda: (
             f"for rank 0 to use its model number {number}, as rank {rank} does now. Does rank 0 connect the same models in the "
             "same order? A model that one rank alone has is connected with RunOptions(alone=True)"
-        )
-        if waited > _DEADLINE_S:
-            raise DeadlineExceeded(f"waited {waited:.0f} s {about}")
-        if is_silent and waited > _SILENT_S:
-            is_silent = False
-            _log.warning("waiting %s", about)
-        time.sleep(_PAUSE_S)
+        ),
+    )
     return str(store.get(key).decode("ascii"))
 
 

@@ -16,6 +16,7 @@ from kt_expert_proto.v1 import session_pb2 as pb
 
 from kt_expert_client.adapter import ActiveAdapter, AdapterTensors, GradientTarget, LayerLora, TensorKey, TensorSet
 from kt_expert_client.adapters import RunAdapters
+from kt_expert_client.asking import Asking
 from kt_expert_client.errors import InvalidRequest
 from kt_expert_client.optimizers import ParamGroup, Update, step_groups
 from kt_expert_client.session.actions import JoinTerms
@@ -27,7 +28,6 @@ DEFAULT_REQUEST_TIMEOUT_S = 600.0
 DEFAULT_BARRIER_TIMEOUT_S = 1800.0  # ranks may differ by a whole gradient accumulation
 _TRANSFER_TIMEOUT_S = 3600.0
 _SEEDS = 1 << 64
-_BARRIERS = (Op.GRAD_NORM, Op.STEP)
 
 
 class ForwardHandle:
@@ -96,7 +96,8 @@ class Run:
         self._default_bits = {entry.layer: tensor_bits(entry.tensors) for entry in lora}
         self._on_leave = on_leave
         self._staging = staging
-        self.adapters = RunAdapters(session, self.name, self.world_size)
+        self._asking = Asking(session, self.name, self.world_size)
+        self.adapters = RunAdapters(session, self._asking)
         self._closed = False
 
     @property
@@ -204,7 +205,7 @@ class Run:
         """Barrier: norm of the gradients of the adapter the run began with, averaged over the world size."""
         sets = [service_pb2.TensorSet(adapter=DEFAULT_ADAPTER)] if self._default_bits else []
         asked = pb.RequestOpen(grad_norm=pb.GradNorm(sets=sets, order=order))
-        return float(self._ask(Op.GRAD_NORM, asked, timeout_s).norm)
+        return float(self._asking.ask(Op.GRAD_NORM, asked, timeout_s).norm)
 
     def step(
         self,
@@ -230,17 +231,17 @@ class Run:
     ) -> int:
         """step() in the protocol's own words. Gradients that are `kept` go on being added to; all others end."""
         step = pb.Step(step=self._step + 1, groups=groups, kept=[each.to_proto() for each in kept])
-        self._step = int(self._ask(Op.STEP, pb.RequestOpen(step=step), timeout_s).step)
+        self._step = int(self._asking.ask(Op.STEP, pb.RequestOpen(step=step), timeout_s).step)
         return self._step
 
     def zero_grad(self, adapter: str = "") -> None:
         """Forgets what this member accumulated, for one adapter or for all."""
-        self._ask(Op.ZERO_GRAD, pb.RequestOpen(zero_grad=pb.ZeroGrad(adapter=adapter)), _TRANSFER_TIMEOUT_S)
+        self._asking.ask(Op.ZERO_GRAD, pb.RequestOpen(zero_grad=pb.ZeroGrad(adapter=adapter)), _TRANSFER_TIMEOUT_S)
 
     def get_adapter(self, *, parameters: bool = True, moments: bool = False, adapter: str = "") -> AdapterTensors:
         """fp32 tensors [E, rows, columns] of one adapter of the run, or of all."""
         asked = pb.RequestOpen(list_tensors=pb.ListTensors(adapter=adapter, parameters=parameters, moments=moments))
-        infos = self._ask(Op.LIST_TENSORS, asked, _TRANSFER_TIMEOUT_S).tensors
+        infos = self._asking.ask(Op.LIST_TENSORS, asked, _TRANSFER_TIMEOUT_S).tensors
         keys = [TensorKey(info.layer, info.tensor, PART_NAMES[info.part], info.adapter) for info in infos]
         shapes = [(info.shape[0], info.shape[1], info.shape[2]) for info in infos]
         return {key: self.adapters.read(key, shape) for key, shape in zip(keys, shapes, strict=True)}
@@ -260,22 +261,22 @@ class Run:
     def set_steps(self, count: int) -> None:
         """From now on the run has taken so many optimizer steps. Raises WrongPhase where a rank waits for one."""
         opened = pb.RequestOpen(set_step=pb.SetStep(step=count))
-        self._step = int(self._ask(Op.SET_STEP, opened, _TRANSFER_TIMEOUT_S).step)
+        self._step = int(self._asking.ask(Op.SET_STEP, opened, _TRANSFER_TIMEOUT_S).step)
 
     def refresh_steps(self) -> None:
         """Learns the run's step count from the server: another member may have set it."""
         opened = pb.RequestOpen(list_tensors=pb.ListTensors())
-        self._step = int(self._ask(Op.LIST_TENSORS, opened, _TRANSFER_TIMEOUT_S).step)
+        self._step = int(self._asking.ask(Op.LIST_TENSORS, opened, _TRANSFER_TIMEOUT_S).step)
 
     def save_checkpoint(self, name: str) -> str:
         """Snapshot of adapter, moments and step on the server's disk. Returns its digest."""
         opened = pb.RequestOpen(save_checkpoint=pb.CheckpointName(name=name))
-        return self._ask(Op.SAVE_CHECKPOINT, opened, _TRANSFER_TIMEOUT_S).digest
+        return self._asking.ask(Op.SAVE_CHECKPOINT, opened, _TRANSFER_TIMEOUT_S).digest
 
     def load_checkpoint(self, name: str) -> str:
         """Replaces adapter, moments and step of the run by a snapshot's. Returns the base model's digest."""
         opened = pb.RequestOpen(load_checkpoint=pb.CheckpointName(name=name))
-        head = self._ask(Op.LOAD_CHECKPOINT, opened, _TRANSFER_TIMEOUT_S)
+        head = self._asking.ask(Op.LOAD_CHECKPOINT, opened, _TRANSFER_TIMEOUT_S)
         self._step = int(head.step)
         return head.digest
 
@@ -286,14 +287,6 @@ class Run:
         self._closed = True
         self._on_leave(self)
         self._session.leave()
-
-    def _ask(self, op: Op, opened: pb.RequestOpen, timeout_s: float) -> pb.ResultHead:
-        """A request without tensors; waits for its outcome."""
-        call = Call(op, opened, timeout_s)
-        others = f"the other ranks of run {self.name!r}, {self.world_size} in all, to come to the same {op.name.lower()}"
-        self._session.submit(call).wait(waits_for=others if op in _BARRIERS and self.world_size > 1 else "")
-        assert call.head is not None  # noqa: S101  # it has succeeded
-        return call.head
 
     def _pass(
         self, op: Op, layer: int, tokens: int, hidden: int, opened: pb.RequestOpen, sent: tuple[OutTensor, ...],

@@ -150,7 +150,7 @@ OFFLOADER = Offloader()
 def patched_experts() -> Iterator[None]:
     """Inside, transformers' modeling modules build remote experts in place of their own. Done here and not through the
     library's registry of replacements, which imports every module of the library it can find (5.6)."""
-    replaced = [(module, name, stock) for module, name, stock in loaded_experts_classes()]
+    replaced = loaded_experts_classes()
     for module, name, stock in replaced:
         setattr(module, name, remote_class(stock))
     try:

@@ -100,9 +100,9 @@ class OptimizerDriver:
         taken = self._hidden.pop(optimizer, [])
         for parameter, gradient in taken:
             parameter.grad = gradient
-        places = {matrix.place for parameter, _ in taken if (matrix := matrix_of(parameter)) is not None}
+        matrices = [matrix for parameter, _ in taken if (matrix := matrix_of(parameter)) is not None]
         for store in self._stores:
-            store.gradients.warn_of_untaken(places)
+            store.gradients.warn_of_untaken({matrix.place for matrix in matrices if matrix.store is store})
 
     def _step(self, optimizer: torch.optim.Optimizer, taken: list[_Taken]) -> None:
         stores = {each.matrix.store for each in taken}

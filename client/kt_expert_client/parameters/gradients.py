@@ -196,6 +196,8 @@ class Gradients:
 
     def warn_of_untaken(self, taken: set[Place]) -> None:
         """An optimizer has stepped and has taken these. Warns, once, of gradients that no optimizer takes."""
+        if self._has_warned:
+            return
         untaken = []
         for place in self._live():
             slot = self._slots[place]
@@ -206,7 +208,7 @@ class Gradients:
                 if slot.passed_over == _STEPS_UNTAKEN:
                     untaken.append(str(place))
             slot.is_fresh = False
-        if untaken and not self._has_warned:
+        if untaken:
             self._has_warned = True
             warnings.warn(
                 f"gradients of {len(untaken)} expert parameters were left by the last {_STEPS_UNTAKEN} optimizer steps: "

@@ -17,9 +17,9 @@ from kt_expert_client.session.actions import Connect, Disconnect, Note, Phase, S
 from kt_expert_client.session.calls import Call
 from kt_expert_client.session.core import SessionCore
 from kt_expert_client.session.inflight import ANSWER_SLACK_S
+from kt_expert_client.waiting import SILENT_S
 from kt_expert_client.wire.base import Opener, Transport
 
-_SILENT_S = 10.0  # then a wait says what it is for
 _log = logging.getLogger(__name__)
 _LEAVE_TIMEOUT_S = 10.0
 _LEAVE_GRACE_S = 2.0  # for the server to end the stream after the last outcome
@@ -43,7 +43,7 @@ class Pending:
         """Raises the request's error, or DeadlineExceeded where no outcome came in time. `waits_for`, what is to happen first,
         is said once it takes long."""
         most = self.call.timeout_s + ANSWER_SLACK_S + _LOCAL_SLACK_S
-        if waits_for and not self.done.wait(_SILENT_S):
+        if waits_for and not self.done.wait(SILENT_S):
             _log.warning("waiting for %s", waits_for)
         if not self.done.wait(most if timeout_s is None else min(timeout_s, most)):
             raise DeadlineExceeded(f"request {self.request_id} has no outcome yet; wait longer, or cancel it")

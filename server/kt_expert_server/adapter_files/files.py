@@ -17,7 +17,7 @@ from safetensors.numpy import save_file
 from kt_expert_server.adapter_files.lora import Array
 from kt_expert_server.errors import InvalidRequest, ModelError
 from kt_expert_server.model.bf16 import bf16_to_fp32
-from kt_expert_server.model.safetensors_file import SafetensorsFile
+from kt_expert_server.model.safetensors_file import SafetensorsFile, TensorInfo
 
 WEIGHTS_NAME, CONFIG_NAME, KT_KERNEL_NAME = (
     "adapter_model.safetensors", "adapter_config.json", "fused_expert_lora.safetensors",
@@ -69,6 +69,17 @@ def read_adapter(directory: Path) -> AdapterFiles:
     return AdapterFiles(config, _tensors(weights), _tensors(kt_kernel))
 
 
+def read_fp32(file: SafetensorsFile, name: str, info: TensorInfo) -> Array:
+    """One tensor. Raises InvalidRequest for a dtype that is not a plain floating-point one."""
+    kinds = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}
+    if info.dtype not in kinds:
+        raise InvalidRequest(f"{file.name}: {name} is {info.dtype}, expected one of {', '.join(kinds)}")
+    raw: NDArray[Any] = np.empty(info.shape, kinds[info.dtype])
+    if raw.size:
+        file.read_into(info, 0, raw.reshape(-1).view(np.uint8).data)
+    return bf16_to_fp32(raw) if info.dtype == "BF16" else raw.astype(np.float32)
+
+
 def write_adapter(directory: Path, config: Mapping[str, Any], tensors: Mapping[str, Array]) -> None:
     """Raises InvalidRequest where there is one already."""
     if (directory / CONFIG_NAME).exists():
@@ -94,13 +105,7 @@ def _tensors(path: Path) -> dict[str, Array]:
     try:
         with SafetensorsFile(path) as file:
             for name, info in file.tensors.items():
-                kinds = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}
-                if info.dtype not in kinds:
-                    raise InvalidRequest(f"{path.name}: {name} is {info.dtype}, expected F32, F16 or BF16")
-                raw: NDArray[Any] = np.empty(info.shape, kinds[info.dtype])
-                if raw.size:
-                    file.read_into(info, 0, raw.reshape(-1).view(np.uint8).data)
-                found[name] = bf16_to_fp32(raw) if info.dtype == "BF16" else raw.astype(np.float32)
+                found[name] = read_fp32(file, name, info)
     except ModelError as error:
         raise InvalidRequest(str(error)) from error
     return found

@@ -14,10 +14,10 @@ from kt_expert_server.errors import InvalidRequest
 
 _FIRST_UNSWAPPED = (0, 19, 1)  # PEFT before it took the middle of [E, out, in] for the inputs
 GATE_UP, DOWN = "gate_up_proj", "down_proj"
-Pairs = dict[str, tuple[Array, Array]]  # by projection: A and B
+Pairs = dict[str, tuple[Array, Array]]  # A and B by projection, or by fused parameter
 
 
-def fused_pairs(keys: Sequence[ExpertKey], files: AdapterFiles, base: BaseOfAdapter) -> dict[str, tuple[Array, Array]]:
+def fused_pairs(keys: Sequence[ExpertKey], files: AdapterFiles, base: BaseOfAdapter) -> Pairs:
     """Of one layer's fused tensors: A [E, r, in] and B [E, out, r] by parameter, gate_up_proj and down_proj.
 
     PEFT (tuners/lora/layer.py, ParamWrapper) keeps A as [r * E, in], row e * r + j, and B as [out, r * E], column j * E + e;
@@ -64,9 +64,7 @@ def split_gate_up(a: Array, b: Array, *, interleaved: bool) -> Pairs:
     return {"gate": (a, gate), "up": (a, up)}
 
 
-def per_expert_pairs(
-    keys: Sequence[ExpertKey], files: AdapterFiles, experts: int
-) -> tuple[dict[str, tuple[Array, Array]], set[str]]:
+def per_expert_pairs(keys: Sequence[ExpertKey], files: AdapterFiles, experts: int) -> tuple[Pairs, set[str]]:
     """Of one layer's tensors with names per expert: A and B by projection, zero for an expert that is missing, and what is
     missing in words. Ranks of one projection are made equal by zeros."""
     found, missing = {}, set()

@@ -11,20 +11,18 @@ from typing import Any, BinaryIO
 
 import numpy as np
 from crc32c import crc32c
-from numpy.typing import NDArray
 
 from kt_expert_server.adapter_files.export import experts_of, others_of
-from kt_expert_server.adapter_files.files import PREFIX, AdapterFiles
+from kt_expert_server.adapter_files.files import PREFIX, AdapterFiles, read_fp32
 from kt_expert_server.adapter_files.lora import Array, ExpertMatrices
 from kt_expert_server.adapter_files.model import base_of_plan
 from kt_expert_server.errors import InvalidRequest
-from kt_expert_server.model.bf16 import bf16_to_fp32, round_to_bf16
+from kt_expert_server.model.bf16 import round_to_bf16
 from kt_expert_server.model.index import LayerPlan, ModelPlan, plan_model
 from kt_expert_server.model.safetensors_file import SafetensorsFile, TensorInfo
 
 _PIECE_BYTES = 64 * 1024 * 1024  # of a tensor that is copied as it is
 _LENGTH_BYTES = 8
-_PLAIN = ("F32", "F16", "BF16")
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,9 +125,7 @@ def _write_shard(source: Path, target: Path, changes: Mapping[str, _Change]) -> 
         _write_header(stream, ordered)
         for name, info in ordered:
             if name in changes:
-                if info.dtype not in _PLAIN:
-                    raise InvalidRequest(f"{name} is {info.dtype}, expected one of {', '.join(_PLAIN)} to merge into")
-                merged = _encoded(changes[name].add_to(_decoded(file, info)), info.dtype)
+                merged = _encoded(changes[name].add_to(read_fp32(file, name, info)), info.dtype)
                 checksums[name] = crc32c(merged)
                 stream.write(merged)
             else:
@@ -154,13 +150,6 @@ def _pieces(file: SafetensorsFile, info: TensorInfo) -> Iterator[memoryview]:
         piece = memoryview(bytearray(min(_PIECE_BYTES, info.size_bytes - begin)))
         file.read_into(info, begin, piece)
         yield piece
-
-
-def _decoded(file: SafetensorsFile, info: TensorInfo) -> Array:
-    kinds = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}
-    raw: NDArray[Any] = np.empty(info.shape, kinds[info.dtype])
-    file.read_into(info, 0, raw.reshape(-1).view(np.uint8).data)
-    return bf16_to_fp32(raw) if info.dtype == "BF16" else raw.astype(np.float32)
 
 
 def _encoded(values: Array, dtype: str) -> bytes:

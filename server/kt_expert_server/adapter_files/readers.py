@@ -15,6 +15,7 @@ from kt_expert_server.adapter_files.lora import ExpertMatrices, Layers, Reading
 from kt_expert_server.adapter_files.matrices import (
     DOWN,
     GATE_UP,
+    Pairs,
     fused_pairs,
     per_expert_pairs,
     split_gate_up,
@@ -61,10 +62,9 @@ def peft(files: AdapterFiles, base: BaseOfAdapter) -> Reading:
             pairs, missing = per_expert_pairs(keys, files, base.layers[layer].experts)
             if missing:
                 return Reading(refused=f"layer {layer} lacks {sorted(missing)[0]}, and PEFT converts whole layers")
-            scales = {}
-            for name in pairs:
-                scale, _ = files.scale_and_rank(f"{keys[0].path}.0.{_name_of(keys, name)}")
-                scales[name] = scale * (math.sqrt(2.0) if files.config.get("use_rslora") and name != "down" else 1.0)
+            scales = _scales(keys, pairs, files)
+            if files.config.get("use_rslora"):
+                scales |= {name: scales[name] * math.sqrt(2.0) for name in ("gate", "up")}
             layers[layer] = with_scale(pairs, scales)
     return Reading(layers, tuple(dropped))
 
@@ -93,9 +93,7 @@ def vllm(files: AdapterFiles, base: BaseOfAdapter) -> Reading:
             pairs, missing = per_expert_pairs(keys, files, base.layers[layer].experts)
             if missing:
                 return Reading(refused=f"layer {layer} lacks {sorted(missing)[0]}, and it needs every expert's")
-            layers[layer] = with_scale(
-                pairs, {name: files.scale_and_rank(f"{keys[0].path}.0.{_name_of(keys, name)}")[0] for name in pairs}
-            )
+            layers[layer] = with_scale(pairs, _scales(keys, pairs, files))
     return Reading(layers, tuple(dropped))
 
 
@@ -116,8 +114,10 @@ def sglang(files: AdapterFiles, base: BaseOfAdapter) -> Reading:
     return Reading(layers)
 
 
-def _name_of(keys: list[ExpertKey], projection: str) -> str:
-    return next(each.name for each in keys if PROJECTION_OF.get(each.name) == projection)
+def _scales(keys: list[ExpertKey], pairs: Pairs, files: AdapterFiles) -> dict[str, float]:
+    """By projection, as the configuration gives them for the names in the file."""
+    names = {PROJECTION_OF[each.name]: each.name for each in keys if each.name in PROJECTION_OF}
+    return {projection: files.scale_and_rank(f"{keys[0].path}.0.{names[projection]}")[0] for projection in pairs}
 
 
 READERS: Mapping[str, Reader] = {"peft": peft, "vllm": vllm, "sglang": sglang}
