@@ -11,6 +11,8 @@ from typing import Any
 import kt_expert_client as kt
 import pytest
 import torch
+from ecosystem.case import lora_of, randomise
+from ecosystem.case import loss_of as loss
 from kt_expert_client.parameters.tensor import RemoteTensor
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
@@ -29,26 +31,8 @@ Pair = tuple[PeftModel, PeftModel]  # in process, and with experts on the server
 def pair(server: ServerProcess, qwen3_checkpoint: Path) -> Pair:
     models = adapted(qwen3_checkpoint, None), adapted(qwen3_checkpoint, server.address)
     for model in models:
-        randomise(model, 3)
+        randomise(model, 3, scale=0.2)
     return models
-
-
-def randomise(model: Any, seed: int) -> None:
-    """Values for every LoRA matrix, so that none is zero. By name: the order of two models may differ."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for _, parameter in sorted(lora_of(model).items()):
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
-
-
-def lora_of(model: Any, part: str = "lora_") -> dict[str, torch.nn.Parameter]:
-    return {name: parameter for name, parameter in model.named_parameters() if part in name}
-
-
-def loss(model: Any, seed: int = 1) -> torch.Tensor:
-    tokens = random_tokens(2, 10, seed=seed)
-    found: torch.Tensor = model(input_ids=tokens, labels=tokens).loss
-    return found
 
 
 def train(
@@ -103,7 +87,7 @@ def test_saved_and_loaded_as_a_second_adapter(pair: Pair, tmp_path: Path) -> Non
     assert stock.keys() == remote.keys()
     assert all(torch.equal(remote[key], value) for key, value in stock.items())
     for model in pair:
-        randomise(model, 9)
+        randomise(model, 9, scale=0.2)
         model.load_adapter(tmp_path / "stock", "reference")
         model.set_adapter("reference")
     same(pair)
@@ -123,7 +107,7 @@ def test_state_dicts_go_both_ways(pair: Pair, tmp_path: Path) -> None:
     saved = torch.load(buffer, weights_only=True)
     assert all(torch.equal(value, pair[0].state_dict()[key]) for key, value in saved.items())
     for model in pair:
-        randomise(model, 8)
+        randomise(model, 8, scale=0.2)
     set_peft_model_state_dict(pair[1], stock)
     set_peft_model_state_dict(pair[0], stock)
     same(pair)

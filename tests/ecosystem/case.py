@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +12,7 @@ import kt_expert_client as kt
 import torch
 from kt_expert_client.parameters.tensor import RemoteTensor
 from peft import PeftModel, get_peft_model
-from support.models import load_stock, random_tokens
+from support.models import random_tokens
 from support.training import SEED, lora_config
 from transformers import AutoModelForCausalLM
 
@@ -32,16 +33,13 @@ class Side:
     def base(self, **kwargs: Any) -> Any:
         torch.manual_seed(SEED)
         if self.address is None:
-            return load_stock(self.checkpoint) if not kwargs else self._stock(**kwargs)
-        with kt.offload_experts(self.address, self.options):
+            settings = {"dtype": torch.float32, "experts_implementation": "eager", **kwargs}
+            return AutoModelForCausalLM.from_pretrained(self.checkpoint, **settings)
+        with self.loading():
             model = AutoModelForCausalLM.from_pretrained(self.checkpoint, **{"dtype": torch.float32, **kwargs})
         named = model.named_parameters()
         assert all(isinstance(parameter, RemoteTensor) == (".experts." in name) for name, parameter in named)
         return model
-
-    def _stock(self, **kwargs: Any) -> Any:
-        settings = {"dtype": torch.float32, "experts_implementation": "eager", **kwargs}
-        return AutoModelForCausalLM.from_pretrained(self.checkpoint, **settings)
 
     def adapted(self, **changes: Any) -> PeftModel:
         """With LoRA of random values, so that none is zero."""
@@ -49,17 +47,9 @@ class Side:
         randomise(model)
         return model
 
-    def loading(self) -> Any:
+    def loading(self) -> contextlib.AbstractContextManager[None]:
         """Models loaded inside have their experts on this side."""
-        return kt.offload_experts(self.address, self.options) if self.address else _Nothing()
-
-
-class _Nothing:
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, *error: object) -> None:
-        return None
+        return kt.offload_experts(self.address, self.options) if self.address else contextlib.nullcontext()
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,38 +4,20 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import kt_expert_client as kt
 import pytest
-import transformers
 from support.server import ServerProcess
 
 from ecosystem.case import Case, Side, difference
+from ecosystem.table import OLDER, TABLE, Row
 
-# Set where older transformers and PEFT are installed, which refuse some of what today's do: then the server's side must refuse
-# it in the same words.
-OLDER = "OLDER_LIBRARIES" in os.environ
-_NAME = f"trainers-transformers-{transformers.__version__}.json" if OLDER else "trainers.json"
 # Run where axolotl is installed: .ci/versions.sh does.
 collect_ignore = [] if importlib.util.find_spec("axolotl") else ["test_axolotl.py"]
-TABLE = Path(__file__).resolve().parents[2] / "build" / "ecosystem" / _NAME
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One line of the table. A difference is null where nothing of its kind is compared."""
-
-    case: str
-    outcome: str  # equal or refused
-    loss_diff: float | None
-    norm_diff: float | None
-    logit_diff: float | None
-    reason: str
 
 
 @pytest.fixture(scope="session")

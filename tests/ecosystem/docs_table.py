@@ -9,9 +9,10 @@ from pathlib import Path
 import peft
 import transformers
 
+from ecosystem.table import TABLE
+
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "trainers.md"
-WRITTEN = ROOT / "build" / "ecosystem" / "trainers.json"
 _TABLE = re.compile(r"(?<=<!-- table -->\n).*?(?=<!-- end of table -->)", re.DOTALL)
 _VERSIONS = re.compile(r"with transformers [\w.]+ and PEFT [\w.]+\.\n")
 
@@ -26,7 +27,7 @@ def rows_of_page() -> dict[str, str]:
 
 def main() -> None:
     lines = ["| case | outcome | loss | norm | logits | |", "|---|---|---|---|---|---|"]
-    for row in json.loads(WRITTEN.read_text(encoding="utf-8")):
+    for row in json.loads(TABLE.read_text(encoding="utf-8")):
         differences = [row["loss_diff"], row["norm_diff"], row["logit_diff"]]
         shown = ["" if value is None else f"{value:.1e}" for value in differences]
         reason = " ".join(row["reason"].replace("|", "\\|").split())

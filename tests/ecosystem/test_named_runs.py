@@ -13,7 +13,7 @@ from support.server import ServerProcess
 from support.training import SEED, logits, lora_config
 from transformers import AutoModelForCausalLM
 
-from ecosystem.conftest import Row
+from ecosystem.table import Row
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")  # the libraries' own
 TOKENS = random_tokens(1, 8)

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from support.server import ServerProcess
 
 from ecosystem.case import LOSS_BOUND, NORM_BOUND
-from ecosystem.conftest import Row
+from ecosystem.table import Row
 
 SUPPORT = Path(__file__).resolve().parent.parent / "support"
 

@@ -10,7 +10,7 @@ from support.server import ServerProcess
 from support.training import adapted
 
 from ecosystem.case import loss_of
-from ecosystem.conftest import Row
+from ecosystem.table import Row
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")  # the libraries' own
 

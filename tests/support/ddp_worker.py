@@ -12,9 +12,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import torch
 from transformers import TrainingArguments
 
+from support.ranks import end_process_group
 from support.training import adapted, history, lora_config, trainer
 
 
@@ -29,12 +29,7 @@ def main() -> None:
     made.save_model(str(output / "adapter"))
     if os.environ["RANK"] == "0":
         (output / "history.json").write_text(json.dumps(history(made)), encoding="utf-8")
-    # Kept: gloo's thread would otherwise give the last collective back, which needs the interpreter, while the group's
-    # destructor holds the interpreter and waits for that thread.
-    last = torch.distributed.barrier(async_op=True)
-    last.wait()
-    torch.distributed.destroy_process_group()
-    del last
+    end_process_group()
 
 
 if __name__ == "__main__":

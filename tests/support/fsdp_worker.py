@@ -14,6 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from support.models import random_tokens
+from support.ranks import end_process_group
 from support.training import adapted
 
 
@@ -42,10 +43,7 @@ def main() -> None:
     if rank == 0:
         model.save_pretrained(output.parent / "adapter", state_dict=state)
         output.write_text(json.dumps({"losses": losses, "norms": norms}), encoding="utf-8")
-    last = torch.distributed.barrier(async_op=True)
-    last.wait()
-    torch.distributed.destroy_process_group()
-    del last
+    end_process_group()
 
 
 if __name__ == "__main__":

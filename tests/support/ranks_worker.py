@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM
 
 from support.models import random_tokens
+from support.ranks import end_process_group
 from support.training import adapted, logits
 
 
@@ -50,10 +51,7 @@ def main() -> None:
             model.train()
             assert torch.equal(alone, within)
     (output / f"losses{rank}.json").write_text(json.dumps(losses), encoding="utf-8")
-    last = torch.distributed.barrier(async_op=True)
-    last.wait()
-    torch.distributed.destroy_process_group()
-    del last
+    end_process_group()
 
 
 if __name__ == "__main__":
