@@ -51,6 +51,7 @@ def _prepare() -> None:
             undisturbed(Plan(run, 0, world_size, steps, micro_batches, replay=False, drops=drops, edits=edits))
         if not drops:
             undisturbed(Plan(run, 0, world_size, steps, micro_batches, replay=False, adapters=True))
+            undisturbed(Plan(run, 0, world_size, steps, micro_batches, replay=False, weights=True))
 
 
 def main(seeds: int, first: int) -> int:
