@@ -35,12 +35,13 @@ from kt_expert_client.full import train_in_full
 from kt_expert_client.optimizers import Adafactor, Adam, AdamW, ParamGroup, Sgd
 from kt_expert_client.options import RunOptions
 from kt_expert_client.run import BackwardHandle, ForwardHandle, Run
-from kt_expert_client.start import attach, enable_from_environment, offload_experts
+from kt_expert_client.start import add_lora_experts, attach, enable_from_environment, offload_experts
 
 __all__ = [
     "offload_experts",
     "attach",
     "train_in_full",
+    "add_lora_experts",
     "connect",
     "Client",
     "Credentials",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -20,12 +20,13 @@ _FIRST_PARAMETER = 2  # among the tensors a call is given: after hidden states a
 class ExpertsCall:
     """What a forward is told beside its differentiable inputs. `keep` says whether a backward may come; it must be computed
     outside: inside, gradient mode looks the same under no_grad and in the discarded first pass of reentrant checkpointing, and
-    a ticket kept there would never be used. Dropout seed 0 drops nothing."""
+    a ticket kept there would never be used. Dropout seed 0 drops nothing. `meanwhile` is done while the server computes."""
 
     expert_ids: torch.Tensor  # [T, k]
     adapters: tuple[ActiveAdapter, ...]
     keep: bool
     dropout_seed: int
+    meanwhile: Callable[[], None] | None = None
 
 
 class RemoteLayer(Protocol):

@@ -79,6 +79,14 @@ class OffloadedLayer:
             dropout_seed=call.dropout_seed,
             borrow=True,  # autograd waits for the result
         )
+        try:
+            if call.meanwhile is not None:
+                call.meanwhile()
+        except BaseException:
+            handle.result()
+            if call.keep:
+                run.release(handle.ticket)
+            raise
         output = handle.result()
         if not call.keep:
             return output, 0

@@ -34,6 +34,8 @@ class RunOptions:
     alone: the model is this rank's only, as one that rank 0 evaluates with; its run waits for no other rank.
     existing: where a named run (KT_EXPERT_RUN) has adapters of an earlier start: "refuse" raises, "keep" goes on with their
     values in place of those that adapters begin with, "replace" begins anew.
+    lora_experts: how many extra experts each block gets beside those on the server, on the trainer's own device, each of
+    lora_expert_size (see add_lora_experts); 0 for none.
     non_finite: "allow" computes with NaN and infinity as in process; "refuse" looks at all that is sent, and raises.
     """
 
@@ -45,12 +47,18 @@ class RunOptions:
     lora_location: str = "server"
     alone: bool = False
     existing: str = "refuse"
+    lora_experts: int = 0
+    lora_expert_size: int = 1024  # kt-kernel's
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.dropout < 1.0:
             raise InvalidRequest(f"dropout is {self.dropout}, expected a probability in [0, 1)")
         if not 0.0 <= self.replay_window < math.inf:
             raise InvalidRequest(f"replay_window is {self.replay_window}, expected GiB of memory, or 0 for none")
+        if self.lora_experts < 0 or self.lora_expert_size < 1:
+            raise InvalidRequest(
+                f"{self.lora_experts} lora_experts of lora_expert_size {self.lora_expert_size}: expected 0 or more of 1 or more"
+            )
         chosen = (
             ("tickets", self.tickets, _TICKETS),
             ("moments", self.moments, _MOMENTS),
@@ -97,6 +105,13 @@ def _number(name: str, text: str) -> float:
         raise InvalidRequest(f"{name} is {text!r}, expected a number") from None
 
 
+def _count(name: str, text: str) -> int:
+    """Raises InvalidRequest for text that is none."""
+    if not text.isdecimal():
+        raise InvalidRequest(f"{name} is {text!r}, expected a whole number")
+    return int(text)
+
+
 def _switch(name: str, text: str) -> bool:
     """Raises InvalidRequest for text that is neither."""
     if text not in ("0", "1"):
@@ -104,4 +119,10 @@ def _switch(name: str, text: str) -> bool:
     return text == "1"
 
 
-_READERS = {"dropout": _number, "replay_window": _number, "alone": _switch}  # options that are no text
+_READERS = {  # of options that are no text
+    "dropout": _number,
+    "replay_window": _number,
+    "alone": _switch,
+    "lora_experts": _count,
+    "lora_expert_size": _count,
+}

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import atexit
 import os
+from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from torch import nn
 
+    from kt_expert_client.integrations.lora_experts import LoraExperts
     from kt_expert_client.offload import ModelOffload
     from kt_expert_client.options import RunOptions
 
@@ -36,6 +38,19 @@ def attach(model: nn.Module, address: str | None = None, options: RunOptions | N
     from kt_expert_client.integrations.transformers import attach as attach_model
 
     return attach_model(model, address, options)
+
+
+def add_lora_experts(
+    model: nn.Module, number: int = 2, intermediate_size: int = 1024, layers: Iterable[int] | None = None
+) -> list[LoraExperts]:
+    """Gives mixture-of-experts blocks small extra experts on the trainer's own device, beside those on the server.
+
+    Their mean is added to the block's output; it begins at zero. Call it before get_peft_model, whose configuration then names
+    them: LoraConfig(modules_to_save=["lora_experts"], ...). Raises InvalidRequest.
+    """
+    from kt_expert_client.integrations.lora_experts import add_lora_experts as add
+
+    return add(model, number, intermediate_size, layers)
 
 
 def enable_from_environment() -> None:

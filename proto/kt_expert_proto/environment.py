@@ -15,6 +15,8 @@ RUN_OPTIONS = {  # what a trainer's RunOptions are where it gives none
     "lora_location": "KT_EXPERT_LORA_LOCATION",
     "alone": "KT_EXPERT_ALONE",
     "existing": "KT_EXPERT_EXISTING",
+    "lora_experts": "KT_EXPERT_LORA_EXPERTS",
+    "lora_expert_size": "KT_EXPERT_LORA_EXPERT_SIZE",
 }
 KNOWN = (
     "KT_EXPERT_SERVER",

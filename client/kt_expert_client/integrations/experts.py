@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import re
 import sys
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -40,6 +41,7 @@ class RemoteExperts(nn.Module):
     kt_frozen: set[str]
     kt_layer: OffloadedLayer | None
     kt_offload: ModelOffload | None
+    kt_meanwhile: Callable[[], None] | None = None  # to be done once while the server computes
 
     def kt_strip(self) -> None:
         """Records the parameters' shapes and drops them."""
@@ -93,11 +95,13 @@ class RemoteExperts(nn.Module):
         if offload.ddp_parameter is not None:
             leaves.append(offload.ddp_parameter)
         inputs = [hidden_states, routing_weights, *leaves]
+        meanwhile, self.kt_meanwhile = self.kt_meanwhile, None
         call = ExpertsCall(
             expert_ids,
             adapters,
             torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs),
             draw_dropout_seed() if self.training and offload.options.dropout > 0 else 0,
+            meanwhile,
         )
         output: torch.Tensor = ExpertsFunction.apply(  # type: ignore[no-untyped-call]  # torch leaves it unannotated
             hidden_states, routing_weights, layer, call, *leaves

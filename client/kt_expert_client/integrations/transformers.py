@@ -22,6 +22,7 @@ from kt_expert_client.integrations.experts import (
     local_spec,
     remote_class,
 )
+from kt_expert_client.integrations.lora_experts import add_lora_experts, watch_blocks
 from kt_expert_client.offload import ModelOffload
 from kt_expert_client.options import RunOptions
 from kt_expert_client.parameters import gradient_operations, operations  # noqa: F401  # register what they define
@@ -81,6 +82,9 @@ class Offloader:
         offload = ModelOffload(client, _model_types(model), specs, wire_dtype, options, self._models)
         for spec, (_, module) in zip(specs, remote, strict=True):
             module.kt_connect(offload.layers[spec.layer], offload, dtype)
+        watch_blocks(model)
+        if options.lora_experts:
+            add_lora_experts(model, options.lora_experts, options.lora_expert_size)
         object.__setattr__(model, OFFLOAD_ATTRIBUTE, offload)
         object.__setattr__(model, _DDP_ATTRIBUTE, NamesForDdp(model, offload.use_ddp_parameter))
         self._optimizer_driver.install()
