@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -194,18 +195,8 @@ def test_matrices_of_an_old_peft_are_in_each_others_place(
 
 def test_kt_kernels_file_is_exported(qwen3_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Split LoRA: gate and up have an A of their own."""
-    folder, rank = tmp_path / "kt", 4
-    config = LoraConfig(r=rank, lora_alpha=8, target_modules=["q_proj"], task_type="CAUSAL_LM")
-    get_peft_model(load_stock(qwen3_checkpoint), config).save_pretrained(folder)
-    generator = torch.Generator().manual_seed(4)
-    sizes = {"gate": (24, 32), "up": (24, 32), "down": (32, 24)}
-    lora = {
-        f"layers.{layer}.experts.{name}_lora_{side}": torch.randn(shape, generator=generator) * 0.1
-        for layer in range(3)
-        for name, (outputs, inputs) in sizes.items()
-        for side, shape in (("a", (8, rank, inputs)), ("b", (8, outputs, rank)))
-    }
-    save_file(lora, folder / "fused_expert_lora.safetensors")
+    folder = tmp_path / "kt"
+    lora = kt_kernels_folder(qwen3_checkpoint, folder)
     assert tool("export-adapter", folder, tmp_path / "out", "--model", qwen3_checkpoint) == 0
     assert set(verify(capsys, tmp_path / "out", qwen3_checkpoint, "--against", folder).values()) == {"as trained"}
     merged, expected = load_stock(qwen3_checkpoint), PeftModel.from_pretrained(load_stock(qwen3_checkpoint), tmp_path / "out")
@@ -214,11 +205,95 @@ def test_kt_kernels_file_is_exported(qwen3_checkpoint: Path, tmp_path: Path, cap
             experts = merged.model.layers[layer].mlp.experts
             delta = {
                 name: 2.0 * lora[f"layers.{layer}.experts.{name}_lora_b"] @ lora[f"layers.{layer}.experts.{name}_lora_a"]
-                for name in sizes
+                for name in ("gate", "up", "down")
             }
             experts.gate_up_proj += torch.cat((delta["gate"], delta["up"]), dim=1)
             experts.down_proj += delta["down"]
     assert (logits(merged) - logits(expected)).abs().max() <= BOUND * logits(expected).abs().max()
+
+
+def kt_kernels_folder(model: Path, out: Path, **changes: Any) -> dict[str, torch.Tensor]:
+    """A folder as kt-kernel writes it: attention's LoRA by PEFT, experts' in a file of its own, which is returned."""
+    rank, experts, hidden, intermediate = 4, 8, 32, 24
+    config = LoraConfig(**{"r": rank, "lora_alpha": 8, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM"} | changes)
+    get_peft_model(load_stock(model), config).save_pretrained(out)
+    generator = torch.Generator().manual_seed(4)
+    sizes = {"gate": (intermediate, hidden), "up": (intermediate, hidden), "down": (hidden, intermediate)}
+    lora = {
+        f"layers.{layer}.experts.{name}_lora_{side}": torch.randn(shape, generator=generator) * 0.1
+        for layer in range(3)
+        for name, (outputs, inputs) in sizes.items()
+        for side, shape in (("a", (experts, rank, inputs)), ("b", (experts, outputs, rank)))
+    }
+    save_file(lora, out / "fused_expert_lora.safetensors")
+    return lora
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_kt_kernels_folder_is_imported(
+    qwen3_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], *, rslora: bool
+) -> None:
+    """As PEFT's fused form, which stock PEFT loads with nothing missing or dropped, and its extra experts with it."""
+    kt_kernels_folder(qwen3_checkpoint, tmp_path / "kt", use_rslora=rslora)
+    extra = {
+        f"base_model.model.model.layers.{layer}.mlp.lora_experts.0.le_{name}.weight": torch.ones(shape)
+        for layer in range(3)
+        for name, shape in (("gate", (5, 32)), ("up", (5, 32)), ("down", (32, 5)))
+    }
+    save_file(load_file(tmp_path / "kt" / TENSORS) | extra, tmp_path / "kt" / TENSORS)
+    assert tool("import-adapter", tmp_path / "kt", tmp_path / "out", "--model", qwen3_checkpoint) == 0
+    written, config = load_file(tmp_path / "out" / TENSORS), json.loads((tmp_path / "out" / CONFIG).read_text())
+    assert config["modules_to_save"] == ["lora_experts"]
+    assert extra.keys() <= written.keys()
+    save_file({key: values for key, values in written.items() if key not in extra}, tmp_path / "out" / TENSORS)
+    _change(tmp_path / "out", modules_to_save=None)
+    assert verify(capsys, tmp_path / "out", qwen3_checkpoint, "--readers", "peft") == {"peft": "as trained"}
+    save_file(
+        {key: each for key, each in load_file(tmp_path / "kt" / TENSORS).items() if key not in extra}, tmp_path / "kt" / TENSORS
+    )
+    assert tool("export-adapter", tmp_path / "kt", tmp_path / "exported", "--model", qwen3_checkpoint) == 0
+    expected = logits(PeftModel.from_pretrained(load_stock(qwen3_checkpoint), tmp_path / "exported"))
+    model = get_peft_model(load_stock(qwen3_checkpoint), LoraConfig.from_pretrained(tmp_path / "out"))
+    names = {name.replace(".default", "") for name, _ in model.named_parameters() if "lora_" in name}
+    assert names == load_file(tmp_path / "out" / TENSORS).keys()
+    loaded = logits(PeftModel.from_pretrained(load_stock(qwen3_checkpoint), tmp_path / "out"))
+    assert (loaded - expected).abs().max() <= BOUND * expected.abs().max()
+
+
+@pytest.mark.parametrize("family", PER_EXPERT)
+def test_names_per_expert_become_fused_again(family: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    checkpoint = save_checkpoint(family, tmp_path / "model")
+    trained(checkpoint, tmp_path / "adapter")
+    assert tool("export-adapter", tmp_path / "adapter", tmp_path / "out", "--model", checkpoint) == 0
+    assert tool("import-adapter", tmp_path / "out", tmp_path / "again", "--model", checkpoint) == 0
+    found = verify(capsys, tmp_path / "again", checkpoint, "--readers", "peft", "--against", tmp_path / "adapter")
+    assert found == {"peft": "as trained"}
+    loaded = PeftModel.from_pretrained(load_stock(checkpoint), tmp_path / "again")
+    expected = logits(PeftModel.from_pretrained(load_stock(checkpoint), tmp_path / "adapter"))
+    assert (logits(loaded) - expected).abs().max() <= BOUND * expected.abs().max()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "sentence"),
+    [
+        (lambda lora: {key: each for key, each in lora.items() if "layers.1." not in key}, r"experts in layers \[1\]"),
+        (lambda lora: {key: each for key, each in lora.items() if "up_lora" not in key}, "expected all of gate, up"),
+        (
+            lambda lora: {key: each[..., :2] if "1.experts.down_lora_b" in key else each for key, each in lora.items()}
+            | {"layers.1.experts.down_lora_a": lora["layers.1.experts.down_lora_a"][:, :2].contiguous()},
+            "one for all",
+        ),
+    ],
+    ids=["a layer", "a projection", "ranks"],
+)  # fmt: skip
+def test_what_the_fused_form_cannot_say_is_named(
+    qwen3_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], spoil: Callable[[Any], Any], sentence: str
+) -> None:
+    lora = kt_kernels_folder(qwen3_checkpoint, tmp_path / "kt")
+    save_file({key: each.contiguous() for key, each in spoil(lora).items()}, tmp_path / "kt" / "fused_expert_lora.safetensors")
+    assert tool("import-adapter", tmp_path / "kt", tmp_path / "out", "--model", qwen3_checkpoint) != 0
+    assert re.search(sentence, capsys.readouterr().err)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

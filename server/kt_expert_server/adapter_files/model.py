@@ -42,6 +42,10 @@ class BaseOfAdapter:
         """Of a layer's experts module in names per expert."""
         return f"model.layers.{layer}.{self.block}.experts"
 
+    def fused_path(self, layer: int) -> str:
+        """Of a layer's experts module in transformers, which is where PEFT's fused form is."""
+        return f"model.layers.{layer}.{'block_sparse_moe' if self.model_type == 'granitemoe' else 'mlp'}.experts"
+
 
 def base_of_adapter(directory: Path) -> BaseOfAdapter:
     """Raises ModelError for a directory without a model that is served."""

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from kt_expert_server.adapter_files.export import experts_of, per_expert
 from kt_expert_server.adapter_files.files import read_adapter, write_adapter
+from kt_expert_server.adapter_files.fused import fused
 from kt_expert_server.adapter_files.merge import merge
 from kt_expert_server.adapter_files.model import base_of_adapter
 from kt_expert_server.adapter_files.readers import READERS
@@ -16,6 +17,8 @@ from kt_expert_server.checkpoints.store import CheckpointStore
 from kt_expert_server.errors import InvalidRequest, ServerError
 from kt_expert_server.model.memory_plan import format_bytes
 from kt_expert_server.names import check_name
+
+_WRITERS = {"export-adapter": per_expert, "import-adapter": fused}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,6 +39,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     merged.add_argument("adapter", type=Path, metavar="DIR")
     merged.add_argument("out", type=Path, metavar="OUT")
     merged.add_argument("--model", required=True, type=Path, metavar="DIR", help="the base model, in bf16, fp16 or fp32")
+    imported = actions.add_parser("import-adapter", help="write an adapter in PEFT's fused form, which trainers go on with")
+    imported.add_argument("adapter", type=Path, metavar="DIR", help="kt-kernel's, or one with names per expert")
+    imported.add_argument("out", type=Path, metavar="OUT")
+    imported.add_argument("--model", required=True, type=Path, metavar="DIR", help="the base model")
     export = actions.add_parser("export-adapter", help="write an adapter with names per expert, which serving engines read")
     export.add_argument(
         "adapter", type=Path, metavar="DIR", help="PEFT's, or one with kt-kernel's fused_expert_lora.safetensors"
@@ -52,8 +59,9 @@ def run(options: argparse.Namespace) -> int:
         changed = merge(read_adapter(options.adapter), options.model, options.out)
         print(f"wrote {options.out}: {changed} tensors with the adapter in them, read back")
         return 0
-    if options.action == "export-adapter":
-        write_adapter(options.out, *per_expert(read_adapter(options.adapter), base_of_adapter(options.model)))
+    if options.action in _WRITERS:
+        write = _WRITERS[options.action]
+        write_adapter(options.out, *write(read_adapter(options.adapter), base_of_adapter(options.model)))
         print(f"wrote {options.out}")
         return 0
     if options.state_dir is None or not options.state_dir.is_dir():
