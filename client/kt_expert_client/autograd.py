@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -47,6 +48,43 @@ class RemoteLayer(Protocol):
         """Forgets a ticket."""
 
 
+class ExpertsOperator:
+    """torch.ops.kt_expert.experts.default, by which torch's dispatcher sees a call: selective checkpointing can be told to keep
+    its results, and does not ask the server again. (hidden_states [T, H], routing_weights [T, k], a call's number) -> output
+    [T, H] and the ticket, int64 [1]."""
+
+    def __init__(self) -> None:
+        self._calls: dict[int, tuple[RemoteLayer, ExpertsCall]] = {}  # those that are being made
+        self._numbers = itertools.count(1)
+        self._library = torch.library.Library("kt_expert", "DEF")
+        self._library.define("experts(Tensor hidden_states, Tensor routing_weights, int call) -> (Tensor, Tensor)")
+        self._library.impl("experts", self._compute, "CompositeExplicitAutograd")
+
+    def __call__(
+        self, hidden_states: torch.Tensor, routing_weights: torch.Tensor, layer: RemoteLayer, call: ExpertsCall
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        number = next(self._numbers)
+        self._calls[number] = (layer, call)
+        try:
+            output, ticket = torch.ops.kt_expert.experts(hidden_states, routing_weights, number)
+        finally:
+            self._calls.pop(number)
+        return output, ticket
+
+    def _compute(
+        self, hidden_states: torch.Tensor, routing_weights: torch.Tensor, number: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        layer, call = self._calls[number]
+        output, ticket = layer.forward(hidden_states, routing_weights, call)
+        handle = torch.tensor([ticket], dtype=torch.int64)
+        if call.keep:  # of the storage: selective checkpointing keeps another tensor with it
+            weakref.finalize(handle.untyped_storage(), layer.release, ticket).atexit = False
+        return output, handle
+
+
+_EXPERTS = ExpertsOperator()
+
+
 class ExpertsFunction(torch.autograd.Function):
     """hidden_states [T, H], routing_weights [T, k], a call, and the remote parameters it depends on -> [T, H].
 
@@ -64,13 +102,11 @@ class ExpertsFunction(torch.autograd.Function):
         call: ExpertsCall,
         *parameters: torch.Tensor,
     ) -> torch.Tensor:
-        output, ticket = layer.forward(hidden_states, routing_weights, call)
+        output, ticket = _EXPERTS(hidden_states, routing_weights, layer, call)
         ctx.layer, ctx.parameters = layer, parameters
         ctx.weights_dtype = routing_weights.dtype
         if call.keep:
-            handle = torch.tensor([ticket], dtype=torch.int64)
-            weakref.finalize(handle, layer.release, ticket).atexit = False
-            ctx.save_for_backward(handle)
+            ctx.save_for_backward(ticket)
         return output
 
     @staticmethod

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from ecosystem import adapters, docs_table, extra_experts, loops, trainers, trl_trainers
+from ecosystem import adapters, docs_table, extra_experts, loops, passes, trainers, trl_trainers
 
 
 def test_the_page_has_every_case() -> None:
-    cases = [*adapters.CASES, *extra_experts.CASES, *loops.CASES, *trainers.CASES, *trl_trainers.CASES]
+    cases = [*adapters.CASES, *extra_experts.CASES, *loops.CASES, *passes.CASES, *trainers.CASES, *trl_trainers.CASES]
     expected = {f"{case.row}: {case.what}": "refused" if case.refused else "equal" for case in cases}
     assert len(expected) == len(cases), "two cases have one name"
     shown = docs_table.rows_of_page()

@@ -9,12 +9,9 @@ from typing import Any
 import torch
 from datasets import Dataset
 from peft import PeftModel, get_peft_model
-from support.models import VOCABULARY
+from support.tokenizer import tokenizer
 from support.training import lora_config
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import WhitespaceSplit
-from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerFast, Trainer
+from transformers import AutoModelForSequenceClassification, Trainer
 from trl import (
     DPOConfig,
     DPOTrainer,
@@ -47,13 +44,6 @@ SETTINGS: dict[str, Any] = {
     "disable_tqdm": True,
     "gradient_checkpointing": False,
 }
-
-
-def tokenizer() -> PreTrainedTokenizerFast:
-    words = {f"w{index}": index for index in range(VOCABULARY - 3)} | {"<pad>": 125, "<eos>": 126, "<unk>": 127}
-    made = Tokenizer(WordLevel(words, unk_token="<unk>"))  # noqa: S106  # a word of the vocabulary
-    made.pre_tokenizer = WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")  # noqa: S106
 
 
 def words(row: int, begin: int, count: int) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from kt_expert_client.errors import InvalidRequest, UnsupportedModel
 from kt_expert_client.integrations.experts import RemoteExperts, local_spec
@@ -156,6 +157,8 @@ def _begin(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> N
         with torch.set_grad_enabled(is_recording):
             state.output = lora_experts(state.hidden_states)
 
+    if _get_current_dispatch_mode() is not None:
+        return  # selective checkpointing may not make the experts' call again, and must find the same operations in each pass
     for module in block.modules():
         if isinstance(module, RemoteExperts):
             module.kt_meanwhile = compute

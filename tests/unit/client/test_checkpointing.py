@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 from collections.abc import Callable, Iterator, Sequence
 
@@ -10,7 +11,12 @@ import pytest
 import torch
 from kt_expert_client.autograd import ExpertsCall, ExpertsFunction
 from kt_expert_client.errors import UnsupportedModel
-from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+    set_checkpoint_early_stop,
+)
 
 Model = Callable[[torch.Tensor], torch.Tensor]
 
@@ -86,6 +92,36 @@ def test_no_ticket_outlives_its_backward(regime: str, on_cpu: bool, early_stop: 
     assert not layer.live
     assert layer.forwards == forwards
     assert layer.peak == 2
+
+
+def _selective(policy: CheckpointPolicy) -> Callable[[Model], Model]:
+    def choose(context: object, operator: object, *args: object, **kwargs: object) -> CheckpointPolicy:
+        del context, args, kwargs
+        return policy if operator == torch.ops.kt_expert.experts.default else CheckpointPolicy.PREFER_RECOMPUTE
+
+    contexts = functools.partial(create_selective_checkpoint_contexts, choose)
+    return lambda model: lambda x: checkpoint(model, x, use_reentrant=False, context_fn=contexts)
+
+
+@pytest.mark.parametrize("early_stop", [True, False])
+@pytest.mark.parametrize(
+    ("policy", "forwards"), [(CheckpointPolicy.MUST_SAVE, 2), (CheckpointPolicy.MUST_RECOMPUTE, 4)], ids=["saved", "computed"]
+)
+def test_selective_checkpointing_keeps_tickets_or_asks_again(policy: CheckpointPolicy, forwards: int, early_stop: bool) -> None:
+    layer = CountingLayer()
+    experts = one(layer)
+    x = torch.ones(3, 2, requires_grad=True)
+    with set_checkpoint_early_stop(early_stop):
+        y = _selective(policy)(lambda x: experts(experts(x).sin()))(x)
+        gc.collect()
+        assert len(layer.live) == (2 if policy == CheckpointPolicy.MUST_SAVE else 0)
+        y.sum().backward()
+    del y
+    gc.collect()
+    expected = 4 * torch.cos(torch.tensor(2.0))
+    torch.testing.assert_close(x.grad, torch.full((3, 2), expected))
+    assert layer.forwards == forwards
+    assert not layer.live
 
 
 def test_a_ticket_lives_as_long_as_its_graph() -> None:
