@@ -1,6 +1,6 @@
 #!/bin/sh
 # The table of trainers with the older libraries that people have pinned: LLaMA-Factory 0.9.5 and axolotl 0.19.0. Each pair gets
-# a virtual environment of its own, with the wheel as a user installs it.
+# a virtual environment of its own, with the wheel as a user installs it. Then DeepSpeed, in a folder of its own.
 set -eu
 cd "$(dirname "$0")/.."
 torch=$1
@@ -23,3 +23,11 @@ for pair in "5.6.0 0.18.1" "5.16.1 0.20.0"; do
     # shellcheck disable=SC2086  # several names
     OLDER_LIBRARIES=1 "$folder/bin/python" -m pytest -q -p no:cacheprovider $tests
 done
+
+deepspeed=$PWD/build/versions/deepspeed
+if [ ! -d "$deepspeed" ]; then
+    DS_BUILD_OPS=0 .venv/bin/python -m pip install --quiet --no-build-isolation --no-deps --target "$deepspeed.new" \
+        "deepspeed>=0.19,<0.20" einops hjson msgpack nvidia-ml-py py-cpuinfo pydantic pydantic-core annotated-types typing-inspection tqdm
+    mv "$deepspeed.new" "$deepspeed"
+fi
+DEEPSPEED_PATH=$deepspeed .venv/bin/python -m pytest -q -p no:cacheprovider tests/ecosystem/test_deepspeed.py

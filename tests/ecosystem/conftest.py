@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -16,8 +17,11 @@ from support.server import ServerProcess
 from ecosystem.case import Case, Side, difference
 from ecosystem.table import OLDER, TABLE, Row
 
-# Run where axolotl is installed: .ci/versions.sh does.
-collect_ignore = [] if importlib.util.find_spec("axolotl") else ["test_axolotl.py"]
+# Run where these are installed: .ci/versions.sh does.
+collect_ignore = [
+    *([] if importlib.util.find_spec("axolotl") else ["test_axolotl.py"]),
+    *([] if "DEEPSPEED_PATH" in os.environ else ["test_deepspeed.py"]),
+]
 
 
 @pytest.fixture(scope="session")

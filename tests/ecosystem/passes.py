@@ -15,7 +15,7 @@ from support.tokenizer import tokenizer
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 from transformers import pipeline
 
-from ecosystem.case import Case, Figures, Side, adamw, joined, logits_of, loop, loss_of
+from ecosystem.case import Case, Figures, Side, adamw, joined, logits_of, loop, lora_of, loss_of
 
 _STEPS = 5
 
@@ -82,6 +82,28 @@ def several_losses_before_a_backward(side: Side) -> Figures:
     return loop(model, adamw(model), _STEPS, loss=difference)
 
 
+def gradients_set_aside(side: Side) -> Figures:
+    """As ZeRO does: kept while .grad is None, looked at, kept over a step that passes them over, and taken by the next."""
+    model = side.adapted()
+    optimizer = adamw(model)
+    norms = []
+    for step in range(_STEPS):
+        loss_of(model, step).backward()
+        aside = {}
+        for parameter in lora_of(model, "lora_A").values():
+            aside[parameter], parameter.grad = parameter.grad, None
+        norms += [float(torch.linalg.vector_norm(gradient)) for gradient in aside.values() if gradient is not None]
+        optimizer.step()
+        norms += [float(torch.linalg.vector_norm(gradient)) for gradient in aside.values() if gradient is not None]
+        for parameter, gradient in aside.items():
+            parameter.grad = gradient
+        for parameter in lora_of(model, "lora_B").values():
+            parameter.grad = None
+        optimizer.step()
+        optimizer.zero_grad()
+    return Figures(norms=norms, logits=logits_of(model))
+
+
 CASES = [
     Case("Passes", "selective checkpointing, experts kept", selective(keeps_experts=True)),
     Case("Passes", "selective checkpointing, experts computed again", selective(keeps_experts=False)),
@@ -89,4 +111,5 @@ CASES = [
     Case("Passes", "pipeline()", in_a_pipeline),
     Case("Passes", "evaluation that records gradients", evaluated),
     Case("Passes", "two passes before a backward", several_losses_before_a_backward),
+    Case("Passes", "gradients set aside and put back", gradients_set_aside),
 ]

@@ -29,13 +29,15 @@ def lora_config(**changes: Any) -> LoraConfig:
     return LoraConfig(**settings | changes)
 
 
-def adapted(directory: Path, address: str | None, config: LoraConfig | None = None, **kwargs: Any) -> PeftModel:
+def adapted(
+    directory: Path, address: str | None, config: LoraConfig | None = None, options: kt.RunOptions | None = None, **kwargs: Any
+) -> PeftModel:
     """A PEFT model from fixed seeds; its experts are at `address`, or in process without one."""
     torch.manual_seed(SEED)
     if address is None:
         base = load_stock(directory)
     else:
-        with kt.offload_experts(address):
+        with kt.offload_experts(address, options):
             base = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     return get_peft_model(base, config or lora_config(), **kwargs)
 

@@ -1,7 +1,8 @@
 """Gradients of remote parameters: which of them mean something, what is to be done to them before they are used next, and
 their norms.
 
-A gradient lives from the first backward that finds its parameter's `.grad` empty to the next such one. Scaling, clamping and
+A gradient lives from the first backward that finds its parameter's `.grad` empty to the next such one, and until then for
+whoever holds it, though `.grad` may be None. Scaling, clamping and
 zeroing are remembered and travel with the next request that needs them. Norms of all live gradients are asked for together,
 and kept until a gradient changes.
 """
@@ -46,6 +47,16 @@ class _Slot:
     edits: list[tuple[str, float, float]] = field(default_factory=list)  # before that: zero, scale or clamp
     passed_over: int = 0  # steps of optimizers that did not take it, one after the other
     is_fresh: bool = False  # a backward has added to it since an optimizer stepped
+    held: weakref.WeakSet[GradientSource] = field(default_factory=weakref.WeakSet)  # whatever stands for it
+
+    def source(self, matrix: Matrix) -> GradientSource:
+        """The gradient as it is now."""
+        made = GradientSource(matrix, self.generation)
+        self.held.add(made)
+        return made
+
+    def is_held(self) -> bool:
+        return any(source.generation == self.generation for source in list(self.held))
 
 
 class Gradients:
@@ -128,17 +139,17 @@ class Gradients:
         if gradient is None and not self_begun:
             slot.generation, slot.begun_in, slot.is_spent = slot.generation + 1, current, False
             slot.scale, slot.edits = 1.0, []
-            return GradientSource(matrix, slot.generation), bits, 0
+            return slot.source(matrix), bits, 0
         if gradient is not None:
             self.require_live(gradient)
         if slot.edits and slot.edits[-1][0] == "zero" and slot.scale == 1.0:
             slot.edits, slot.is_spent, slot.begun_in = [], False, current
-            return GradientSource(matrix, slot.generation), bits, 0
+            return slot.source(matrix), bits, 0
         if slot.edits or slot.scale != 1.0:
             self.flush()
         continued = bits if slot.is_spent else 0
         slot.is_spent = False
-        return GradientSource(matrix, slot.generation), 0, continued
+        return slot.source(matrix), 0, continued
 
     # Changes in place
 
@@ -218,9 +229,9 @@ class Gradients:
             )
 
     def kept(self, taken: set[Place]) -> list[TensorSet]:
-        """Live gradients that a step leaves to others."""
-        live = [place for place in self._live() if place not in taken and not self._slots[place].is_spent]
-        return tensor_sets(live)
+        """Gradients that a step leaves to others."""
+        left = [place for place in self._held() if place not in taken and not self._slots[place].is_spent]
+        return tensor_sets(left)
 
     # Norms
 
@@ -234,14 +245,18 @@ class Gradients:
         return norm if order == 0.0 else norm * abs(self._slot(gradient).scale)
 
     def _ask_norms(self, order: float) -> dict[Place, float]:
-        places = self._live()
+        places = self._held()
         sets = tensor_sets(places)
         _, norms = self._store.run.adapters.norms(sets, order)
         named = ((each.adapter, layer, name) for each in sets for layer in each.layers for name in tensor_names(each.tensors))
         found = dict(zip(named, norms, strict=True))
         return {place: _joined([found[place.adapter, place.layer, name] for name in place.tensors], order) for place in places}
 
+    def _held(self) -> list[Place]:
+        return [place for place, slot in self._slots.items() if slot.is_held()]
+
     def _live(self) -> list[Place]:
+        """Where a parameter's .grad is one."""
         found = []
         for place, slot in self._slots.items():
             parameter = slot.parameter()

@@ -196,6 +196,12 @@ class RemoteTensor(torch.Tensor):
         """`tensor.data = value`. False where torch's own way does it: the same values seen with another dtype or device."""
         if isinstance(value, RemoteTensor) and _source_of(value) is _source_of(self) is not None:
             return False
+        if value.numel() == 0 < self.numel():
+            raise UnsupportedModel(
+                f"{self.describe()} was to give up its memory to be spread over ranks, as DeepSpeed's ZeRO-3 does: it has none "
+                "in this process, the server holds it once for all ranks. Use ZeRO-1 or ZeRO-2, or FSDP2's fully_shard, which "
+                "leave it where it is"
+            )
         if value.shape != self.shape:
             raise UnsupportedModel(
                 f"{self.describe()} has shape {tuple(self.shape)} and is given values of shape {tuple(value.shape)}"
