@@ -47,16 +47,19 @@ class _Slot:
     edits: list[tuple[str, float, float]] = field(default_factory=list)  # before that: zero, scale or clamp
     passed_over: int = 0  # steps of optimizers that did not take it, one after the other
     is_fresh: bool = False  # a backward has added to it since an optimizer stepped
-    held: weakref.WeakSet[GradientSource] = field(default_factory=weakref.WeakSet)  # whatever stands for it
+    handle: weakref.ref[GradientSource] | None = None  # whatever stands for it has this one
 
     def source(self, matrix: Matrix) -> GradientSource:
         """The gradient as it is now."""
-        made = GradientSource(matrix, self.generation)
-        self.held.add(made)
-        return made
+        held = self.handle() if self.handle is not None else None
+        if held is None or held.generation != self.generation:
+            held = GradientSource(matrix, self.generation)
+            self.handle = weakref.ref(held)
+        return held
 
     def is_held(self) -> bool:
-        return any(source.generation == self.generation for source in list(self.held))
+        held = self.handle() if self.handle is not None else None
+        return held is not None and held.generation == self.generation
 
 
 class Gradients:
