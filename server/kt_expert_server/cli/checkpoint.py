@@ -8,7 +8,7 @@ from pathlib import Path
 from kt_expert_server.adapter_files.export import experts_of, per_expert
 from kt_expert_server.adapter_files.files import read_adapter, write_adapter
 from kt_expert_server.adapter_files.fused import fused
-from kt_expert_server.adapter_files.merge import merge
+from kt_expert_server.adapter_files.merge import DEQUANTIZE, REQUANTIZE, merge
 from kt_expert_server.adapter_files.model import base_of_adapter
 from kt_expert_server.adapter_files.readers import READERS
 from kt_expert_server.adapter_files.verify import verdicts
@@ -38,7 +38,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     merged = actions.add_parser("merge", help="write the model with an adapter merged into it, as the checkpoint is")
     merged.add_argument("adapter", type=Path, metavar="DIR")
     merged.add_argument("out", type=Path, metavar="OUT")
-    merged.add_argument("--model", required=True, type=Path, metavar="DIR", help="the base model, in bf16, fp16 or fp32")
+    merged.add_argument("--model", required=True, type=Path, metavar="DIR", help="the base model")
+    merged.add_argument(
+        "--quantized", choices=(DEQUANTIZE, REQUANTIZE), default="", help="what becomes of a model in fp8 or mxfp4: "
+        "written in bf16 as a whole, or what the adapter changes rounded to codes again"
+    )  # fmt: skip
     imported = actions.add_parser("import-adapter", help="write an adapter in PEFT's fused form, which trainers go on with")
     imported.add_argument("adapter", type=Path, metavar="DIR", help="kt-kernel's, or one with names per expert")
     imported.add_argument("out", type=Path, metavar="OUT")
@@ -56,8 +60,10 @@ def run(options: argparse.Namespace) -> int:
     if options.action == "verify-adapter":
         return _verify_adapter(options)
     if options.action == "merge":
-        changed = merge(read_adapter(options.adapter), options.model, options.out)
-        print(f"wrote {options.out}: {changed} tensors with the adapter in them, read back")
+        written = merge(read_adapter(options.adapter), options.model, options.out, options.quantized)
+        print(f"wrote {options.out}: {written.changed} tensors with the adapter in them, read back")
+        if written.about_rounding():
+            print(written.about_rounding())
         return 0
     if options.action in _WRITERS:
         write = _WRITERS[options.action]

@@ -91,7 +91,7 @@ def plan_model(directory: Path) -> ModelPlan:
         raise ModelError(f"model directory {directory} does not exist; give a directory with config.json and safetensors")
     config = _read_json(directory / "config.json")
     family = family_of(config)
-    index = _tensor_index(directory)
+    index = tensor_index(directory)
     layers = _layers(config, family, index)
     if not layers:
         raise ModelError(
@@ -114,7 +114,7 @@ def _read_json(path: Path) -> dict[str, object]:
     return value
 
 
-def _tensor_index(directory: Path) -> dict[str, tuple[str, TensorInfo]]:
+def tensor_index(directory: Path) -> dict[str, tuple[str, TensorInfo]]:
     """Every tensor of the checkpoint with its file. A shard that the index names and that is missing is an error."""
     if (directory / _INDEX_NAME).exists():
         weight_map = _read_json(directory / _INDEX_NAME).get("weight_map")
