@@ -33,11 +33,13 @@ def two_ranks(worker: str, *arguments: str, **environment: str) -> subprocess.Co
     )
 
 
-def test_fsdp2(server: ServerProcess, qwen3_checkpoint: Path, tmp_path: Path, table: list[Row]) -> None:
+@pytest.mark.parametrize("location", ["server", "trainer"])
+def test_fsdp2(location: str, server: ServerProcess, qwen3_checkpoint: Path, tmp_path: Path, table: list[Row]) -> None:
     found = []
     for name, address in (("stock", "-"), ("remote", server.address)):
         (tmp_path / name).mkdir()
-        result = two_ranks("fsdp_worker.py", str(qwen3_checkpoint), address, str(tmp_path / name / "figures.json"))
+        arguments = [str(qwen3_checkpoint), address, str(tmp_path / name / "figures.json"), location]
+        result = two_ranks("fsdp_worker.py", *arguments)
         assert result.returncode == 0, result.stderr
         found.append(json.loads((tmp_path / name / "figures.json").read_text()))
     stock, remote = found
@@ -49,7 +51,8 @@ def test_fsdp2(server: ServerProcess, qwen3_checkpoint: Path, tmp_path: Path, ta
     assert saved[0].keys() == saved[1].keys()
     for key, value in saved[0].items():
         torch.testing.assert_close(saved[1][key], value, rtol=0, atol=1e-6)
-    table.append(Row("T11: fully_shard at the root, and the adapter saved", "equal", loss, norm, None, ""))
+    where = "" if location == "server" else ", LoRA in the trainer"
+    table.append(Row(f"T11: fully_shard at the root, and the adapter saved{where}", "equal", loss, norm, None, ""))
 
 
 def test_rank_0_may_do_things_alone(

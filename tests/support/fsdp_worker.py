@@ -1,4 +1,5 @@
-"""One rank of a training under FSDP2 in a loop of its own. Arguments: checkpoint, server address or "-", output file."""
+"""One rank of a training under FSDP2 in a loop of its own. Arguments: checkpoint, server address or "-", output file and,
+with a server, where LoRA is."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import kt_expert_client as kt
 import torch
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
@@ -23,7 +25,8 @@ def main() -> None:
     torch.distributed.init_process_group("gloo")
     rank = torch.distributed.get_rank()
     mesh = init_device_mesh("cpu", (2,))
-    model = adapted(checkpoint, None if address == "-" else address)
+    options = kt.RunOptions(lora_location="trainer") if sys.argv[4:] == ["trainer"] else None
+    model = adapted(checkpoint, None if address == "-" else address, options=options)
     for layer in model.base_model.model.model.layers:
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
@@ -38,8 +41,7 @@ def main() -> None:
         optimizer.step()
         optimizer.zero_grad()
         losses.append(float(loss.detach()))
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    state = get_model_state_dict(model, options=options)
+    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     if rank == 0:
         model.save_pretrained(output.parent / "adapter", state_dict=state)
         output.write_text(json.dumps({"losses": losses, "norms": norms}), encoding="utf-8")
