@@ -368,3 +368,26 @@ def test_what_cannot_be_merged_is_named(
     save_file(renamed, tmp_path / "adapter" / TENSORS)
     assert tool("merge", tmp_path / "adapter", tmp_path / "out", "--model", qwen3_checkpoint) == 2
     assert "changes model.layers.7.self_attn.q_proj.weight, which" in capsys.readouterr().err
+
+
+def test_granitemoe_is_merged_and_not_exported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """No engine has LoRA on its experts."""
+    model = save_checkpoint("granitemoe", tmp_path / "model")
+    expected = trained(model, tmp_path / "adapter", target_parameters=["experts.gate_up_proj", "experts.down_proj"])
+    refused = "it has no LoRA on granitemoe's experts"
+    found = verify(capsys, tmp_path / "adapter", model)
+    assert found == {"peft": "as trained", "vllm": f"refuses it: {refused}", "sglang": f"refuses it: {refused}"}
+    assert tool("export-adapter", tmp_path / "adapter", tmp_path / "out", "--model", model) == 2
+    assert "merge the adapter: kt-expert checkpoint merge" in capsys.readouterr().err
+    assert tool("merge", tmp_path / "adapter", tmp_path / "merged", "--model", model) == 0
+    got = logits(load_stock(tmp_path / "merged"))
+    assert (got - expected).abs().max() <= 3e-2 * expected.abs().max()  # bf16 weights
+
+
+def test_qwen2_moe_is_exported_for_engines_and_not_for_peft(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = save_checkpoint("qwen2_moe", tmp_path / "model")
+    trained(model, tmp_path / "adapter")
+    assert tool("export-adapter", tmp_path / "adapter", tmp_path / "out", "--model", model) == 0
+    found = verify(capsys, tmp_path / "out", model, "--against", tmp_path / "adapter")
+    assert (found["vllm"], found["sglang"]) == ("as trained", "as trained")
+    assert found["peft"].startswith("drops 144 tensors without a word")

@@ -38,6 +38,11 @@ def per_expert(files: AdapterFiles, base: BaseOfAdapter) -> tuple[dict[str, Any]
     """Configuration and tensors. Raises InvalidRequest for an adapter that cannot be written so."""
     if base.is_fused_in_vllm:
         raise InvalidRequest(f"{base.model_type} is served from PEFT's fused form, as it is; nothing is to be exported")
+    if not base.is_served_with_lora:
+        raise InvalidRequest(
+            f"no serving engine is known to read LoRA on {base.model_type}'s experts; merge the adapter: "
+            "kt-expert checkpoint merge"
+        )
     layers, others = experts_of(files, base), others_of(files)
     rank = max(
         [each.rank for layer in layers.values() for each in layer.values()] + [a.shape[0] for a, _, _ in others.values()]

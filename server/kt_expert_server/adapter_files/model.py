@@ -9,6 +9,7 @@ from kt_expert_server.model.architecture import FAMILIES
 from kt_expert_server.model.index import ModelPlan, plan_model
 
 _WITHOUT_CONVERSION = ("gpt_oss", "granitemoe", "qwen2_moe")  # PEFT 0.21 does not convert names per expert for these
+_WITHOUT_LORA_IN_ENGINES = ("granitemoe",)  # vLLM 0.33 and SGLang 0.5.23 have no names for LoRA on its experts
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +38,11 @@ class BaseOfAdapter:
     def converts_per_expert(self) -> bool:
         """Whether PEFT reads names per expert."""
         return self.model_type not in _WITHOUT_CONVERSION
+
+    @property
+    def is_served_with_lora(self) -> bool:
+        """Whether any serving engine reads LoRA on its experts."""
+        return self.model_type not in _WITHOUT_LORA_IN_ENGINES
 
     def path(self, layer: int) -> str:
         """Of a layer's experts module in names per expert."""

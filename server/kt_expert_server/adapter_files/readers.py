@@ -72,6 +72,8 @@ def peft(files: AdapterFiles, base: BaseOfAdapter) -> Reading:
 def vllm(files: AdapterFiles, base: BaseOfAdapter) -> Reading:
     """Names per expert, whole layers of them, at the paths of its own model; gpt-oss fused, with both parameters. What lies at
     another path passes its check and is never used."""
+    if not base.is_served_with_lora:
+        return Reading(refused=f"it has no LoRA on {base.model_type}'s experts")
     layers: Layers = {}
     dropped: list[str] = []
     for layer, keys in by_layer(files, base):
@@ -99,6 +101,8 @@ def vllm(files: AdapterFiles, base: BaseOfAdapter) -> Reading:
 
 def sglang(files: AdapterFiles, base: BaseOfAdapter) -> Reading:
     """Names per expert; alpha over r for all of them, without rslora and patterns. What is missing is zero."""
+    if not base.is_served_with_lora:
+        return Reading(refused=f"it has no LoRA on {base.model_type}'s experts")
     layers: Layers = {}
     rank = int(files.config.get("r", 8))
     scale = float(files.config.get("lora_alpha", 8)) / rank
