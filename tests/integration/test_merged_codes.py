@@ -13,30 +13,13 @@ from kt_expert_server.cli.tool import main
 from kt_expert_server.model.index import plan_model
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
-from support.coded import Tensors, decoded, to_fp8, to_mxfp4, to_plain
-from support.models import CONFIGS, load_stock, random_tokens, save_checkpoint
+from support.coded import Tensors, coded_checkpoint, decoded
+from support.models import load_stock, random_tokens
 from support.training import lora_config
-from transformers import AutoModelForCausalLM, GptOssConfig
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the libraries' own
 FORMS = ["fp8", "fp8, scales in bf16", "mxfp4"]
 ROUNDING = {"fp8": 0.04, "mxfp4": 0.2}  # of the weights' norm; a code's step is an eighth of its size, or half
-
-
-def coded_checkpoint(form: str, folder: Path) -> tuple[Path, Path]:
-    """The checkpoint, and one with the same values in fp32."""
-    if form == "mxfp4":
-        config = CONFIGS["gpt_oss"].to_dict() | {"hidden_size": 64, "intermediate_size": 32}
-        torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(GptOssConfig.from_dict(config), dtype=torch.float32)
-        model.to(torch.bfloat16).save_pretrained(folder / "bf16")
-        to_mxfp4(folder / "bf16", folder / "coded")
-    else:
-        save_checkpoint("qwen3_moe", folder / "bf16")
-        scale_dtype = torch.bfloat16 if "bf16" in form else torch.float32
-        to_fp8(folder / "bf16", folder / "coded", scale_dtype=scale_dtype)
-    to_plain(folder / "coded", folder / "plain")
-    return folder / "coded", folder / "plain"
 
 
 def adapter(plain: Path, out: Path, scale: float) -> PeftModel:

@@ -7,10 +7,29 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, GptOssConfig
+
+from support.models import CONFIGS, save_checkpoint
 
 Tensors = dict[str, torch.Tensor]
 E2M1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0])
 FP8_BLOCK, MXFP4_GROUP = 128, 32
+
+
+def coded_checkpoint(form: str, folder: Path) -> tuple[Path, Path]:
+    """The checkpoint, and one with the same values in fp32. `form` is fp8, fp8 with other words, or mxfp4."""
+    if form == "mxfp4":
+        config = CONFIGS["gpt_oss"].to_dict() | {"hidden_size": 64, "intermediate_size": 32}
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(GptOssConfig.from_dict(config), dtype=torch.float32)
+        model.to(torch.bfloat16).save_pretrained(folder / "bf16")
+        to_mxfp4(folder / "bf16", folder / "coded")
+    else:
+        save_checkpoint("qwen3_moe", folder / "bf16")
+        scale_dtype = torch.bfloat16 if "bf16" in form else torch.float32
+        to_fp8(folder / "bf16", folder / "coded", scale_dtype=scale_dtype)
+    to_plain(folder / "coded", folder / "plain")
+    return folder / "coded", folder / "plain"
 
 
 def decode_fp8(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:

@@ -166,6 +166,11 @@ class RemoteTensor(torch.Tensor):
         """Something that tells shared tensors apart without a read: the same for the same values."""
         return _Elsewhere(id(self.remote.source if isinstance(self.remote, Stored) else self))
 
+    def element_size(self) -> int:
+        """Bytes of this process's memory that an element takes. What adds them up (get_memory_footprint, transformers' own
+        placement) counts the memory of this machine."""
+        return 0
+
     def data_ptr(self) -> int:
         """Of a copy of the values that is read now and lives as long as this tensor: what safetensors writes. Raises
         UnsupportedModel for a parameter: whoever has its address may change it, and the server would not know."""
