@@ -13,6 +13,7 @@ import pytest
 import torch
 from ecosystem.case import lora_of, randomise
 from ecosystem.case import loss_of as loss
+from kt_expert_client.parameters.matrix import matrix_of
 from kt_expert_client.parameters.tensor import RemoteTensor
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
@@ -144,6 +145,57 @@ def test_moves_and_casts_leave_parameters_where_they_are(pair: Pair) -> None:
     own = sum(p.nbytes for name, p in pair[0].named_parameters() if ".experts." not in name)
     assert remote.get_memory_footprint(return_buffers=False) == own  # of this machine
     both(pair, adamw, change=lambda model: torch.nn.utils.clip_grad_norm_(model.parameters(), 0.05))
+
+
+def test_copies_in_another_dtype_are_copies(pair: Pair) -> None:
+    """What a snapshot or an average in fp32 of a bf16 model is made of, or one on another device."""
+    kept = []
+    for model in pair:
+        optimizer = adamw(model)
+        train(model, optimizer, 2)
+        lora = sorted(lora_of(model).items())
+        parameters = [parameter for _, parameter in lora]
+        snapshot = [p.detach().double() for p in parameters]
+        of_snapshot = [each.float() for each in snapshot]
+        average = [p.to(torch.float64) for p in parameters]
+        transposed = [p.detach().t().double() for p in parameters]
+        moments = [optimizer.state[p]["exp_avg"].double() for p in parameters]
+        with torch.no_grad():
+            average[0].zero_()  # before the parameters change, and below after
+        before = [p.detach().clone() for p in parameters]
+        train(model, optimizer, 2)
+        with torch.no_grad():
+            for shadow, parameter in zip(average, parameters, strict=True):
+                shadow.lerp_(parameter.double(), 0.25)
+        assert all(torch.equal(copy.float().cpu(), p) for copy, p in zip(snapshot, before, strict=True))
+        assert all(torch.equal(copy.cpu(), p) for copy, p in zip(of_snapshot, before, strict=True))
+        assert all(torch.equal(copy.t().float().cpu(), p) for copy, p in zip(transposed, before, strict=True))
+        assert all(not torch.equal(p.detach().cpu(), old) for p, old in zip(parameters, before, strict=True))
+        kept.append(torch.cat([each.detach().flatten() for copies in (average, moments) for each in copies]))
+    torch.testing.assert_close(kept[1], kept[0], rtol=0, atol=1e-5)
+    same(pair)
+
+
+def test_a_cast_in_a_parameters_own_place_is_the_parameter(pair: Pair) -> None:
+    """As PEFT casts adapters, and accelerate moves parameters."""
+    remote = pair[1]
+    for model in pair:
+        for name, parameter in list(lora_of(model).items()):
+            owner = model.get_submodule(name.rsplit(".", 1)[0])
+            owner.weight = torch.nn.Parameter(parameter.data.to(torch.float64))
+            owner._parameters["weight"] = torch.nn.Parameter(owner.weight.data.to(torch.float32))
+    both(pair, adamw)
+    assert all(matrix_of(parameter) for name, parameter in lora_of(remote).items() if ".experts." in name)
+
+
+def test_weights_that_are_written_leave_copies_as_they_are(pair: Pair) -> None:
+    for model in pair:
+        weights = model.base_model.model.model.layers[0].mlp.experts.get_base_layer().down_proj
+        before, copied = weights.detach().clone(), weights.detach().double()
+        with torch.no_grad():
+            weights.mul_(0.5)
+        assert torch.equal(copied.float().cpu(), before)
+        assert torch.equal(weights.detach().cpu(), before * 0.5)
 
 
 def test_arithmetic_on_parameters(pair: Pair) -> None:

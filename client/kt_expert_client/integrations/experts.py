@@ -17,6 +17,7 @@ from kt_expert_client.errors import UnsupportedModel
 from kt_expert_client.offload import LocalLayerSpec, ModelOffload, OffloadedLayer
 from kt_expert_client.parameters.active import adapters_on
 from kt_expert_client.parameters.fsdp import leave_to_server
+from kt_expert_client.parameters.moving import in_place_of, of_remote
 from kt_expert_client.parameters.weights import WeightShape, make_weight
 from kt_expert_client.weight_layout import WeightLayout
 
@@ -79,6 +80,14 @@ class RemoteExperts(nn.Module):
         memo[id(self)] = copied
         copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
         return copied
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        in_place_of(value, self.__dict__.get("_parameters", {}).get(name))
+        super().__setattr__(name, value)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> RemoteExperts:
+        super()._apply(of_remote(fn), recurse)  # type: ignore[no-untyped-call]
+        return self
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # a call to another machine is nothing to compile
     def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:

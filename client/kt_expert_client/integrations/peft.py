@@ -29,7 +29,8 @@ from kt_expert_client.parameters.lora import LoraMatrix, LoraShape, make_paramet
 from kt_expert_client.parameters.matrix import DOWN, GATE_UP, Place
 from kt_expert_client.parameters.memory import give_back
 from kt_expert_client.parameters.mirror import Mirror
-from kt_expert_client.parameters.tensor import RemoteTensor
+from kt_expert_client.parameters.moving import in_place_of, of_remote
+from kt_expert_client.parameters.tensor import LateCopy, RemoteTensor
 from kt_expert_client.parameters.weights import WEIGHTS_ADAPTER
 
 _TARGETS = {GATE_UP_PARAMETER: GATE_UP, DOWN_PARAMETER: DOWN}
@@ -45,13 +46,19 @@ class RemoteLinear(nn.Linear):
 
     def __setattr__(self, name: str, value: Any) -> None:
         current: Any = self._parameters.get(name) if name == "weight" else None
-        if isinstance(current, RemoteTensor) and isinstance(value, torch.Tensor) and not isinstance(value, RemoteTensor):
+        in_place_of(value, current)
+        is_copy = not isinstance(value, RemoteTensor) or isinstance(value.remote, LateCopy)
+        if isinstance(current, RemoteTensor) and isinstance(value, torch.Tensor) and is_copy:
             if not value.is_meta:
                 with torch.no_grad():
                     current.copy_(value)
             current.requires_grad_(value.requires_grad)
             return
         super().__setattr__(name, value)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> RemoteLinear:
+        super()._apply(of_remote(fn), recurse)  # type: ignore[no-untyped-call]
+        return self
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002  # torch's name
         del input

@@ -10,7 +10,8 @@ from kt_expert_client.adapter import ActiveAdapter
 from kt_expert_client.errors import UnsupportedModel
 from kt_expert_client.parameters.lora import LoraMatrix
 from kt_expert_client.parameters.matrix import DOWN, GATE_UP, A, B, matrix_of
-from kt_expert_client.parameters.tensor import Product, RemoteTensor, Sum, View
+from kt_expert_client.parameters.moving import in_place_of
+from kt_expert_client.parameters.tensor import LateCopy, Product, RemoteTensor, Sum, View
 from kt_expert_client.parameters.weights import WeightSource, weight_of
 
 
@@ -52,6 +53,7 @@ def adapters_on(
 
 def _follow(tensors: Sequence[torch.Tensor]) -> None:
     for each in tensors:
+        in_place_of(each)
         matrix = matrix_of(each)
         if matrix is not None:
             matrix.store.gradients.follow(matrix, each)
@@ -118,4 +120,7 @@ def _expected_strides(a: LoraMatrix, *, is_b_first: bool) -> tuple[tuple[int, ..
 
 
 def _base_of(tensor: RemoteTensor) -> RemoteTensor:
-    return tensor.remote.base if isinstance(tensor.remote, View) else tensor
+    remote = tensor.remote
+    if isinstance(remote, LateCopy) and remote.is_unread:
+        remote = remote.of
+    return remote.base if isinstance(remote, View) else tensor

@@ -16,7 +16,7 @@ from kt_expert_client.parameters.gradients import tensor_sets
 from kt_expert_client.parameters.lora import LoraMatrix
 from kt_expert_client.parameters.matrix import GradientSource, Matrix, MomentSource, gradient_of, matrix_of
 from kt_expert_client.parameters.store import ParameterStore
-from kt_expert_client.parameters.tensor import RemoteTensor, Stored
+from kt_expert_client.parameters.tensor import RemoteTensor, Stored, source_of
 
 _ELSEWHERE = (
     ", or load the model with RunOptions(lora_location='trainer'): LoRA parameters are then kept here, where any optimizer "
@@ -128,11 +128,22 @@ def _step_one(store: ParameterStore, optimizer: torch.optim.Optimizer, taken: li
         message.grad_scale, message.new_optimizer = scale, is_new
         messages.append(message)
     places = {each.matrix.place for each in taken}
+    for each in taken:
+        _before_change(optimizer, each)
     store.run.take_step(messages, gradients.kept(places))
     gradients.spent(places)
     store.changed(places)
     for each in taken:
         _count(optimizer, each)
+
+
+def _before_change(optimizer: torch.optim.Optimizer, each: _Taken) -> None:
+    """Late copies of the parameter and of its moments get what there is now."""
+    state = optimizer.state.get(each.parameter, {})
+    for tensor in (each.parameter, *(state.get(slot) for slot in each.slots)):
+        source = source_of(tensor)
+        if source is not None and source.copies is not None:
+            source.copies.keep()
 
 
 def _take(group: _Group, parameter: torch.Tensor) -> _Taken:
@@ -157,8 +168,8 @@ def _upload_moments(optimizer: torch.optim.Optimizer, each: _Taken) -> None:
         slot for slot in each.slots if isinstance(state.get(slot), torch.Tensor) and not isinstance(state[slot], RemoteTensor)
     ]
     for slot in each.slots:
-        source = state[slot].remote.source if isinstance(state.get(slot), RemoteTensor) else None
-        if source is not None:
+        source = source_of(state.get(slot))
+        if isinstance(source, MomentSource):
             source.require_live()
     if local:
         each.matrix.store.begin_moments(each.matrix)
@@ -200,7 +211,7 @@ def _count(optimizer: torch.optim.Optimizer, each: _Taken) -> None:
 
 def _is_of_generation(moment: object, generation: int) -> bool:
     """Whether it is a handle of the moments that the server has now."""
-    source = moment.remote.source if isinstance(moment, RemoteTensor) and isinstance(moment.remote, Stored) else None
+    source = source_of(moment)
     return isinstance(source, MomentSource) and source.generation == generation
 
 

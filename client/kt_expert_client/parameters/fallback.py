@@ -62,6 +62,6 @@ def _write_back(tensor: RemoteTensor, values: torch.Tensor) -> None:
     if not isinstance(remote, View):
         tensor.write(values)
         return
-    whole = remote.base.values().contiguous()
-    whole.as_strided(remote.geometry.shape, remote.geometry.stride(), remote.geometry.storage_offset()).copy_(values)
+    whole = remote.base.laid_out()
+    remote.of(whole).copy_(values)
     remote.base.write(whole)

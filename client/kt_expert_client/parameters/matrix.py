@@ -11,7 +11,7 @@ from kt_expert_proto.lora import GRADIENT, PARAMETER, tensor_bits
 
 from kt_expert_client.adapter import TensorKey
 from kt_expert_client.errors import UnsupportedModel, WrongPhase
-from kt_expert_client.parameters.tensor import RemoteTensor, Stored
+from kt_expert_client.parameters.tensor import LateCopies, source_of
 
 if TYPE_CHECKING:
     from kt_expert_client.parameters.store import ParameterStore
@@ -83,7 +83,7 @@ class ParameterSource:
     """The matrix's values. Implements Source."""
 
     def __init__(self, matrix: Matrix) -> None:
-        self.matrix = matrix
+        self.matrix, self.copies = matrix, LateCopies()
 
     @property
     def name(self) -> str:
@@ -93,6 +93,7 @@ class ParameterSource:
         return self.matrix.read(PARAMETER)
 
     def write(self, values: torch.Tensor) -> None:
+        self.copies.keep()
         self.matrix.write(values, PARAMETER)
 
     def copy(self, memo: dict[int, Any]) -> ParameterSource:
@@ -114,6 +115,8 @@ class _Snapshot:
 
 class GradientSource(_Snapshot):
     """A gradient of the matrix: one that was begun and not cleared since. Implements Source."""
+
+    copies = None
 
     def __init__(self, matrix: Matrix, generation: int) -> None:
         self.matrix, self.generation = matrix, generation
@@ -148,7 +151,7 @@ class MomentSource(_Snapshot):
     """What an optimizer keeps of the matrix. The server keeps one set: `generation` says which. Implements Source."""
 
     def __init__(self, matrix: Matrix, slot: str, generation: int) -> None:
-        self.matrix, self.slot, self.generation = matrix, slot, generation
+        self.matrix, self.slot, self.generation, self.copies = matrix, slot, generation, LateCopies()
 
     @property
     def name(self) -> str:
@@ -168,22 +171,20 @@ class MomentSource(_Snapshot):
 
     def write(self, values: torch.Tensor) -> None:
         self.require_live()
+        self.copies.keep()
         self.matrix.write(values, self.slot, step=self.matrix.store.updates_of(self.matrix))
 
 
 def matrix_of(tensor: object) -> Matrix | None:
     """The matrix a parameter stands for; None for any other tensor."""
-    if isinstance(tensor, RemoteTensor) and isinstance(tensor.remote, Stored):
-        source = tensor.remote.source
-        return source.matrix if isinstance(source, ParameterSource) else None
-    return None
+    source = source_of(tensor)
+    return source.matrix if isinstance(source, ParameterSource) else None
 
 
 def gradient_of(tensor: object) -> GradientSource | None:
     """What a gradient is; None for any other tensor."""
-    if isinstance(tensor, RemoteTensor) and isinstance(tensor.remote, Stored):
-        return tensor.remote.source if isinstance(tensor.remote.source, GradientSource) else None
-    return None
+    source = source_of(tensor)
+    return source if isinstance(source, GradientSource) else None
 
 
 def is_same_gradient(left: object, right: object) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from kt_expert_client.parameters.matrix import is_same_gradient
-from kt_expert_client.parameters.tensor import Product, RemoteTensor, Stored, Sum, View, handles
+from kt_expert_client.parameters.tensor import Product, RemoteTensor, Stored, Sum, View, handles, late_copy, source_of
 from kt_expert_client.parameters.weight_operations import are_equal
 
 aten = torch.ops.aten
@@ -49,9 +49,8 @@ def _view(func: Any, tensor: RemoteTensor, *args: Any, **kwargs: Any) -> Any:
 def _to(
     func: Any, tensor: RemoteTensor, *, dtype: torch.dtype | None = None, device: torch.device | None = None, **kwargs: Any
 ) -> RemoteTensor:
-    """Another dtype or device as the trainer sees it: the values stay where they are."""
     del func, kwargs
-    made: RemoteTensor = RemoteTensor(tensor.remote, tensor, dtype=dtype or tensor.dtype, device=device or tensor.device)
+    made: RemoteTensor = RemoteTensor(late_copy(tensor), tensor, dtype=dtype or tensor.dtype, device=device or tensor.device)
     return made
 
 
@@ -128,4 +127,4 @@ def _added(weight: RemoteTensor, products: tuple[Product, ...]) -> Any:
         return RemoteTensor(Sum(remote.base, remote.products + products), weight)
     if isinstance(remote, Product):
         return RemoteTensor(Sum(None, (remote, *products)), weight)
-    return RemoteTensor(Sum(weight, products), weight) if isinstance(remote, Stored) else NotImplemented
+    return RemoteTensor(Sum(weight, products), weight) if source_of(weight) is not None else NotImplemented

@@ -7,6 +7,7 @@ torch asks a subclass without storage for each operation (`__torch_dispatch__`).
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -35,6 +36,10 @@ class Source(Protocol):
     def adopted(self, parameter: torch.Tensor) -> None:
         """A parameter stands for it."""
 
+    @property
+    def copies(self) -> LateCopies | None:
+        """Copies of it that have not been read; None where a copy is what this is, also later."""
+
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Stored:
@@ -54,9 +59,11 @@ class View:
     geometry: torch.Tensor  # on the meta device
 
     def read(self) -> torch.Tensor:
-        return self.base.values().contiguous().as_strided(
-            self.geometry.shape, self.geometry.stride(), self.geometry.storage_offset()
-        )  # fmt: skip
+        return self.of(self.base.laid_out())
+
+    def of(self, whole: torch.Tensor) -> torch.Tensor:
+        """The same part of the base's values, laid out as the base is."""
+        return whole.as_strided(self.geometry.shape, self.geometry.stride(), self.geometry.storage_offset())
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -87,7 +94,54 @@ class Sum:
         return total
 
 
-Value = Stored | View | Product | Sum
+class LateCopy:
+    """A copy of what another tensor was, in another dtype or on another device. Its values are read when somebody wants them,
+    or before the original changes: most copies are dropped unread."""
+
+    def __init__(self, of: Stored | View) -> None:
+        self.of = of
+        self._values: torch.Tensor | None = None
+
+    @property
+    def is_unread(self) -> bool:
+        """Whether it still is what the original is."""
+        return self._values is None
+
+    def keep(self) -> None:
+        """The original is about to change."""
+        if self._values is None:
+            self._values = self.of.read()
+
+    def read(self) -> torch.Tensor:
+        return self.of.read() if self._values is None else self._values
+
+    def write(self, values: torch.Tensor) -> None:
+        self._values = values.clone()
+
+    def copy(self) -> LateCopy:
+        """One with the values of its own that this one has."""
+        copied = LateCopy(self.of)
+        copied.write(self.read())
+        return copied
+
+
+class LateCopies:
+    """Those of one source."""
+
+    def __init__(self) -> None:
+        self._copies: weakref.WeakSet[LateCopy] = weakref.WeakSet()
+
+    def add(self, copy: LateCopy) -> None:
+        self._copies.add(copy)
+
+    def keep(self) -> None:
+        """The source is about to change."""
+        for copy in list(self._copies):
+            copy.keep()
+        self._copies.clear()
+
+
+Value = Stored | View | Product | Sum | LateCopy
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,6 +201,8 @@ class RemoteTensor(torch.Tensor):
         remote = self.remote
         if isinstance(remote, Stored):
             return remote.source.name
+        if isinstance(remote, LateCopy):
+            return f"a copy of {RemoteTensor(remote.of, self).describe()}"
         return f"a view of {remote.base.describe()}" if isinstance(remote, View) else "a weight with LoRA on it"
 
     def values(self) -> torch.Tensor:
@@ -154,8 +210,18 @@ class RemoteTensor(torch.Tensor):
         with torch.no_grad():
             return self.remote.read().to(self.dtype)
 
+    def laid_out(self) -> torch.Tensor:
+        """values() with this tensor's strides."""
+        values = self.values()
+        if values.stride() == self.stride():
+            return values
+        return torch.empty_strided(self.shape, self.stride(), dtype=self.dtype).copy_(values)
+
     def write(self, values: torch.Tensor) -> None:
         """Replaces its values. Raises UnsupportedModel where they follow from others."""
+        if isinstance(self.remote, LateCopy):
+            self.remote.write(values.detach())
+            return
         if not isinstance(self.remote, Stored):
             raise UnsupportedModel(f"{self.describe()} cannot be written; write what it is made of")
         self.remote.source.write(values.detach())
@@ -164,7 +230,8 @@ class RemoteTensor(torch.Tensor):
 
     def untyped_storage(self) -> Any:
         """Something that tells shared tensors apart without a read: the same for the same values."""
-        return _Elsewhere(id(self.remote.source if isinstance(self.remote, Stored) else self))
+        remote = self.remote
+        return _Elsewhere(id(remote.source if isinstance(remote, Stored) else remote if isinstance(remote, LateCopy) else self))
 
     def element_size(self) -> int:
         """Bytes of this process's memory that an element takes. What adds them up (get_memory_footprint, transformers' own
@@ -199,7 +266,7 @@ class RemoteTensor(torch.Tensor):
 
     def become(self, value: torch.Tensor) -> bool:
         """`tensor.data = value`. False where torch's own way does it: the same values seen with another dtype or device."""
-        if isinstance(value, RemoteTensor) and _source_of(value) is _source_of(self) is not None:
+        if isinstance(value, RemoteTensor) and source_of(value) is source_of(self) is not None:
             return False
         if value.numel() == 0 < self.numel():
             raise UnsupportedModel(
@@ -243,8 +310,32 @@ class RemoteTensor(torch.Tensor):
         return compute_here(func, args, kwargs or {})
 
 
-def _source_of(tensor: RemoteTensor) -> Source | None:
-    return tensor.remote.source if isinstance(tensor.remote, Stored) else None
+def source_of(tensor: object) -> Source | None:
+    """What all of a tensor's values are on the server, also of a late copy while that is what its original is; None for any
+    other tensor."""
+    remote = tensor.remote if isinstance(tensor, RemoteTensor) else None
+    if isinstance(remote, LateCopy) and remote.is_unread:
+        remote = remote.of
+    return remote.source if isinstance(remote, Stored) else None
+
+
+def late_copy(tensor: RemoteTensor) -> Value:
+    """What a copy of it in another dtype or on another device is. One of a gradient, or of weights with LoRA on them, is what
+    that is, also later: such a copy is made to be used at once."""
+    remote = tensor.remote
+    if isinstance(remote, LateCopy):
+        if not remote.is_unread:
+            return remote.copy()
+        remote = remote.of
+    stored = remote.base.remote if isinstance(remote, View) else remote
+    if isinstance(stored, LateCopy):
+        return remote
+    copies = stored.source.copies if isinstance(stored, Stored) else None
+    if copies is None or not isinstance(remote, Stored | View):
+        return tensor.remote
+    copied = LateCopy(remote)
+    copies.add(copied)
+    return copied
 
 
 def handles(*operations: Any) -> Callable[[Handler], Handler]:

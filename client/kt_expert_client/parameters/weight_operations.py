@@ -26,6 +26,7 @@ def merge(weight: object, more: object, sign: float) -> bool:
             whole = whole + sign * product.read()
         source.write(whole)
         return True
+    source.copies.keep()
     merged = source.merged
     for product in products:
         a, b, is_b_first = factors(source.matrix.place.target, product)
@@ -84,5 +85,6 @@ def _replace(func: Any, target: Any, value: Any) -> Any:
     ours, theirs = weight_of(target), weight_of(value)
     if ours is None or theirs is None or not WeightSource(ours.matrix).holds_what(WeightSource(theirs.matrix)):
         return NotImplemented
+    ours.copies.keep()
     ours.merged = theirs.merged
     return target

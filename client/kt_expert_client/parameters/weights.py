@@ -14,7 +14,7 @@ from torch import nn
 from kt_expert_client.errors import UnsupportedModel
 from kt_expert_client.parameters.matrix import BIAS, DOWN, GATE_UP, WEIGHT, Matrix, ParameterSource, Place
 from kt_expert_client.parameters.merged import Merged
-from kt_expert_client.parameters.tensor import RemoteTensor, Stored
+from kt_expert_client.parameters.tensor import RemoteTensor, Stored, source_of
 from kt_expert_client.weight_layout import WeightLayout
 
 if TYPE_CHECKING:
@@ -153,6 +153,7 @@ class WeightSource(ParameterSource):
         return values
 
     def write(self, values: torch.Tensor) -> None:
+        self.copies.keep()
         self.merged = ()
         super().write(values)
 
@@ -183,5 +184,5 @@ def make_weight(
 
 def weight_of(tensor: object) -> WeightSource | None:
     """What stands for weights on the server; None for any other tensor."""
-    remote = tensor.remote if isinstance(tensor, RemoteTensor) else None
-    return remote.source if isinstance(remote, Stored) and isinstance(remote.source, WeightSource) else None
+    source = source_of(tensor)
+    return source if isinstance(source, WeightSource) else None
