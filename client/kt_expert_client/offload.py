@@ -19,7 +19,7 @@ from kt_expert_client.membership import ALONE, current_membership
 from kt_expert_client.options import RunOptions
 from kt_expert_client.parameters.existing import meet_existing
 from kt_expert_client.parameters.gradients import handle
-from kt_expert_client.parameters.matrix import matrix_of
+from kt_expert_client.parameters.matrix import matrix_behind
 from kt_expert_client.parameters.mirror import MirrorMatrix
 from kt_expert_client.parameters.store import Joined, ParameterStore
 from kt_expert_client.run import Run
@@ -109,7 +109,7 @@ class OffloadedLayer:
         targets: dict[str, GradientTarget] = {}
         mirrored: list[tuple[int, MirrorMatrix, torch.Tensor]] = []
         for parameter in parameters:
-            matrix = matrix_of(parameter)
+            matrix = matrix_behind(parameter)
             if parameter is self._offload.ddp_parameter:
                 gradients.append(torch.zeros_like(parameter))
                 continue

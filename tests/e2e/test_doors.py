@@ -180,12 +180,73 @@ def test_a_cast_in_a_parameters_own_place_is_the_parameter(pair: Pair) -> None:
     """As PEFT casts adapters, and accelerate moves parameters."""
     remote = pair[1]
     for model in pair:
-        for name, parameter in list(lora_of(model).items()):
+        for name in list(lora_of(model)):
             owner = model.get_submodule(name.rsplit(".", 1)[0])
-            owner.weight = torch.nn.Parameter(parameter.data.to(torch.float64))
+            owner.weight = torch.nn.Parameter(owner.weight.data.to(torch.float64))
             owner._parameters["weight"] = torch.nn.Parameter(owner.weight.data.to(torch.float32))
     both(pair, adamw)
     assert all(matrix_of(parameter) for name, parameter in lora_of(remote).items() if ".experts." in name)
+
+
+def test_an_optimizer_of_copies_steps_them(pair: Pair) -> None:
+    """Weights in a wider dtype beside the model's, by hand."""
+    for model in pair:
+        parameters = [parameter for _, parameter in sorted(lora_of(model).items())]
+        masters = [torch.nn.Parameter(parameter.detach().double()) for parameter in parameters]
+        optimizer = torch.optim.SGD(masters, lr=0.1, momentum=0.9)
+        for step in range(3):
+            loss(model, step).backward()
+            for master, parameter in zip(masters, parameters, strict=True):
+                master.grad, parameter.grad = parameter.grad.double(), None
+            optimizer.step()
+            with torch.no_grad():
+                for master, parameter in zip(masters, parameters, strict=True):
+                    parameter.copy_(master)
+    same(pair)
+
+
+def test_moments_may_come_from_copies(pair: Pair) -> None:
+    for model in pair:
+        optimizer = adamw(model)
+        train(model, optimizer, 2)
+        saved = optimizer.state_dict()
+        saved["state"] = {
+            key: {slot: value.double().float() for slot, value in state.items()} for key, state in saved["state"].items()
+        }
+        train(model, optimizer, 2)
+        optimizer.load_state_dict(saved)
+        train(model, optimizer, 1)
+    same(pair)
+
+
+def test_copies_of_copies_and_of_parts(pair: Pair) -> None:
+    found = []
+    for model in pair:
+        parameter = sorted(lora_of(model).items())[0][1].detach()
+        copied = parameter.double()
+        turned = copied.t().float()
+        copied.zero_()
+        narrowed = parameter.bfloat16().float()
+        part = parameter[2:5].double().float().t()
+        wide = parameter.unsqueeze(0).expand(2, -1, -1).double().transpose(1, 2)
+        whole = parameter.to(torch.int32).float()
+        flat = parameter.t().to(torch.float64, memory_format=torch.contiguous_format).view(-1)
+        assert parameter[2:5].double().storage_offset() == 0
+        found.append([each.clone().cpu() for each in (copied, turned, narrowed, part, wide, whole, flat)])
+    for ours, theirs in zip(*found, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_lora_is_merged_into_a_copy_alone(pair: Pair) -> None:
+    found = []
+    for model in pair:
+        wrapper = model.base_model.model.model.layers[1].mlp.experts
+        weight = getattr(wrapper.get_base_layer(), wrapper.parameter_name)
+        copied = weight.detach().double()
+        copied.add_(wrapper.get_delta_weight("default").detach())
+        found.append((copied.clone().cpu(), weight.detach().clone().cpu()))
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
 
 
 def test_weights_that_are_written_leave_copies_as_they_are(pair: Pair) -> None:

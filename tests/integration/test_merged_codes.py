@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,14 @@ import torch
 from kt_expert_server.cli.tool import main
 from kt_expert_server.model.index import plan_model
 from peft import PeftModel, get_peft_model
-from safetensors.torch import load_file
-from support.coded import Tensors, coded_checkpoint, decoded
+from safetensors.torch import load_file, save_file
+from support.coded import Tensors, coded_checkpoint, decoded, in_one_shard
 from support.models import load_stock, random_tokens
 from support.training import lora_config
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the libraries' own
-FORMS = ["fp8", "fp8, scales in bf16", "mxfp4"]
-ROUNDING = {"fp8": 0.04, "mxfp4": 0.2}  # of the weights' norm; a code's step is an eighth of its size, or half
+FORMS = ["fp8", "fp8, scales in bf16", "fp8, powers of two", "mxfp4"]
+ROUNDING = {"fp8": 0.05, "mxfp4": 0.2}  # of the weights' norm; a code's step is an eighth of its size, or half
 
 
 def adapter(plain: Path, out: Path, scale: float) -> PeftModel:
@@ -90,14 +91,85 @@ def test_an_adapter_of_zeros_changes_no_byte(form: str, tmp_path: Path, capsys: 
     adapter(plain, tmp_path / "adapter", 0.0)
     assert merge(tmp_path, "--quantized", "requantize") == 0
     assert "changed the weights by 0.00% of their norm, the adapter by 0.00%" in capsys.readouterr().out
-    before, after = decoded(coded), decoded(tmp_path / "out")
-    assert all(torch.equal(values, after[name]) for name, values in before.items())
+    for file in coded.glob("*.safetensors"):
+        before, after = load_file(file), load_file(tmp_path / "out" / file.name)
+        assert before.keys() == after.keys()
+        assert all(torch.equal(values.view(torch.uint8), after[name].view(torch.uint8)) for name, values in before.items())
+
+
+def test_an_index_that_names_one_file(tmp_path: Path) -> None:
+    coded, plain = coded_checkpoint("fp8", tmp_path)
+    in_one_shard(coded)
+    adapter(plain, tmp_path / "adapter", 0.1)
+    assert merge(tmp_path, "--quantized", "dequantize") == 0
+    assert plan_model(tmp_path / "out").form == "bf16"
+    assert load_stock(tmp_path / "out") is not None
+
+
+def test_scales_stay_powers_of_two(tmp_path: Path) -> None:
+    _, plain = coded_checkpoint("fp8, powers of two", tmp_path)
+    adapter(plain, tmp_path / "adapter", 0.3)
+    assert merge(tmp_path, "--quantized", "requantize") == 0
+    for file in (tmp_path / "out").glob("*.safetensors"):
+        for name, values in load_file(file).items():
+            assert not name.endswith("_scale_inv") or torch.equal(values.log2(), values.log2().round()), name
+
+
+def _with_nan(folder: Path) -> None:
+    path = folder / "adapter" / "adapter_model.safetensors"
+    tensors = load_file(path)
+    next(iter(tensors.values()))[0, 0] = torch.nan
+    save_file(tensors, path)
+
+
+def _with_another_size(folder: Path) -> None:
+    path = folder / "adapter" / "adapter_model.safetensors"
+    tensors = load_file(path)
+    name = next(name for name in tensors if "q_proj.lora_A" in name)
+    tensors[name] = torch.zeros(4, 5)
+    save_file(tensors, path)
+
+
+def _with_int8_attention(folder: Path) -> None:
+    for file in (folder / "coded").glob("*.safetensors"):
+        tensors = load_file(file)
+        for name in [name for name in tensors if "q_proj" in name]:
+            if name.endswith("_scale_inv"):
+                del tensors[name]
+            else:
+                tensors[name] = tensors[name].view(torch.int8)
+        save_file(tensors, file, {"format": "pt"})
+    path = folder / "coded" / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    index["weight_map"] = {name: file for name, file in index["weight_map"].items() if "q_proj.weight_scale" not in name}
+    path.write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize("choice", ["requantize", "dequantize"])
+@pytest.mark.parametrize(
+    ("spoil", "sentence"),
+    [
+        (_with_nan, "has values that are not finite"),
+        (_with_another_size, "whose matrices are [32, 32]"),
+        (_with_int8_attention, "is I8, which is not merged into"),
+    ],
+)
+def test_what_does_not_fit_leaves_nothing(
+    spoil: Callable[[Path], None], sentence: str, choice: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, plain = coded_checkpoint("fp8", tmp_path)
+    adapter(plain, tmp_path / "adapter", 0.1)
+    spoil(tmp_path)
+    assert merge(tmp_path, "--quantized", choice) == 2
+    assert sentence in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out.partial").exists()
 
 
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ((), "holds its experts as fp8; say dequantize, to write all of it in bf16, or requantize"),
+        ((), "holds tensors as fp8; say dequantize, to write all of it in bf16, or requantize"),
         (("--quantized", "dequantize"), "is F8_E4M3 and has no"),
     ],
 )
@@ -114,8 +186,6 @@ def test_what_cannot_be_merged_is_named(
 
 
 def _without_a_scale(coded: Path) -> None:
-    from safetensors.torch import save_file
-
     index: dict[str, Any] = json.loads((coded / "model.safetensors.index.json").read_text())
     name = "model.layers.0.self_attn.q_proj.weight_scale_inv"
     file = coded / index["weight_map"].pop(name)

@@ -27,7 +27,7 @@ def coded_checkpoint(form: str, folder: Path) -> tuple[Path, Path]:
     else:
         save_checkpoint("qwen3_moe", folder / "bf16")
         scale_dtype = torch.bfloat16 if "bf16" in form else torch.float32
-        to_fp8(folder / "bf16", folder / "coded", scale_dtype=scale_dtype)
+        to_fp8(folder / "bf16", folder / "coded", scale_dtype=scale_dtype, are_powers="powers" in form)
     to_plain(folder / "coded", folder / "plain")
     return folder / "coded", folder / "plain"
 
@@ -44,13 +44,14 @@ def decode_mxfp4(blocks: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     return E2M1[codes.long()] * torch.exp2(scales.float() - 127).repeat_interleave(MXFP4_GROUP, 2)
 
 
-def to_fp8(model: Path, out: Path, *, scale_dtype: torch.dtype = torch.float32) -> None:
-    """Experts and attention in fp8, with one scale each, as DeepSeek-V3 and Qwen3 have them. Scales lie in a shard of their
-    own, before the codes."""
+def to_fp8(model: Path, out: Path, *, scale_dtype: torch.dtype = torch.float32, are_powers: bool = False) -> None:
+    """Experts and attention in fp8, with one scale each, as DeepSeek-V3 and Qwen3 have them, or with powers of two, as
+    DeepSeek-V3.1. Scales lie in a shard of their own, before the codes."""
     tensors: Tensors = {}
     for name, values in load_file(model / "model.safetensors").items():
         if ".experts." in name or "_proj.weight" in name:
-            scale = (values.float().abs().max() / 448).to(scale_dtype).reshape(1, 1)
+            exact = values.float().abs().max() / 448
+            scale = (exact.log2().ceil().exp2() if are_powers else exact).to(scale_dtype).reshape(1, 1)
             tensors |= {name: (values.float() / scale.float()).to(torch.float8_e4m3fn), f"{name}_scale_inv": scale}
         else:
             tensors[name] = values
@@ -94,6 +95,17 @@ def to_plain(coded: Path, out: Path) -> None:
     config = json.loads((coded / "config.json").read_text())
     del config["quantization_config"]
     (out / "config.json").write_text(json.dumps(config))
+
+
+def in_one_shard(coded: Path) -> None:
+    """The same tensors in one file, which the index still names."""
+    tensors: Tensors = {}
+    for file in sorted(coded.glob("*.safetensors")):
+        tensors |= load_file(file)
+        file.unlink()
+    save_file(tensors, coded / "model-00001-of-00001.safetensors", {"format": "pt"})
+    index = {"metadata": {"total_size": 0}, "weight_map": dict.fromkeys(tensors, "model-00001-of-00001.safetensors")}
+    (coded / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
 def _write(model: Path, out: Path, tensors: Tensors, scales: str, quantization: dict[str, object]) -> None:

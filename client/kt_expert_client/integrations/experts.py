@@ -18,6 +18,7 @@ from kt_expert_client.offload import LocalLayerSpec, ModelOffload, OffloadedLaye
 from kt_expert_client.parameters.active import adapters_on
 from kt_expert_client.parameters.fsdp import leave_to_server
 from kt_expert_client.parameters.moving import in_place_of, of_remote
+from kt_expert_client.parameters.tensor import source_of
 from kt_expert_client.parameters.weights import WeightShape, make_weight
 from kt_expert_client.weight_layout import WeightLayout
 
@@ -82,7 +83,7 @@ class RemoteExperts(nn.Module):
         return copied
 
     def __setattr__(self, name: str, value: Any) -> None:
-        in_place_of(value, self.__dict__.get("_parameters", {}).get(name))
+        in_place_of(value, source_of(self.__dict__.get("_parameters", {}).get(name)))
         super().__setattr__(name, value)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> RemoteExperts:

@@ -30,7 +30,7 @@ from kt_expert_client.parameters.matrix import DOWN, GATE_UP, Place
 from kt_expert_client.parameters.memory import give_back
 from kt_expert_client.parameters.mirror import Mirror
 from kt_expert_client.parameters.moving import in_place_of, of_remote
-from kt_expert_client.parameters.tensor import LateCopy, RemoteTensor
+from kt_expert_client.parameters.tensor import LateCopy, RemoteTensor, source_of
 from kt_expert_client.parameters.weights import WEIGHTS_ADAPTER
 
 _TARGETS = {GATE_UP_PARAMETER: GATE_UP, DOWN_PARAMETER: DOWN}
@@ -46,7 +46,7 @@ class RemoteLinear(nn.Linear):
 
     def __setattr__(self, name: str, value: Any) -> None:
         current: Any = self._parameters.get(name) if name == "weight" else None
-        in_place_of(value, current)
+        in_place_of(value, source_of(current))
         is_copy = not isinstance(value, RemoteTensor) or isinstance(value.remote, LateCopy)
         if isinstance(current, RemoteTensor) and isinstance(value, torch.Tensor) and is_copy:
             if not value.is_meta:

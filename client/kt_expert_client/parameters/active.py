@@ -9,10 +9,9 @@ import torch
 from kt_expert_client.adapter import ActiveAdapter
 from kt_expert_client.errors import UnsupportedModel
 from kt_expert_client.parameters.lora import LoraMatrix
-from kt_expert_client.parameters.matrix import DOWN, GATE_UP, A, B, matrix_of
-from kt_expert_client.parameters.moving import in_place_of
+from kt_expert_client.parameters.matrix import DOWN, GATE_UP, A, B, matrix_behind
 from kt_expert_client.parameters.tensor import LateCopy, Product, RemoteTensor, Sum, View
-from kt_expert_client.parameters.weights import WeightSource, weight_of
+from kt_expert_client.parameters.weights import WeightSource, weight_behind
 
 
 def adapters_on(
@@ -53,8 +52,7 @@ def adapters_on(
 
 def _follow(tensors: Sequence[torch.Tensor]) -> None:
     for each in tensors:
-        in_place_of(each)
-        matrix = matrix_of(each)
+        matrix = matrix_behind(each)
         if matrix is not None:
             matrix.store.gradients.follow(matrix, each)
 
@@ -78,7 +76,7 @@ def _parts(target: str, weight: torch.Tensor) -> tuple[RemoteTensor, WeightSourc
     if isinstance(weight, RemoteTensor):
         remote = weight.remote
         base, products = (remote.base, remote.products) if isinstance(remote, Sum) else (weight, ())
-        source = weight_of(base)
+        source = weight_behind(base)
         if base is not None and source is not None and source.matrix.place.target == target:
             return base, source, products
     raise UnsupportedModel(
@@ -88,7 +86,7 @@ def _parts(target: str, weight: torch.Tensor) -> tuple[RemoteTensor, WeightSourc
 
 
 def _bias(bias: torch.Tensor) -> WeightSource:
-    source = weight_of(bias)
+    source = weight_behind(bias)
     if source is None:
         raise UnsupportedModel(f"the experts' bias is {bias!r:.200}, expected the server's")
     return source
@@ -97,7 +95,7 @@ def _bias(bias: torch.Tensor) -> WeightSource:
 def factors(target: str, product: Product) -> tuple[LoraMatrix, LoraMatrix, bool]:
     """LoRA's two matrices, A and B, that a product is made of, and whether it is B A. Raises UnsupportedModel where its factors
     are not the two of one adapter."""
-    left, right = (matrix_of(_base_of(side)) for side in (product.left, product.right))
+    left, right = (matrix_behind(_base_of(side)) for side in (product.left, product.right))
     if isinstance(left, LoraMatrix) and isinstance(right, LoraMatrix):
         is_b_first = left.place.side == B
         a, b = (right, left) if is_b_first else (left, right)
@@ -120,7 +118,5 @@ def _expected_strides(a: LoraMatrix, *, is_b_first: bool) -> tuple[tuple[int, ..
 
 
 def _base_of(tensor: RemoteTensor) -> RemoteTensor:
-    remote = tensor.remote
-    if isinstance(remote, LateCopy) and remote.is_unread:
-        remote = remote.of
+    remote = tensor.remote.of if isinstance(tensor.remote, LateCopy) else tensor.remote
     return remote.base if isinstance(remote, View) else tensor

@@ -143,7 +143,7 @@ def _before_change(optimizer: torch.optim.Optimizer, each: _Taken) -> None:
     for tensor in (each.parameter, *(state.get(slot) for slot in each.slots)):
         source = source_of(tensor)
         if source is not None and source.copies is not None:
-            source.copies.keep()
+            source.copies.keep(source)
 
 
 def _take(group: _Group, parameter: torch.Tensor) -> _Taken:
@@ -164,18 +164,18 @@ def _has_moments(state: dict[str, Any], slots: Iterable[str]) -> bool:
 def _upload_moments(optimizer: torch.optim.Optimizer, each: _Taken) -> None:
     """Moments that were loaded into the optimizer go to the server before they are used."""
     state = optimizer.state.get(each.parameter, {})
-    local = [
-        slot for slot in each.slots if isinstance(state.get(slot), torch.Tensor) and not isinstance(state[slot], RemoteTensor)
-    ]
+    local: dict[str, torch.Tensor] = {}
     for slot in each.slots:
-        source = source_of(state.get(slot))
-        if isinstance(source, MomentSource):
+        moment, source = state.get(slot), source_of(state.get(slot))
+        if isinstance(source, MomentSource) and source.matrix is each.matrix:
             source.require_live()
+        elif isinstance(moment, torch.Tensor):  # values of its own, or of another parameter's moments
+            local[slot] = moment.values() if isinstance(moment, RemoteTensor) else moment
     if local:
         each.matrix.store.begin_moments(each.matrix)
     count = int(state.get("step", 0 if not local else 1))
-    for slot in local:
-        each.matrix.write(state[slot], slot, step=count)
+    for slot, values in local.items():
+        each.matrix.write(values, slot, step=count)
         state[slot] = _moment(each, slot)
     if local:
         each.matrix.store.count_updates(each.matrix, count)

@@ -62,6 +62,6 @@ def _write_back(tensor: RemoteTensor, values: torch.Tensor) -> None:
     if not isinstance(remote, View):
         tensor.write(values)
         return
-    whole = remote.base.laid_out()
+    whole = remote.base.laid_out().clone()
     remote.of(whole).copy_(values)
     remote.base.write(whole)

@@ -23,7 +23,8 @@ from kt_expert_proto.v1 import session_pb2 as pb
 from kt_expert_client.adapter import TensorSet
 from kt_expert_client.errors import UnsupportedModel, WrongPhase
 from kt_expert_client.parameters.matrix import BIAS, WEIGHT, GradientSource, Matrix, Place, gradient_of
-from kt_expert_client.parameters.tensor import RemoteTensor, Stored
+from kt_expert_client.parameters.moving import in_place_of
+from kt_expert_client.parameters.tensor import LateCopy, RemoteTensor, Stored, source_behind
 from kt_expert_client.parameters.weights import WeightSource, weight_of
 
 if TYPE_CHECKING:
@@ -76,9 +77,13 @@ class Gradients:
         self._slots[matrix.place] = _Slot(weakref.ref(matrix), weakref.ref(parameter))
 
     def follow(self, matrix: Matrix, parameter: torch.Tensor) -> None:
-        """The parameter as it is now: casts and moves of modules put other objects in its place."""
+        """The parameter as it is now: casts and moves of modules put other objects in its place. Where the one before is gone,
+        a copy of it has come in its place."""
         slot = self._slots.get(matrix.place)
-        if slot is not None and slot.parameter() is not parameter:
+        if slot is None or slot.parameter() is parameter:
+            return
+        is_copy = isinstance(parameter, RemoteTensor) and isinstance(parameter.remote, LateCopy)
+        if not is_copy or (slot.parameter() is None and in_place_of(parameter, source_behind(parameter))):
             slot.parameter = weakref.ref(parameter)
 
     def knows(self, place: Place) -> bool:
@@ -125,6 +130,8 @@ class Gradients:
         """For a backward that is about to add to the parameter's gradient: what that is, and the bits of tensors that begin
         anew, and that go on from what a step has taken."""
         slot, bits, current = self._slots[matrix.place], matrix.place.bits, torch._C._current_graph_task_id()
+        known = slot.parameter()
+        parameter = parameter if known is None else known  # what a forward was given may be a cast of it
         if parameter._backward_hooks:
             raise UnsupportedModel(
                 f"{matrix.place} has a tensor hook, which changes gradients before they are added up; on the server they are "
@@ -243,12 +250,13 @@ class Gradients:
         self.require_live(gradient)
         if order not in self._norms:
             self.flush(scales=False)
-            self._norms[order] = self._ask_norms(order)
+            self._norms[order] = self._ask_norms(order, self._held())
+        if gradient.matrix.place not in self._norms[order]:  # one that .grad does not have, on several ranks
+            self._norms[order] |= self._ask_norms(order, [gradient.matrix.place])
         norm = self._norms[order][gradient.matrix.place]
         return norm if order == 0.0 else norm * abs(self._slot(gradient).scale)
 
-    def _ask_norms(self, order: float) -> dict[Place, float]:
-        places = self._held()
+    def _ask_norms(self, order: float, places: list[Place]) -> dict[Place, float]:
         sets = tensor_sets(places)
         _, norms = self._store.run.adapters.norms(sets, order)
         named = ((each.adapter, layer, name) for each in sets for layer in each.layers for name in tensor_names(each.tensors))
@@ -256,6 +264,9 @@ class Gradients:
         return {place: _joined([found[place.adapter, place.layer, name] for name in place.tensors], order) for place in places}
 
     def _held(self) -> list[Place]:
+        """Where anything stands for the gradient. What is held by a rank is its own affair: ranks have to ask for the same."""
+        if self._store.world_size > 1:
+            return self._live()
         return [place for place, slot in self._slots.items() if slot.is_held()]
 
     def _live(self) -> list[Place]:

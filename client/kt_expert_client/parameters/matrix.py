@@ -11,7 +11,7 @@ from kt_expert_proto.lora import GRADIENT, PARAMETER, tensor_bits
 
 from kt_expert_client.adapter import TensorKey
 from kt_expert_client.errors import UnsupportedModel, WrongPhase
-from kt_expert_client.parameters.tensor import LateCopies, source_of
+from kt_expert_client.parameters.tensor import LateCopies, source_behind, source_of
 
 if TYPE_CHECKING:
     from kt_expert_client.parameters.store import ParameterStore
@@ -93,7 +93,7 @@ class ParameterSource:
         return self.matrix.read(PARAMETER)
 
     def write(self, values: torch.Tensor) -> None:
-        self.copies.keep()
+        self.copies.keep(self)
         self.matrix.write(values, PARAMETER)
 
     def copy(self, memo: dict[int, Any]) -> ParameterSource:
@@ -171,13 +171,19 @@ class MomentSource(_Snapshot):
 
     def write(self, values: torch.Tensor) -> None:
         self.require_live()
-        self.copies.keep()
+        self.copies.keep(self)
         self.matrix.write(values, self.slot, step=self.matrix.store.updates_of(self.matrix))
 
 
 def matrix_of(tensor: object) -> Matrix | None:
-    """The matrix a parameter stands for; None for any other tensor."""
+    """The matrix a parameter stands for; None for any other tensor, and for a copy."""
     source = source_of(tensor)
+    return source.matrix if isinstance(source, ParameterSource) else None
+
+
+def matrix_behind(tensor: object) -> Matrix | None:
+    """The same, also of a copy in another dtype, as a forward makes one of its parameters."""
+    source = source_behind(tensor)
     return source.matrix if isinstance(source, ParameterSource) else None
 
 

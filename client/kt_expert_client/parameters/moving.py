@@ -6,20 +6,17 @@ from collections.abc import Callable
 
 import torch
 
-from kt_expert_client.parameters.tensor import LateCopy, RemoteTensor, source_of
+from kt_expert_client.parameters.tensor import LateCopy, RemoteTensor, Source, Stored, source_behind
 
 
-def in_place_of(parameter: object, current: object = None) -> bool:
+def in_place_of(parameter: object, source: Source | None) -> bool:
     """A cast or a move of a parameter that stands in the parameter's own place, as PEFT and accelerate put it there, is the
-    parameter itself. Returns whether it is; `current` is what stood there, if that is known."""
+    parameter itself. Returns whether it is; `source` is what stood there."""
     if not isinstance(parameter, torch.nn.Parameter) or not isinstance(parameter, RemoteTensor):
         return False
-    remote = parameter.remote
-    if not isinstance(remote, LateCopy) or not remote.is_unread or source_of(parameter) is None:
+    if source is None or not isinstance(parameter.remote, LateCopy) or source_behind(parameter) is not source:
         return False
-    if current is not None and source_of(current) is not source_of(parameter):
-        return False
-    parameter.remote = remote.of
+    parameter.remote = Stored(source)
     return True
 
 

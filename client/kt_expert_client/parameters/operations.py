@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from kt_expert_client.parameters.matrix import is_same_gradient
-from kt_expert_client.parameters.tensor import Product, RemoteTensor, Stored, Sum, View, handles, late_copy, source_of
+from kt_expert_client.parameters.tensor import Product, RemoteTensor, Stored, Sum, View, handles, late_copy, source_behind
 from kt_expert_client.parameters.weight_operations import are_equal
 
 aten = torch.ops.aten
@@ -49,8 +49,10 @@ def _view(func: Any, tensor: RemoteTensor, *args: Any, **kwargs: Any) -> Any:
 def _to(
     func: Any, tensor: RemoteTensor, *, dtype: torch.dtype | None = None, device: torch.device | None = None, **kwargs: Any
 ) -> RemoteTensor:
-    del func, kwargs
-    made: RemoteTensor = RemoteTensor(late_copy(tensor), tensor, dtype=dtype or tensor.dtype, device=device or tensor.device)
+    """A copy of it, but for what late_copy says."""
+    dtype = dtype or tensor.dtype
+    geometry = func(tensor.geometry(), dtype=dtype, memory_format=kwargs.get("memory_format"))
+    made: RemoteTensor = RemoteTensor(late_copy(tensor), geometry, dtype=dtype, device=device or tensor.device)
     return made
 
 
@@ -127,4 +129,4 @@ def _added(weight: RemoteTensor, products: tuple[Product, ...]) -> Any:
         return RemoteTensor(Sum(remote.base, remote.products + products), weight)
     if isinstance(remote, Product):
         return RemoteTensor(Sum(None, (remote, *products)), weight)
-    return RemoteTensor(Sum(weight, products), weight) if source_of(weight) is not None else NotImplemented
+    return RemoteTensor(Sum(weight, products), weight) if source_behind(weight) is not None else NotImplemented

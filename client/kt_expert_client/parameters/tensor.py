@@ -98,31 +98,32 @@ class LateCopy:
     """A copy of what another tensor was, in another dtype or on another device. Its values are read when somebody wants them,
     or before the original changes: most copies are dropped unread."""
 
-    def __init__(self, of: Stored | View) -> None:
-        self.of = of
+    def __init__(self, of: Stored | View, dtype: torch.dtype) -> None:
+        self.of: Stored | View | None = of  # until it has values of its own
+        self._dtype = dtype  # of the original as its holder sees it: that rounds
         self._values: torch.Tensor | None = None
 
-    @property
-    def is_unread(self) -> bool:
-        """Whether it still is what the original is."""
-        return self._values is None
+    @staticmethod
+    def holding(values: torch.Tensor) -> LateCopy:
+        """One with these values."""
+        made = LateCopy.__new__(LateCopy)
+        made.of, made._dtype, made._values = None, values.dtype, values
+        return made
 
-    def keep(self) -> None:
-        """The original is about to change."""
-        if self._values is None:
-            self._values = self.of.read()
+    def keep(self, whole: torch.Tensor) -> None:
+        """The original is about to change; `whole` is what its source holds. The values are not changed in place."""
+        if self.of is not None:
+            part = self.of.of(whole).clone() if isinstance(self.of, View) else whole
+            self._values, self.of = part.to(self._dtype), None
 
     def read(self) -> torch.Tensor:
-        return self.of.read() if self._values is None else self._values
+        if self.of is not None:
+            return self.of.read().to(self._dtype)
+        assert self._values is not None  # noqa: S101  # one of the two
+        return self._values
 
     def write(self, values: torch.Tensor) -> None:
-        self._values = values.clone()
-
-    def copy(self) -> LateCopy:
-        """One with the values of its own that this one has."""
-        copied = LateCopy(self.of)
-        copied.write(self.read())
-        return copied
+        self._values, self.of = values.clone(), None
 
 
 class LateCopies:
@@ -134,10 +135,13 @@ class LateCopies:
     def add(self, copy: LateCopy) -> None:
         self._copies.add(copy)
 
-    def keep(self) -> None:
+    def keep(self, source: Source) -> None:
         """The source is about to change."""
-        for copy in list(self._copies):
-            copy.keep()
+        copies = [copy for copy in list(self._copies) if copy.of is not None]
+        if copies:
+            whole = source.read()
+            for copy in copies:
+                copy.keep(whole)
         self._copies.clear()
 
 
@@ -202,7 +206,7 @@ class RemoteTensor(torch.Tensor):
         if isinstance(remote, Stored):
             return remote.source.name
         if isinstance(remote, LateCopy):
-            return f"a copy of {RemoteTensor(remote.of, self).describe()}"
+            return "a copy" if remote.of is None else f"a copy of {RemoteTensor(remote.of, self).describe()}"
         return f"a view of {remote.base.describe()}" if isinstance(remote, View) else "a weight with LoRA on it"
 
     def values(self) -> torch.Tensor:
@@ -211,9 +215,9 @@ class RemoteTensor(torch.Tensor):
             return self.remote.read().to(self.dtype)
 
     def laid_out(self) -> torch.Tensor:
-        """values() with this tensor's strides."""
+        """values() with this tensor's strides, from the beginning of their memory. Not to be changed in place."""
         values = self.values()
-        if values.stride() == self.stride():
+        if values.stride() == self.stride() and not values.storage_offset():
             return values
         return torch.empty_strided(self.shape, self.stride(), dtype=self.dtype).copy_(values)
 
@@ -266,7 +270,7 @@ class RemoteTensor(torch.Tensor):
 
     def become(self, value: torch.Tensor) -> bool:
         """`tensor.data = value`. False where torch's own way does it: the same values seen with another dtype or device."""
-        if isinstance(value, RemoteTensor) and source_of(value) is source_of(self) is not None:
+        if isinstance(value, RemoteTensor) and source_behind(value) is source_of(self) is not None:
             return False
         if value.numel() == 0 < self.numel():
             raise UnsupportedModel(
@@ -311,10 +315,15 @@ class RemoteTensor(torch.Tensor):
 
 
 def source_of(tensor: object) -> Source | None:
-    """What all of a tensor's values are on the server, also of a late copy while that is what its original is; None for any
-    other tensor."""
+    """What all of a tensor's values are on the server; None for any other tensor, and for a copy."""
     remote = tensor.remote if isinstance(tensor, RemoteTensor) else None
-    if isinstance(remote, LateCopy) and remote.is_unread:
+    return remote.source if isinstance(remote, Stored) else None
+
+
+def source_behind(tensor: object) -> Source | None:
+    """The same, also of a late copy while that is what its original is."""
+    remote = tensor.remote if isinstance(tensor, RemoteTensor) else None
+    if isinstance(remote, LateCopy):
         remote = remote.of
     return remote.source if isinstance(remote, Stored) else None
 
@@ -323,17 +332,13 @@ def late_copy(tensor: RemoteTensor) -> Value:
     """What a copy of it in another dtype or on another device is. One of a gradient, or of weights with LoRA on them, is what
     that is, also later: such a copy is made to be used at once."""
     remote = tensor.remote
-    if isinstance(remote, LateCopy):
-        if not remote.is_unread:
-            return remote.copy()
-        remote = remote.of
-    stored = remote.base.remote if isinstance(remote, View) else remote
-    if isinstance(stored, LateCopy):
-        return remote
-    copies = stored.source.copies if isinstance(stored, Stored) else None
+    base = remote.base.remote if isinstance(remote, View) else remote
+    if isinstance(base, LateCopy):  # a copy of a copy is rounded twice
+        return LateCopy.holding(tensor.values().clone())
+    copies = base.source.copies if isinstance(base, Stored) else None
     if copies is None or not isinstance(remote, Stored | View):
-        return tensor.remote
-    copied = LateCopy(remote)
+        return remote
+    copied = LateCopy(remote, tensor.dtype)
     copies.add(copied)
     return copied
 

@@ -26,7 +26,7 @@ def merge(weight: object, more: object, sign: float) -> bool:
             whole = whole + sign * product.read()
         source.write(whole)
         return True
-    source.copies.keep()
+    source.copies.keep(source)
     merged = source.merged
     for product in products:
         a, b, is_b_first = factors(source.matrix.place.target, product)
@@ -85,6 +85,6 @@ def _replace(func: Any, target: Any, value: Any) -> Any:
     ours, theirs = weight_of(target), weight_of(value)
     if ours is None or theirs is None or not WeightSource(ours.matrix).holds_what(WeightSource(theirs.matrix)):
         return NotImplemented
-    ours.copies.keep()
+    ours.copies.keep(ours)
     ours.merged = theirs.merged
     return target

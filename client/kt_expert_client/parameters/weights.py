@@ -14,7 +14,7 @@ from torch import nn
 from kt_expert_client.errors import UnsupportedModel
 from kt_expert_client.parameters.matrix import BIAS, DOWN, GATE_UP, WEIGHT, Matrix, ParameterSource, Place
 from kt_expert_client.parameters.merged import Merged
-from kt_expert_client.parameters.tensor import RemoteTensor, Stored, source_of
+from kt_expert_client.parameters.tensor import RemoteTensor, Stored, source_behind, source_of
 from kt_expert_client.weight_layout import WeightLayout
 
 if TYPE_CHECKING:
@@ -153,7 +153,7 @@ class WeightSource(ParameterSource):
         return values
 
     def write(self, values: torch.Tensor) -> None:
-        self.copies.keep()
+        self.copies.keep(self)
         self.merged = ()
         super().write(values)
 
@@ -183,6 +183,12 @@ def make_weight(
 
 
 def weight_of(tensor: object) -> WeightSource | None:
-    """What stands for weights on the server; None for any other tensor."""
+    """What stands for weights on the server; None for any other tensor, and for a copy."""
     source = source_of(tensor)
+    return source if isinstance(source, WeightSource) else None
+
+
+def weight_behind(tensor: object) -> WeightSource | None:
+    """The same, also of a copy in another dtype, as a forward makes one of its parameters."""
+    source = source_behind(tensor)
     return source if isinstance(source, WeightSource) else None

@@ -16,10 +16,10 @@ from kt_expert_server.adapter_files.lora import Array
 from kt_expert_server.errors import InvalidRequest
 from kt_expert_server.model.architecture import FP8_SCALE_SUFFIX
 from kt_expert_server.model.bf16 import bf16_to_fp32, round_to_bf16
-from kt_expert_server.model.encoding import encode_fp8, encode_mxfp4
+from kt_expert_server.model.encoding import encode_fp8, encode_mxfp4, rescaled
 from kt_expert_server.model.index import ModelPlan, tensor_index
 from kt_expert_server.model.quantised import MXFP4_GROUP, CodedMatrix, scale_shape
-from kt_expert_server.model.safetensors_file import SafetensorsFile, TensorInfo
+from kt_expert_server.model.safetensors_file import FLOAT_BYTES, SafetensorsFile, TensorInfo
 
 _BLOCKS_SUFFIX = "_blocks"  # of gpt-oss's codes
 _FP8 = "F8_E4M3"
@@ -62,6 +62,20 @@ class CheckpointTensors:
         shape = self.index[name][1].shape
         return shape[0] if len(shape) > 2 else 1
 
+    def matrix_shape(self, name: str) -> tuple[int, int]:
+        """Of one matrix as matrix() gives it."""
+        codes, shape = self.codes.get(name), self.index[name][1].shape
+        if codes is not None and codes.form == "mxfp4":
+            return shape[1], shape[2] * MXFP4_GROUP
+        rows, columns = shape[-2:] if len(shape) > 1 else (1, *shape)
+        return rows, columns
+
+    def require_readable(self, name: str) -> None:
+        """Raises InvalidRequest for a tensor that is neither floating-point nor known codes."""
+        file, info = self.index[name]
+        if name not in self.codes and info.dtype not in FLOAT_BYTES:
+            raise InvalidRequest(f"{name} in {file} is {info.dtype}, which is not merged into; {', '.join(FLOAT_BYTES)} are")
+
     def matrix(self, name: str, number: int) -> Array:
         """As it lies in the file, but decoded: codes are [out, in]. Raises InvalidRequest for values that are not finite."""
         codes, file = self.codes.get(name), self._file(name)
@@ -71,14 +85,14 @@ class CheckpointTensors:
             raise InvalidRequest(f"{name} in {file.name} has values that are not finite, in matrix {number}")
         return values
 
-    def encode(self, name: str, values: Array) -> CodedMatrix:
-        """In the tensor's own form; scales are of the dtype that the checkpoint has them in."""
+    def encode(self, name: str, number: int, values: Array) -> CodedMatrix:
+        """One matrix in the tensor's own form. A block of fp8 whose values still fit keeps its scale; another gets one of the
+        dtype, and of the kind, that the checkpoint has: powers of two, or any."""
         codes = self.codes[name]
         if codes.form == "mxfp4":
             return encode_mxfp4(values)
-        coded = encode_fp8(values)
-        dtype = self.index[codes.scales][1].dtype
-        return coded if dtype == "F32" else encode_fp8(values, _narrowed(np.asarray(coded.scales, np.float32), dtype))
+        info = _part(self.index[codes.scales][1], number)
+        return encode_fp8(values, rescaled(values, self._scales(codes.scales, info), lambda new: _narrowed(new, info.dtype)))
 
     def scale_bytes(self, name: str, coded: CodedMatrix) -> bytes:
         """Scales as the checkpoint has them."""
@@ -89,10 +103,14 @@ class CheckpointTensors:
 
     def _decoded(self, name: str, codes: Codes, number: int) -> Array:
         info, place = _part(self.index[name][1], number), _part(self.index[codes.scales][1], number)
-        bits, scales = self._raw(name, info), self._raw(codes.scales, place)
+        bits = self._raw(name, info)
         if codes.form == "mxfp4":
-            return CodedMatrix("mxfp4", bits.reshape(len(bits), -1), scales).decode()
-        return CodedMatrix("fp8", bits, bf16_to_fp32(scales) if place.dtype == "BF16" else scales.astype(np.float32)).decode()
+            return CodedMatrix("mxfp4", bits.reshape(len(bits), -1), self._raw(codes.scales, place)).decode()
+        return CodedMatrix("fp8", bits, self._scales(codes.scales, place)).decode()
+
+    def _scales(self, name: str, place: TensorInfo) -> Array:
+        raw = self._raw(name, place)
+        return bf16_to_fp32(raw) if place.dtype == "BF16" else raw.astype(np.float32)
 
     def _raw(self, name: str, info: TensorInfo) -> NDArray[Any]:
         raw: NDArray[Any] = np.empty(info.shape, _STORED[info.dtype])
@@ -142,4 +160,4 @@ def _part(info: TensorInfo, number: int) -> TensorInfo:
 def _narrowed(scales: Array, dtype: str) -> Array:
     if dtype == "BF16":
         return bf16_to_fp32(round_to_bf16(scales))
-    return scales.astype(np.float16).astype(np.float32)
+    return scales.astype(_STORED[dtype]).astype(np.float32)

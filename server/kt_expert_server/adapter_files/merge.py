@@ -16,7 +16,7 @@ from kt_expert_server.adapter_files.export import experts_of, others_of
 from kt_expert_server.adapter_files.files import PREFIX, AdapterFiles
 from kt_expert_server.adapter_files.lora import Array, ExpertMatrices
 from kt_expert_server.adapter_files.model import base_of_plan
-from kt_expert_server.adapter_files.rewrite import Written, write_index, write_shard
+from kt_expert_server.adapter_files.rewrite import INDEX_NAME, Written, write_index, write_shard
 from kt_expert_server.errors import InvalidRequest
 from kt_expert_server.model.architecture import Naming
 from kt_expert_server.model.bf16 import round_to_bf16
@@ -53,6 +53,18 @@ class _Change:
     projections: Mapping[str, ExpertMatrices]
     expert: int | None = None  # whose tensor it is
 
+    def require_fit(self, name: str, shape: tuple[int, int]) -> None:
+        """Raises InvalidRequest for LoRA of another size than the tensor's matrices, [out, in] or as the naming turns them, and
+        for values that are not finite."""
+        rows, columns = reversed(shape) if self.naming is not None and self.naming.transposed else shape
+        for projection, matrices in self.projections.items():
+            is_fused = self.naming is not None and self.expert is None and projection != "down"
+            got = (matrices.b.shape[1], matrices.a.shape[2])
+            if got != ((rows // 2) if is_fused else rows, columns):
+                raise InvalidRequest(f"the adapter has LoRA of {list(got)} for {name}, whose matrices are {[rows, columns]}")
+            if not (np.isfinite(matrices.a).all() and np.isfinite(matrices.b).all()):
+                raise InvalidRequest(f"the adapter's LoRA for {name} has values that are not finite")
+
     def add_to(self, matrix: Array, number: int) -> None:
         """To one matrix [out, in], in place."""
         if self.expert is not None or self.naming is None:
@@ -65,41 +77,64 @@ class _Change:
 
 
 def merge(files: AdapterFiles, model: Path, out: Path, quantized: str = "") -> Merged:
-    """Writes the merged model to an empty folder and reads what was changed back. `quantized` says what becomes of a checkpoint
-    in fp8 or mxfp4: "dequantize" writes all of it in bf16, "requantize" rounds what was changed to codes again.
+    """Writes the merged model to a new folder, beside which it grows, and reads what was changed back. `quantized` says what
+    becomes of a checkpoint in fp8 or mxfp4: "dequantize" writes all of it in bf16, "requantize" rounds what was changed to
+    codes again. Returns what was changed.
 
-    Raises InvalidRequest where that is not said or means nothing, for LoRA on something that the checkpoint does not have, or
-    where what is read back is not what was written.
+    Raises InvalidRequest, and leaves nothing, where that is not said or means nothing, for LoRA that does not fit the
+    checkpoint, or where what is read back is not what was written.
     """
     plan = plan_model(model)
-    _check_choice(plan, quantized)
     if out.exists() and any(out.iterdir()):
         raise InvalidRequest(f"{out} is not empty; give a new folder")
+    partial = out.with_name(f"{out.name}.partial")
     with CheckpointTensors(plan) as tensors:
         changes = _changes(files, plan)
-        missing = sorted(set(changes) - set(tensors.index))
-        if missing:
-            raise InvalidRequest(f"the adapter changes {missing[0]}, which {model} does not have; {len(missing)} such in all")
-        if quantized == DEQUANTIZE:
-            tensors.require_decodable()
-        out.mkdir(parents=True, exist_ok=True)
-        _copy_other_files(model, out, keeps_quantisation=quantized != DEQUANTIZE)
-        writer = _Writer(tensors, changes, Merged(len(changes)), decodes=quantized == DEQUANTIZE)
-        shards = sorted({file for file, _ in tensors.index.values()})
-        sizes = {shard: write_shard(model / shard, out / shard, writer.rewrite) for shard in shards}
-    if quantized == DEQUANTIZE and len(shards) > 1:
+        _check(plan, tensors, changes, quantized)
+        if partial.exists():
+            raise InvalidRequest(f"{partial} is there, perhaps of a merge that was broken off; remove it")
+        partial.mkdir(parents=True)
+        try:
+            merged = _write(tensors, changes, plan.directory, partial, decodes=quantized == DEQUANTIZE)
+        except BaseException:
+            shutil.rmtree(partial)
+            raise
+    if out.exists():
+        out.rmdir()
+    partial.rename(out)
+    return merged
+
+
+def _write(tensors: CheckpointTensors, changes: Mapping[str, _Change], model: Path, out: Path, *, decodes: bool) -> Merged:
+    _copy_other_files(model, out, keeps_quantisation=not decodes)
+    writer = _Writer(tensors, changes, Merged(len(changes)), decodes)
+    shards = sorted({file for file, _ in tensors.index.values()})
+    sizes = {shard: write_shard(model / shard, out / shard, writer.rewrite) for shard in shards}
+    if decodes and (out / INDEX_NAME).exists():
         write_index(out, sizes)
     return writer.merged
 
 
-def _check_choice(plan: ModelPlan, quantized: str) -> None:
-    if plan.form == "bf16" and quantized:
-        raise InvalidRequest(f"{plan.directory} is not quantised; there is nothing to {quantized}")
-    if plan.form != "bf16" and quantized not in (DEQUANTIZE, REQUANTIZE):
+def _check(plan: ModelPlan, tensors: CheckpointTensors, changes: Mapping[str, _Change], quantized: str) -> None:
+    """Raises InvalidRequest before anything is written."""
+    missing = sorted(set(changes) - set(tensors.index))
+    if missing:
         raise InvalidRequest(
-            f"{plan.directory} holds its experts as {plan.form}; say {DEQUANTIZE}, to write all of it in bf16, or "
-            f"{REQUANTIZE}, to round merged weights to {plan.form} again"
+            f"the adapter changes {missing[0]}, which {plan.directory} does not have; {len(missing)} such in all"
         )
+    if not tensors.codes and quantized:
+        raise InvalidRequest(f"{plan.directory} is not quantised; there is nothing to {quantized}")
+    if tensors.codes and quantized not in (DEQUANTIZE, REQUANTIZE):
+        forms = "+".join(sorted({codes.form for codes in tensors.codes.values()}))
+        raise InvalidRequest(
+            f"{plan.directory} holds tensors as {forms}; say {DEQUANTIZE}, to write all of it in bf16, or {REQUANTIZE}, to "
+            f"round merged weights to {forms} again"
+        )
+    if quantized == DEQUANTIZE:
+        tensors.require_decodable()
+    for name, change in changes.items():
+        tensors.require_readable(name)
+        change.require_fit(name, tensors.matrix_shape(name))
 
 
 def _copy_other_files(model: Path, out: Path, *, keeps_quantisation: bool) -> None:
@@ -189,7 +224,7 @@ class _Writer:
             values = before.copy()
             self.changes[name].add_to(values, number)
             _require_finite(name, values)
-            coded = self.tensors.encode(name, values)
+            coded = self.tensors.encode(name, number, values)
             self._scales[name].append(self.tensors.scale_bytes(name, coded))
             self.merged.change += _square(values - before)
             self.merged.rounding += _square(coded.decode() - values)

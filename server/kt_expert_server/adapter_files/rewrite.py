@@ -17,7 +17,7 @@ from kt_expert_server.model.safetensors_file import SafetensorsFile, TensorInfo
 _PIECE_BYTES = 64 * 1024 * 1024  # of a tensor that is copied as it is
 _LENGTH_BYTES = 8
 _ITEM_BYTES = {"BF16": 2, "F16": 2, "F32": 4, "U8": 1, "F8_E4M3": 1}  # of what is written anew
-_INDEX_NAME = "model.safetensors.index.json"
+INDEX_NAME = "model.safetensors.index.json"
 
 Pieces = Callable[[], Iterator[bytes | memoryview]]
 
@@ -62,7 +62,7 @@ def write_index(directory: Path, shards: Mapping[str, Mapping[str, int]]) -> Non
     weight_map = {name: shard for shard, sizes in shards.items() for name in sizes}
     total = sum(size for sizes in shards.values() for size in sizes.values())
     text = json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2, sort_keys=True)
-    (directory / _INDEX_NAME).write_text(text + "\n", encoding="utf-8")
+    (directory / INDEX_NAME).write_text(text + "\n", encoding="utf-8")
 
 
 def _write(stream: BinaryIO, pieces: Iterable[bytes | memoryview]) -> int:

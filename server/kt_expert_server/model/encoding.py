@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 from numpy.typing import NDArray
 
 from kt_expert_server.model.quantised import FP8_BLOCK, MXFP4_GROUP, CodedMatrix
 
 _E4M3_LARGEST = 448.0
+_HALF = 0.5  # the mantissa of a power of two
 _E4M3_LEAST_NORMAL = 2.0**-6
 _E4M3_STEP = 2.0**-9  # between the numbers below it
 _DROPPED_BITS = 20  # of fp32's 23 of mantissa, 3 stay
@@ -30,6 +33,17 @@ def encode_fp8(values: Array, scales: Array | None = None) -> CodedMatrix:
     rows, columns = values.shape
     wide = np.repeat(np.repeat(scales, FP8_BLOCK, axis=0)[:rows], FP8_BLOCK, axis=1)[:, :columns]
     return CodedMatrix("fp8", _e4m3(values / wide), scales)
+
+
+def rescaled(values: Array, scales: Array, narrow: Callable[[Array], Array]) -> Array:
+    """Scales for values that were changed: a block's own where the values still fit, else encode_fp8's, or the next power of
+    two where all that there are, are such. `narrow` rounds one to what its file holds."""
+    largest = _of_blocks(np.abs(values))
+    wanted = np.where(largest > 0, largest / np.float32(_E4M3_LARGEST), np.float32(1))
+    mantissas, exponents = np.frexp(wanted)
+    are_powers = (np.frexp(scales)[0] == _HALF).all()
+    new = np.ldexp(np.float32(1), exponents - (mantissas == _HALF)) if are_powers else narrow(wanted)
+    return np.where(largest <= scales * np.float32(_E4M3_LARGEST), scales, new).astype(np.float32)
 
 
 def encode_mxfp4(values: Array) -> CodedMatrix:
