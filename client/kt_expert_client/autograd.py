@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -30,22 +29,37 @@ class ExpertsCall:
     meanwhile: Callable[[], None] | None = None
 
 
+class ForwardResult(Protocol):
+    """A forward that was sent."""
+
+    def wait(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The output [T, H] and the ticket, int64 [1], that frees what the server keeps once it is gone (0: nothing is kept).
+        Once, and raises the request's error."""
+
+    def abandon(self) -> None:
+        """Nobody will wait. Does nothing where somebody has; never waits and never fails."""
+
+
+class BackwardResult(Protocol):
+    """A backward that was sent."""
+
+    def wait(self) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
+        """The gradients of hidden states [T, H] and routing weights [T, k], and those of the parameters. Raises the request's
+        error."""
+
+
 class RemoteLayer(Protocol):
-    """What the function needs of a layer that lives elsewhere. Calls wait for the server's answer."""
+    """What the functions need of a layer that lives elsewhere."""
 
-    def forward(
-        self, hidden_states: torch.Tensor, routing_weights: torch.Tensor, call: ExpertsCall
-    ) -> tuple[torch.Tensor, int]:  # fmt: skip
-        """Returns the output [T, H] and the ticket (0 where none is kept)."""
+    layer: int
 
-    def backward(
-        self, ticket: int, grad_output: torch.Tensor, parameters: Sequence[torch.Tensor]
-    ) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
-        """Returns the gradients of hidden states [T, H] and routing weights [T, k], and those of the parameters. The ticket
-        may be used again."""
+    def submit(
+        self, hidden_states: torch.Tensor, routing_weights: torch.Tensor, call: ExpertsCall, *, borrow: bool
+    ) -> ForwardResult:
+        """`borrow`: the tensors stay as they are until the result is there."""
 
-    def release(self, ticket: int) -> None:
-        """Forgets a ticket."""
+    def submit_backward(self, ticket: int, grad_output: torch.Tensor, parameters: Sequence[torch.Tensor]) -> BackwardResult:
+        """The ticket may be used again; grad_output stays as it is."""
 
 
 class ExpertsOperator:
@@ -75,11 +89,7 @@ class ExpertsOperator:
         self, hidden_states: torch.Tensor, routing_weights: torch.Tensor, number: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
         layer, call = self._calls[number]
-        output, ticket = layer.forward(hidden_states, routing_weights, call)
-        handle = torch.tensor([ticket], dtype=torch.int64)
-        if call.keep:  # of the storage: selective checkpointing keeps another tensor with it
-            weakref.finalize(handle.untyped_storage(), layer.release, ticket).atexit = False
-        return output, handle
+        return layer.submit(hidden_states, routing_weights, call, borrow=True).wait()
 
 
 _EXPERTS = ExpertsOperator()
@@ -113,9 +123,9 @@ class ExpertsFunction(torch.autograd.Function):
     @once_differentiable  # a second derivative would silently be zero
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (handle,) = ctx.saved_tensors
-        wanted = [_is_collected(ctx, index) for index in range(len(ctx.parameters))]
+        wanted = [is_collected(ctx, index) for index in range(len(ctx.parameters))]
         parameters = [each for each, is_wanted in zip(ctx.parameters, wanted, strict=True) if is_wanted]
-        grad_hidden, grad_weights, gradients = ctx.layer.backward(int(handle.item()), grad_outputs[0], parameters)
+        grad_hidden, grad_weights, gradients = ctx.layer.submit_backward(int(handle.item()), grad_outputs[0], parameters).wait()
         remaining = iter(gradients)
         return (
             grad_hidden if ctx.needs_input_grad[0] else None,
@@ -126,7 +136,7 @@ class ExpertsFunction(torch.autograd.Function):
         )
 
 
-def _is_collected(ctx: Any, index: int) -> bool:
+def is_collected(ctx: Any, index: int) -> bool:
     """Whether this pass of autograd adds to the parameter's gradient."""
     node = ctx.next_functions[_FIRST_PARAMETER + index][0]
     if node is None:

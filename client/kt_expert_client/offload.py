@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from kt_expert_client.adapter import GradientTarget
-from kt_expert_client.autograd import ExpertsCall
+from kt_expert_client.autograd import BackwardResult, ExpertsCall, ForwardResult
 from kt_expert_client.connection import Client
 from kt_expert_client.errors import InvalidRequest, KtExpertError, UnsupportedModel, WrongPhase
 from kt_expert_client.membership import ALONE, current_membership
@@ -23,6 +23,7 @@ from kt_expert_client.parameters.matrix import matrix_behind
 from kt_expert_client.parameters.mirror import MirrorMatrix
 from kt_expert_client.parameters.store import Joined, ParameterStore
 from kt_expert_client.run import Run
+from kt_expert_client.sent import SentBackward, SentForward
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,9 +64,9 @@ class OffloadedLayer:
         self._tickets: dict[int, _Ticket] = {}  # until its forward's graph is gone
         self._numbers = itertools.count(1)
 
-    def forward(
-        self, hidden_states: torch.Tensor, routing_weights: torch.Tensor, call: ExpertsCall
-    ) -> tuple[torch.Tensor, int]:  # fmt: skip
+    def submit(
+        self, hidden_states: torch.Tensor, routing_weights: torch.Tensor, call: ExpertsCall, *, borrow: bool
+    ) -> ForwardResult:
         self._require_finite(hidden_states=hidden_states, routing_weights=routing_weights)
         self._offload.parameters.settle()
         run = self._offload.parameters.run
@@ -77,27 +78,28 @@ class OffloadedLayer:
             save_for_backward=call.keep,
             adapters=call.adapters,
             dropout_seed=call.dropout_seed,
-            borrow=True,  # autograd waits for the result
+            borrow=borrow,
         )
+        sent = SentForward(run, handle, self._keep if call.keep else None, call.expert_ids.shape[1])
         try:
             if call.meanwhile is not None:
                 call.meanwhile()
         except BaseException:
-            handle.result()
-            if call.keep:
-                run.release(handle.ticket)
+            sent.abandon()
             raise
-        output = handle.result()
-        if not call.keep:
-            return output, 0
+        return sent
+
+    def _keep(self, run: Run, ticket: int, top_k: int) -> torch.Tensor:
+        """A number for the ticket, in a tensor: the ticket is released once the tensor's storage is gone."""
         number = next(self._numbers)
         self._offload.parameters.open_tickets += 1
-        self._tickets[number] = _Ticket(run, handle.ticket, call.expert_ids.shape[1])
-        return output, number
+        self._tickets[number] = _Ticket(run, ticket, top_k)
+        kept = torch.tensor([number], dtype=torch.int64)
+        # Of the storage: selective checkpointing keeps another tensor with it.
+        weakref.finalize(kept.untyped_storage(), self.release, number).atexit = False
+        return kept
 
-    def backward(
-        self, ticket: int, grad_output: torch.Tensor, parameters: Sequence[torch.Tensor]
-    ) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
+    def submit_backward(self, ticket: int, grad_output: torch.Tensor, parameters: Sequence[torch.Tensor]) -> BackwardResult:
         saved = self._tickets.get(ticket)
         if saved is None:
             raise WrongPhase(
@@ -134,10 +136,7 @@ class OffloadedLayer:
             top_k=saved.top_k,
             borrow=True,
         )
-        grad_hidden, grad_weights = backward.result()
-        for index, mirror, parameter in mirrored:
-            gradients[index] = mirror.gradient(parameter)
-        return grad_hidden, grad_weights, gradients
+        return SentBackward(backward, gradients, mirrored)
 
     def _require_finite(self, **tensors: torch.Tensor) -> None:
         """Where the run is to refuse other values. Raises InvalidRequest."""

@@ -201,6 +201,11 @@ class Run:
         if not self._closed:
             self._session.release(ticket)
 
+    def abandon(self, forward: ForwardHandle) -> None:
+        """Nobody will ask for its result. Never waits and never fails; what it kept is freed."""
+        if not self._closed:
+            self._session.abandon(forward.pending)
+
     def grad_norm(self, timeout_s: float = DEFAULT_BARRIER_TIMEOUT_S, *, order: float = 2.0) -> float:
         """Barrier: norm of the gradients of the adapter the run began with, averaged over the world size."""
         sets = [service_pb2.TensorSet(adapter=DEFAULT_ADAPTER)] if self._default_bits else []

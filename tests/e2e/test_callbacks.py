@@ -42,7 +42,7 @@ def test_steps_are_profiled(server: ServerProcess, qwen3_checkpoint: Path, tmp_p
     made.add_callback(TorchProfilerCallback(tmp_path / "traces", wait=1, warmup=1, active=1))
     made.train()
     (trace,) = (tmp_path / "traces").glob("trace-*.json")
-    assert "ExpertsFunction" in trace.read_text()
+    assert "AwaitExperts" in trace.read_text()
 
 
 def test_what_makes_no_sense_is_refused(tmp_path: Path) -> None:

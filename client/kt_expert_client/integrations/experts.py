@@ -20,6 +20,7 @@ from kt_expert_client.parameters.fsdp import leave_to_server
 from kt_expert_client.parameters.moving import in_place_of, of_remote
 from kt_expert_client.parameters.tensor import source_of
 from kt_expert_client.parameters.weights import WeightShape, make_weight
+from kt_expert_client.pending import can_wait_later, experts_output
 from kt_expert_client.weight_layout import WeightLayout
 
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
@@ -43,6 +44,7 @@ class RemoteExperts(nn.Module):
     kt_frozen: set[str]
     kt_layer: OffloadedLayer | None
     kt_offload: ModelOffload | None
+    kt_is_compiled = False  # while a wrapper around it is called from compiled code
     kt_meanwhile: Callable[[], None] | None = None  # to be done once while the server computes
 
     def kt_strip(self) -> None:
@@ -90,9 +92,15 @@ class RemoteExperts(nn.Module):
         super()._apply(of_remote(fn), recurse)  # type: ignore[no-untyped-call]
         return self
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # a call to another machine is nothing to compile
     def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """(hidden_states [T, H], expert ids [T, k], routing weights [T, k]) -> [T, H], by position or by stock names."""
+        """(hidden_states [T, H], expert ids [T, k], routing weights [T, k]) -> [T, H], by position or by stock names. The
+        output waits for the server at its first use."""
+        output: torch.Tensor = self._kt_forward(args, kwargs, at_once=torch.compiler.is_compiling())
+        return output
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # a call to another machine is nothing to compile
+    def _kt_forward(self, args: tuple[Any, ...], kwargs: dict[str, Any], *, at_once: bool) -> torch.Tensor:
+        """`at_once`: compiled code takes the output, which has to be a plain tensor."""
         hidden_states, expert_ids, routing_weights = self._kt_inputs(args, kwargs)
         layer, offload = self.kt_layer, self.kt_offload
         if layer is None or offload is None:
@@ -113,6 +121,8 @@ class RemoteExperts(nn.Module):
             draw_dropout_seed() if self.training and offload.options.dropout > 0 else 0,
             meanwhile,
         )
+        if can_wait_later() and not (at_once or self.kt_is_compiled):
+            return experts_output(hidden_states, routing_weights, layer, call, leaves)
         output: torch.Tensor = ExpertsFunction.apply(  # type: ignore[no-untyped-call]  # torch leaves it unannotated
             hidden_states, routing_weights, layer, call, *leaves
         )

@@ -70,9 +70,17 @@ class RemoteParamWrapper(ParamWrapper):  # type: ignore[misc]  # PEFT has no ann
 
     kt_mirrors: dict[tuple[str, str], Mirror]  # by adapter and side: of matrices whose parameters are here
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return super().forward(*args, **kwargs)
+        return self._kt_forward(args, kwargs, is_compiled=torch.compiler.is_compiling())
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _kt_forward(self, args: tuple[Any, ...], kwargs: dict[str, Any], *, is_compiled: bool) -> Any:
+        experts = self.get_base_layer()
+        before, experts.kt_is_compiled = experts.kt_is_compiled, is_compiled or experts.kt_is_compiled
+        try:
+            return super().forward(*args, **kwargs)
+        finally:
+            experts.kt_is_compiled = before
 
     def get_delta_factors(self, adapter_name: str) -> Any:
         with self._kt_on_server(adapter_name):

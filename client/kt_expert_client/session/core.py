@@ -116,6 +116,13 @@ class SessionCore:
         elif call.is_sent and self._phase is Phase.JOINED:
             self._control(FrameType.CANCEL, call.request_id)
 
+    def abandon(self, call: Call) -> None:
+        """Nobody waits for its outcome any more: what it brings is let go of. Others may count on the request, so it is not
+        cancelled."""
+        if not call.is_given_up and call in list(self._in_flight):
+            self._settled(call, Cancelled("the request was given up by its caller"))
+            call.is_given_up = True
+
     def release(self, ticket: int) -> None:
         """The ticket will not be consumed. Where the server does not hear of it, the next join repairs that."""
         self._journal.released(ticket)

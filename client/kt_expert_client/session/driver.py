@@ -81,7 +81,7 @@ class Session:
         self._link: _Link | None = None
         self._pending: dict[Call, Pending] = {}
         # Tickets are released by finalizers, which may run in the middle of anything; this queue's put is safe even there.
-        self._releases: queue.SimpleQueue[int | None] = queue.SimpleQueue()
+        self._releases: queue.SimpleQueue[int | Pending | None] = queue.SimpleQueue()
         self._is_carrying_out = False
         self._pid = os.getpid()
         self._threads = [
@@ -150,6 +150,10 @@ class Session:
         """Tells the server, soon, that a ticket will not be consumed. Never waits and never fails."""
         self._releases.put(ticket)
 
+    def abandon(self, pending: Pending) -> None:
+        """Soon, nobody waits for that outcome any more. Never waits and never fails."""
+        self._releases.put(pending)
+
     def leave(self) -> None:
         """Gives the rank back. Safe to call twice; a server that cannot be reached frees the rank by its lease. Does nothing
         in a forked child."""
@@ -175,10 +179,22 @@ class Session:
             self._carry_out()
 
     def _release_all(self) -> None:
-        while (ticket := self._releases.get()) is not None:
+        while (unwanted := self._releases.get()) is not None:
             with self._lock:
-                self._core.release(ticket)
+                if isinstance(unwanted, int):
+                    self._core.release(unwanted)
+                elif unwanted.done.is_set():
+                    self._drop(unwanted)
+                else:
+                    self._core.abandon(unwanted.call)
                 self._carry_out()
+
+    def _drop(self, settled: Pending) -> None:
+        """An outcome that nobody has looked at."""
+        for buffer in settled.results.values():
+            buffer.release()
+        if settled.error is None and settled.call.keeps_ticket:
+            self._core.release(settled.request_id)
 
     def _keep_time(self) -> None:
         with self._lock:

@@ -54,10 +54,14 @@ class FakeOffload:
         self.ddp_parameter = None
 
 
+TICKETS: list[torch.Tensor] = []  # they are released once these are gone
+
+
 def forward(layer: OffloadedLayer) -> int:
     x = torch.zeros(1, 4)
-    _, ticket = layer.forward(x, x, ExpertsCall(x.long(), (), keep=True, dropout_seed=0))
-    return ticket
+    _, ticket = layer.submit(x, x, ExpertsCall(x.long(), (), keep=True, dropout_seed=0), borrow=True).wait()
+    TICKETS.append(ticket)
+    return int(ticket.item())
 
 
 def test_a_ticket_goes_back_to_the_run_that_made_it() -> None:
@@ -67,8 +71,8 @@ def test_a_ticket_goes_back_to_the_run_that_made_it() -> None:
     used, dropped = forward(layer), forward(layer)
     offload.parameters.run = FakeRun()  # other options, another run
     forward(layer)
-    layer.backward(used, torch.zeros(1, 4), [])
-    layer.backward(used, torch.zeros(1, 4), [])
+    layer.submit_backward(used, torch.zeros(1, 4), []).wait()
+    layer.submit_backward(used, torch.zeros(1, 4), []).wait()
     layer.release(used)
     layer.release(dropped)
     layer.release(dropped)
@@ -81,7 +85,7 @@ def test_a_ticket_that_was_released_is_refused_with_the_cause() -> None:
     ticket = forward(layer)
     layer.release(ticket)
     with pytest.raises(WrongPhase, match=r"of layer 3 has been released.*pin_memory=False"):
-        layer.backward(ticket, torch.zeros(1, 4), [])
+        layer.submit_backward(ticket, torch.zeros(1, 4), [])
 
 
 def test_values_that_are_not_finite_are_refused_where_the_run_asks_for_it() -> None:
@@ -93,6 +97,6 @@ def test_values_that_are_not_finite_are_refused_where_the_run_asks_for_it() -> N
     x[2, 1] = float("nan")
     call = ExpertsCall(torch.zeros(4, 2, dtype=torch.int64), (), keep=True, dropout_seed=0)
     with pytest.raises(kt.InvalidRequest, match=r"hidden_states of layer 3 .* in 1 of 4 tokens, the first in token 2"):
-        layer.forward(x, weights, call)
+        layer.submit(x, weights, call, borrow=True)
     with pytest.raises(kt.InvalidRequest, match="routing_weights of layer 3"):
-        layer.forward(weights, x, call)
+        layer.submit(weights, x, call, borrow=True)
