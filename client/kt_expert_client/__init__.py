@@ -34,6 +34,7 @@ from kt_expert_client.errors import (
 from kt_expert_client.full import train_in_full
 from kt_expert_client.optimizers import Adafactor, Adam, AdamW, ParamGroup, Sgd
 from kt_expert_client.options import RunOptions
+from kt_expert_client.routing import Routing, record_routing, replay_routing
 from kt_expert_client.run import BackwardHandle, ForwardHandle, Run
 from kt_expert_client.start import add_lora_experts, attach, enable_from_environment, offload_experts
 
@@ -42,6 +43,9 @@ __all__ = [
     "attach",
     "train_in_full",
     "add_lora_experts",
+    "record_routing",
+    "replay_routing",
+    "Routing",
     "connect",
     "Client",
     "Credentials",

@@ -21,6 +21,7 @@ from kt_expert_client.parameters.moving import in_place_of, of_remote
 from kt_expert_client.parameters.tensor import source_of
 from kt_expert_client.parameters.weights import WeightShape, make_weight
 from kt_expert_client.pending import can_wait_later, experts_output
+from kt_expert_client.routing import routed
 from kt_expert_client.weight_layout import WeightLayout
 
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
@@ -112,6 +113,7 @@ class RemoteExperts(nn.Module):
         adapters, leaves = adapters_on(layer.layer, getattr(self, GATE_UP), getattr(self, DOWN), biases)
         if offload.ddp_parameter is not None:
             leaves.append(offload.ddp_parameter)
+        expert_ids, routing_weights = routed(layer.layer, expert_ids, routing_weights)
         inputs = [hidden_states, routing_weights, *leaves]
         meanwhile, self.kt_meanwhile = self.kt_meanwhile, None
         call = ExpertsCall(
