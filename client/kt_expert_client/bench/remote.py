@@ -1,0 +1,75 @@
+"""The trainer's side of `kt-expert bench remote`: a process that connects, and times calls as it is told line by line.
+
+On standard input come JSON objects, one a line, each answered by one: {"open": address, "rank": r} joins a run with LoRA,
+{"call": {...}} times forwards and backwards of one batch, {"close": true} leaves.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+import time
+from typing import Any
+
+import torch
+
+from kt_expert_client.adapter import LayerLora
+from kt_expert_client.connection import Client, connect
+from kt_expert_client.run import Run
+
+_SEED = 0
+
+
+class Timer:
+    """One run on one server."""
+
+    def __init__(self, address: str, rank: int) -> None:
+        self._client: Client = connect(address)
+        spec = self._client.layers[0]
+        self._hidden, self._experts, self._top_k = spec.hidden_size, spec.num_experts, spec.top_k
+        lora = LayerLora(0, False, rank, rank, rank, 2.0, 2.0, 2.0) if rank else None
+        self._run: Run = self._client.open_run(lora=[lora] if lora else [])
+
+    def call(self, tokens: int, in_flight: int, repeats: int) -> dict[str, float]:
+        """Median seconds a call of a forward and of its backward, `in_flight` calls at a time."""
+        generator = torch.Generator().manual_seed(_SEED + tokens)
+        hidden, gradient = (torch.randn(tokens, self._hidden, generator=generator).to(torch.bfloat16) for _ in range(2))
+        order = torch.rand(tokens, self._experts, generator=generator).argsort(dim=1)[:, : self._top_k]
+        ids, weights = order.to(torch.int32).contiguous(), torch.full((tokens, self._top_k), 1.0 / self._top_k)
+        forwards, backwards = [], []
+        for _ in range(repeats):
+            begun = time.perf_counter()
+            sent = [self._run.submit_forward(0, hidden, ids, weights, borrow=True) for _ in range(in_flight)]
+            for each in sent:
+                each.result()
+            forwards.append((time.perf_counter() - begun) / in_flight)
+            begun = time.perf_counter()
+            back = [self._run.submit_backward(0, each.ticket, gradient, borrow=True) for each in sent]
+            for each_back in back:
+                each_back.result()
+            backwards.append((time.perf_counter() - begun) / in_flight)
+        return {"forward_s": statistics.median(forwards), "backward_s": statistics.median(backwards)}
+
+    def close(self) -> None:
+        self._run.leave()
+        self._client.close()
+
+
+def main() -> None:
+    timer: Timer | None = None
+    for line in sys.stdin:
+        asked: dict[str, Any] = json.loads(line)
+        answer: dict[str, Any] = {}
+        if "open" in asked:
+            timer = Timer(asked["open"], int(asked["rank"]))
+        elif "call" in asked and timer is not None:
+            answer = timer.call(**asked["call"])
+        elif timer is not None:
+            timer.close()
+        sys.stdout.write(json.dumps(answer) + "\n")
+        sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()

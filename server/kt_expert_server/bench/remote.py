@@ -1,0 +1,196 @@
+"""What a remote call costs beside the same call of the engine in this process: interleaved, with a real server process and a
+trainer process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, cast
+
+import kt_expert_native as native
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+from safetensors.numpy import save_file
+
+from kt_expert_server.bench.layer import LayerBench, make_batch
+from kt_expert_server.bench.shapes import LayerShape
+from kt_expert_server.errors import InvalidRequest
+
+_RANK = 16  # of LoRA on every projection
+_MODEL_TYPE = "qwen3_moe"
+_MS_PER_S = 1000.0
+_DECODES = 20  # calls of one token in a row: one alone is mostly the time to wake up
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """A batch of one shape, on so many threads of the engine, so many calls in flight."""
+
+    name: str
+    shape: LayerShape
+    tokens: int
+    threads: int
+    in_flight: int = 1
+    calls: int = 1  # in one round
+
+
+@dataclass(slots=True)
+class Figures:
+    """Seconds a call of each round."""
+
+    case: Case
+    local: list[float] = field(default_factory=list)
+    remote: list[float] = field(default_factory=list)
+    local_forward: list[float] = field(default_factory=list)
+    remote_forward: list[float] = field(default_factory=list)
+
+    @property
+    def ratio(self) -> float:
+        """Forward and backward, remote over in process."""
+        return statistics.median(theirs / ours for ours, theirs in zip(self.local, self.remote, strict=True))
+
+    @property
+    def extra_forward_s(self) -> float:
+        return statistics.median(theirs - ours for ours, theirs in zip(self.local_forward, self.remote_forward, strict=True))
+
+
+def cases(cores: int) -> list[Case]:
+    """32 MiB each way with small experts, on one thread and on all cores; a layer of Qwen3-30B-A3B at one token."""
+    large = LayerShape("32 MiB", 8, 4096, 112, 2)
+    decode = LayerShape("qwen3-30b-a3b", 128, 2048, 768, 8)
+    return [
+        Case("stream", large, 4096, 1),
+        Case("stream, two in flight", large, 4096, 1, in_flight=2),
+        Case("stream, all cores", large, 4096, cores),
+        Case("stream, all cores, two in flight", large, 4096, cores, in_flight=2),
+        Case("one token", decode, 1, cores, calls=_DECODES),
+    ]
+
+
+class _Process:
+    """A child that is talked to line by line."""
+
+    def __init__(self, *command: str) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, *command], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
+        )
+
+    def __enter__(self) -> _Process:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for stream in (self._process.stdin, self._process.stdout):
+            assert stream is not None  # noqa: S101  # pipes were asked for
+            stream.close()
+        self._process.terminate()
+        self._process.wait()
+
+    def line(self) -> str:
+        assert self._process.stdout is not None  # noqa: S101
+        line = self._process.stdout.readline()
+        if not line:
+            raise InvalidRequest("a process of the benchmark has ended; bench remote needs kt-expert[client]")
+        return line
+
+    def ask(self, **asked: object) -> dict[str, Any]:
+        assert self._process.stdin is not None  # noqa: S101
+        self._process.stdin.write(json.dumps(asked) + "\n")
+        return cast("dict[str, Any]", json.loads(self.line()))
+
+
+def measure_remote(cores: int, repeats: int) -> list[Figures]:
+    """Raises InvalidRequest where the client's package is not there."""
+    found = []
+    with tempfile.TemporaryDirectory() as folder:
+        for case in cases(cores):
+            model = Path(folder) / case.shape.name.replace(" ", "-")
+            if not model.exists():
+                _write_model(model, case.shape)
+            found.append(_measure(case, model, repeats))
+    return found
+
+
+def _measure(case: Case, model: Path, repeats: int) -> Figures:
+    engine = native.Engine(case.threads, os.environ.get("KT_EXPERT_ISA", ""))
+    local, batch, found = LayerBench(engine, case.shape, "bf16"), make_batch(case.shape, case.tokens), Figures(case)
+    with _server(model, case.threads) as address, _Process("-m", "kt_expert_client.bench.remote") as trainer:
+        trainer.ask(open=address, rank=_RANK)
+        asked = {"tokens": case.tokens, "in_flight": case.in_flight, "repeats": case.calls}
+        for number in range(repeats + 1):  # the first warms up
+            times = [local.run(batch, _RANK, backward=True) for _ in range(case.calls)]
+            forward, backward = (statistics.median(float(each[side] or 0.0) for each in times) for side in (0, 1))
+            remote = trainer.ask(call=asked)
+            if number:
+                found.local.append(forward + backward)
+                found.local_forward.append(forward)
+                found.remote.append(remote["forward_s"] + remote["backward_s"])
+                found.remote_forward.append(remote["forward_s"])
+        trainer.ask(close=True)
+    return found
+
+
+@contextmanager
+def _server(model: Path, threads: int) -> Iterator[str]:
+    arguments = ("--model", str(model), "--listen", "127.0.0.1:0", "--metrics-listen", "127.0.0.1:0", "--threads", str(threads))
+    with _Process("-m", "kt_expert_server", *arguments) as server:
+        yield server.line().split()[1].removeprefix("grpc=")
+
+
+def _write_model(folder: Path, shape: LayerShape) -> None:
+    """A checkpoint of one layer of experts, in fp16: numpy has no bf16."""
+    generator = np.random.default_rng(0)
+    pattern = (generator.standard_normal(shape.hidden * shape.intermediate, np.float32) * shape.hidden**-0.5).astype(np.float16)
+    sizes = {
+        "gate": (shape.intermediate, shape.hidden),
+        "up": (shape.intermediate, shape.hidden),
+        "down": (shape.hidden, shape.intermediate),
+    }
+    tensors = {
+        f"model.layers.0.mlp.experts.{expert}.{name}_proj.weight": np.roll(pattern, 64 * (3 * expert + number)).reshape(size)
+        for expert in range(shape.experts)
+        for number, (name, size) in enumerate(sizes.items())
+    }
+    folder.mkdir(parents=True)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    config = {
+        "model_type": _MODEL_TYPE,
+        "hidden_size": shape.hidden,
+        "num_hidden_layers": 1,
+        "num_experts_per_tok": shape.top_k,
+    }
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+
+
+def remote_as_json(found: list[Figures]) -> dict[str, Any]:
+    """The figures under the names that dashboards of this benchmark have."""
+    by_name = {each.case.name: each for each in found}
+    return {
+        "stream_ratio": by_name["stream"].ratio,
+        "stream_ratio_two": by_name["stream, two in flight"].ratio,
+        "stream_ratio_all_cores": by_name["stream, all cores"].ratio,
+        "stream_ratio_all_cores_two": by_name["stream, all cores, two in flight"].ratio,
+        "decode_extra_ms_stream": by_name["one token"].extra_forward_s * _MS_PER_S,
+        "in_process_ms": {each.case.name: statistics.median(each.local) * _MS_PER_S for each in found},
+    }
+
+
+def print_remote(console: Console, found: list[Figures]) -> None:
+    table = Table(title="forward and backward of one layer, LoRA of rank 16", title_justify="left")
+    for name in ("case", "in process, ms", "remote, ms", "ratio", "forward adds, ms"):
+        table.add_column(name, justify="left" if name == "case" else "right")
+    for each in found:
+        local, remote = (statistics.median(times) * _MS_PER_S for times in (each.local, each.remote))
+        table.add_row(
+            each.case.name, f"{local:.2f}", f"{remote:.2f}", f"{each.ratio:.3f}", f"{each.extra_forward_s * _MS_PER_S:.2f}"
+        )
+    console.print(table)
