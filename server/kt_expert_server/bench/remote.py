@@ -108,11 +108,11 @@ class _Process:
         return cast("dict[str, Any]", json.loads(self.line()))
 
 
-def measure_remote(cores: int, repeats: int) -> list[Figures]:
+def measure_remote(wanted: list[Case], repeats: int) -> list[Figures]:
     """Raises InvalidRequest where the client's package is not there."""
     found = []
     with tempfile.TemporaryDirectory() as folder:
-        for case in cases(cores):
+        for case in wanted:
             model = Path(folder) / case.shape.name.replace(" ", "-")
             if not model.exists():
                 _write_model(model, case.shape)

@@ -20,7 +20,7 @@ from kt_expert_server.bench.kernels import Plan, measure
 from kt_expert_server.bench.memory import measure_memory, memory_as_json, print_memory
 from kt_expert_server.bench.optimizer import measure_optimizers, print_optimizers
 from kt_expert_server.bench.peers import KtKernel, Peer, TorchLoop, TorchWeights
-from kt_expert_server.bench.remote import measure_remote, print_remote, remote_as_json
+from kt_expert_server.bench.remote import cases, measure_remote, print_remote, remote_as_json
 from kt_expert_server.bench.report import print_rows, write_plot
 from kt_expert_server.bench.shapes import PUBLISHED, LayerShape, parse_shape
 from kt_expert_server.bench.trainer import measure_trainer, print_trainer
@@ -134,7 +134,7 @@ def _run_trainer(console: Console, options: argparse.Namespace) -> int:
 
 
 def _run_remote(console: Console, options: argparse.Namespace) -> int:
-    found = measure_remote(options.threads, options.repeats)
+    found = measure_remote(cases(options.threads), options.repeats)
     print_remote(console, found)
     _write_json(options.json, {"remote": remote_as_json(found)})
     return 0
