@@ -7,6 +7,7 @@ begins as it was without them. They are kt-kernel's LoRA experts, under its name
 
 from __future__ import annotations
 
+import importlib.metadata
 import logging
 import re
 from collections.abc import Iterable
@@ -177,14 +178,27 @@ def _end(block: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
     return output + extra
 
 
+def peft_version() -> str:
+    """Of the installed PEFT."""
+    return importlib.metadata.version("peft")
+
+
 def _expect_no_lost_experts(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
     """A load_state_dict pre-hook of a block. PEFT drops tensors that its configuration does not name without a word, and so
     extra experts of an adapter that comes with them. Raises UnsupportedModel."""
     start = f"{prefix}{NAME}."
     keys = [key for key in state_dict if key.startswith(start)]
     own = getattr(module, NAME, None)
-    if not keys or (own is not None and not isinstance(own, LoraExperts)):
-        return  # PEFT has wrapped them, and saves and loads them
+    if own is not None and not isinstance(own, LoraExperts):  # PEFT has wrapped them, and saves and loads them
+        lost = sorted({key.removeprefix(start) for key in keys} - set(own.state_dict()))
+        if lost:
+            raise UnsupportedModel(
+                f"PEFT {peft_version()} gives the adapter's extra experts a name that none of the model's has "
+                f"({NAME}.{lost[0]}), and would drop them; take a newer PEFT"
+            )
+        return
+    if not keys:
+        return
     if own is not None and not any(_OF_AN_ADAPTER.match(key.removeprefix(start)) for key in keys):
         return  # they find their places
     if own is None:
