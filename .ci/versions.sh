@@ -26,7 +26,7 @@ done
 
 deepspeed=$PWD/build/versions/deepspeed
 if [ ! -d "$deepspeed" ]; then
-    DS_BUILD_OPS=0 .venv/bin/python -m pip install --quiet --no-build-isolation --no-deps --target "$deepspeed.new" \
+    DS_BUILD_OPS=0 .venv/bin/python -m pip install --quiet --no-deps --target "$deepspeed.new" \
         "deepspeed>=0.19,<0.20" einops hjson msgpack nvidia-ml-py py-cpuinfo pydantic pydantic-core annotated-types typing-inspection tqdm
     mv "$deepspeed.new" "$deepspeed"
 fi
