@@ -13,6 +13,8 @@ from torch.autograd.function import once_differentiable
 from kt_expert_client.adapter import ActiveAdapter
 from kt_expert_client.errors import UnsupportedModel
 
+# The gradients of hidden states [T, H] and of routing weights [T, k], and those of the parameters that were asked for.
+Answer = tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]
 _FIRST_PARAMETER = 2  # among the tensors a call is given: after hidden states and routing weights
 
 
@@ -43,7 +45,7 @@ class ForwardResult(Protocol):
 class BackwardResult(Protocol):
     """A backward that was sent."""
 
-    def wait(self) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
+    def wait(self) -> Answer:
         """The gradients of hidden states [T, H] and routing weights [T, k], and those of the parameters. Raises the request's
         error."""
 
@@ -123,20 +125,29 @@ class ExpertsFunction(torch.autograd.Function):
     @once_differentiable  # a second derivative would silently be zero
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (handle,) = ctx.saved_tensors
-        wanted = [is_collected(ctx, index) for index in range(len(ctx.parameters))]
-        parameters = [each for each, is_wanted in zip(ctx.parameters, wanted, strict=True) if is_wanted]
-        grad_hidden, grad_weights, gradients = ctx.layer.submit_backward(int(handle.item()), grad_outputs[0], parameters).wait()
-        remaining = iter(gradients)
-        return (
-            grad_hidden if ctx.needs_input_grad[0] else None,
-            grad_weights.to(ctx.weights_dtype) if ctx.needs_input_grad[1] else None,
-            None,
-            None,
-            *(next(remaining) if is_wanted else None for is_wanted in wanted),
-        )
+        return gradients_of(ctx, submit_backward(ctx, ctx.layer, handle, grad_outputs[0]).wait())
 
 
-def is_collected(ctx: Any, index: int) -> bool:
+def submit_backward(node: Any, layer: RemoteLayer, ticket: torch.Tensor, grad_output: torch.Tensor) -> BackwardResult:
+    """For the parameters of a call's node that this pass of autograd collects."""
+    parameters = [each for index, each in enumerate(node.parameters) if _is_collected(node, index)]
+    return layer.submit_backward(int(ticket.item()), grad_output, parameters)
+
+
+def gradients_of(ctx: Any, answer: Answer) -> tuple[torch.Tensor | None, ...]:
+    """What a call's node returns from its backward."""
+    grad_hidden, grad_weights, gradients = answer
+    remaining = iter(gradients)
+    return (
+        grad_hidden if ctx.needs_input_grad[0] else None,
+        grad_weights.to(ctx.weights_dtype) if ctx.needs_input_grad[1] else None,
+        None,
+        None,
+        *(next(remaining) if _is_collected(ctx, index) else None for index in range(len(ctx.parameters))),
+    )
+
+
+def _is_collected(ctx: Any, index: int) -> bool:
     """Whether this pass of autograd adds to the parameter's gradient."""
     node = ctx.next_functions[_FIRST_PARAMETER + index][0]
     if node is None:

@@ -24,13 +24,20 @@ from torch.autograd.function import BackwardCFunction, once_differentiable
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 from torch.utils._pytree import tree_map_only
 
-from kt_expert_client.autograd import BackwardResult, ExpertsCall, ForwardResult, RemoteLayer, is_collected
+from kt_expert_client.autograd import (
+    Answer,
+    BackwardResult,
+    ExpertsCall,
+    ForwardResult,
+    RemoteLayer,
+    gradients_of,
+    submit_backward,
+)
 from kt_expert_client.errors import KtExpertError, WrongPhase, copy_of
 
 aten = torch.ops.aten
 _plain = torch._C.DisableTorchFunctionSubclass
 Hooks = tuple[Callable[..., Any], Callable[..., Any]] | None
-Answer = tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]
 
 
 def can_wait_later() -> bool:
@@ -44,7 +51,7 @@ class Awaited:
     def __init__(self, layer: RemoteLayer, call: ExpertsCall, result: ForwardResult, inputs: Iterable[torch.Tensor]) -> None:
         self.layer, self.call = layer, call
         self.hooks = _saved_tensors_hooks()
-        # For a gradient that does not come through Await: until the graph is gone, or for the pass that runs now.
+        # For a gradient that does not come through AwaitExperts: until the graph is gone, or for the pass that runs now.
         self._kept_ticket: torch.Tensor | None = None
         self._offered_ticket: torch.Tensor | None = None
         self._token: torch.Tensor | None = None  # the gradient of one that does
@@ -79,7 +86,7 @@ class Awaited:
         """Somebody may be computing with the values where autograd does not see it."""
         self._kept_ticket = ticket if self._kept_ticket is None else self._kept_ticket
 
-    def offer(self, ticket: torch.Tensor) -> None:
+    def offer(self, ticket: torch.Tensor | None) -> None:
         """In this pass a gradient comes that does not come through AwaitExperts."""
         self._offered_ticket = ticket
 
@@ -107,9 +114,7 @@ class Awaited:
 
     def send(self, node: Any, ticket: torch.Tensor, grad_output: torch.Tensor) -> None:
         """A backward, for the pass that runs now. `node` is SubmitExperts'."""
-        wanted = [is_collected(node, index) for index in range(len(node.parameters))]
-        parameters = [each for each, is_wanted in zip(node.parameters, wanted, strict=True) if is_wanted]
-        sent = self.layer.submit_backward(int(ticket.item()), grad_output, parameters)
+        sent = submit_backward(node, self.layer, ticket, grad_output)
         self._sent.setdefault(torch._C._current_graph_task_id(), []).append((sent, ticket))
 
     def answers(self) -> list[Answer]:
@@ -143,30 +148,25 @@ class SubmitExperts(torch.autograd.Function):
         if not state.is_token(grad_outputs[0]):
             state.send_direct(ctx, grad_outputs[0])
             answers += state.answers()
-        wanted = [is_collected(ctx, index) for index in range(len(ctx.parameters))]
-        hidden, weights, gradients = _sum(answers)
-        remaining = iter(gradients)
-        return (
-            hidden if ctx.needs_input_grad[0] else None,
-            weights.to(ctx.weights_dtype) if ctx.needs_input_grad[1] else None,
-            None,
-            None,
-            *(next(remaining) if is_wanted else None for is_wanted in wanted),
-        )
+        return gradients_of(ctx, _sum(answers))
 
 
-class AwaitExperts(torch.autograd.Function):
-    """The pending output, and what has come of it -> the output. The ticket is saved as ExpertsFunction saves it."""
+class _Use(torch.autograd.Function):
+    """A pending tensor, and the values that it stands for -> these. The ticket is saved as ExpertsFunction saves it."""
 
     @staticmethod
     def forward(
-        ctx: Any, pending: torch.Tensor, state: Awaited, output: list[torch.Tensor], ticket: torch.Tensor
+        ctx: Any, pending: torch.Tensor, state: Awaited, values: list[torch.Tensor], ticket: torch.Tensor | None
     ) -> torch.Tensor:
-        """`output` is in a list: what it computes from a tensor that autograd sees could not be changed in place."""
+        """`values` are in a list: what is made of a tensor that autograd sees could not be changed in place."""
         del pending
         ctx.state = state
         ctx.save_for_backward(ticket)
-        return output[0]
+        return values[0]
+
+
+class AwaitExperts(_Use):
+    """The use of a call's own output: its backward sends the gradient."""
 
     @staticmethod
     @once_differentiable
@@ -177,19 +177,9 @@ class AwaitExperts(torch.autograd.Function):
         return ctx.state.token(grad_output), None, None, None
 
 
-class Materialise(torch.autograd.Function):
-    """A pending tensor that came out of somebody else's Function (a module's backward hook is one), and what it stands for ->
-    that. The gradient goes to SubmitExperts through that Function, and the ticket with it."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, pending: torch.Tensor, state: Awaited, values: list[torch.Tensor], ticket: torch.Tensor
-    ) -> torch.Tensor:
-        """`values` are in a list, as AwaitExperts'."""
-        del pending
-        ctx.state = state
-        ctx.save_for_backward(ticket)
-        return values[0]
+class Materialise(_Use):
+    """The use of a pending tensor that came out of somebody else's Function (a module's backward hook is one). The gradient
+    goes to SubmitExperts through that Function, and the ticket with it."""
 
     @staticmethod
     @once_differentiable
@@ -316,9 +306,8 @@ class PendingTensor(torch.Tensor):
         cls, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[Any, Any] | None = None
     ) -> Any:
         del types
-        if func is torch.Tensor.view_as and isinstance(
-            args[0], PendingTensor
-        ):  # autograd does it where a Function returns its input
+        # Autograd makes a view of what a Function returns of its inputs.
+        if func is torch.Tensor.view_as and isinstance(args[0], PendingTensor):
             func, args = torch.Tensor.view, (args[0], args[1].shape)
         if func in _METADATA or (func in _DERIVING and not _has_pending(args[1:], kwargs)):
             with _plain():
@@ -388,9 +377,7 @@ def _derive(func: Any, parent: PendingTensor, args: tuple[Any, ...], kwargs: dic
     return PendingTensor(Derived(parent, func, args, kwargs), geometry, geometry.dtype, torch.device(device))
 
 
-def _sum(
-    answers: list[tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]],
-) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
+def _sum(answers: list[Answer]) -> Answer:
     hidden, weights, gradients = answers[0]
     for more_hidden, more_weights, more in answers[1:]:
         hidden, weights = hidden + more_hidden, weights + more_weights
