@@ -28,8 +28,7 @@ class Timer:
         self._client: Client = connect(address)
         spec = self._client.layers[0]
         self._hidden, self._experts, self._top_k = spec.hidden_size, spec.num_experts, spec.top_k
-        lora = LayerLora(0, False, rank, rank, rank, 2.0, 2.0, 2.0) if rank else None
-        self._run: Run = self._client.open_run(lora=[lora] if lora else [])
+        self._run: Run = self._client.open_run(lora=[LayerLora(0, False, rank, rank, rank, 2.0, 2.0, 2.0)])
 
     def call(self, tokens: int, in_flight: int, repeats: int) -> dict[str, float]:
         """Median seconds a call of a forward and of its backward, `in_flight` calls at a time."""

@@ -109,8 +109,7 @@ class CheckpointTensors:
         return CodedMatrix("fp8", bits, self._scales(codes.scales, place)).decode()
 
     def _scales(self, name: str, place: TensorInfo) -> Array:
-        raw = self._raw(name, place)
-        return bf16_to_fp32(raw) if place.dtype == "BF16" else raw.astype(np.float32)
+        return read_fp32(self._file(name), name, place)
 
     def _raw(self, name: str, info: TensorInfo) -> NDArray[Any]:
         raw: NDArray[Any] = np.empty(info.shape, _STORED[info.dtype])

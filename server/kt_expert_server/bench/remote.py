@@ -24,6 +24,7 @@ from safetensors.numpy import save_file
 
 from kt_expert_server.bench.layer import LayerBench, make_batch
 from kt_expert_server.bench.shapes import LayerShape
+from kt_expert_server.config import ISA_VARIABLE
 from kt_expert_server.errors import InvalidRequest
 
 _RANK = 16  # of LoRA on every projection
@@ -121,7 +122,7 @@ def measure_remote(wanted: list[Case], repeats: int) -> list[Figures]:
 
 
 def _measure(case: Case, model: Path, repeats: int) -> Figures:
-    engine = native.Engine(case.threads, os.environ.get("KT_EXPERT_ISA", ""))
+    engine = native.Engine(case.threads, os.environ.get(ISA_VARIABLE, ""))
     local, batch, found = LayerBench(engine, case.shape, "bf16"), make_batch(case.shape, case.tokens), Figures(case)
     with _server(model, case.threads) as address, _Process("-m", "kt_expert_client.bench.remote") as trainer:
         trainer.ask(open=address, rank=_RANK)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from kt_expert_server.model.quantised import FP8_BLOCK, MXFP4_GROUP, CodedMatrix
+from kt_expert_server.model.quantised import FP8_BLOCK, MXFP4_GROUP, CodedMatrix, spread
 
 _E4M3_LARGEST = 448.0
 _HALF = 0.5  # the mantissa of a power of two
@@ -24,22 +24,21 @@ _SIGN_OF_E2M1 = 8
 Array = NDArray[np.float32]
 
 
-def encode_fp8(values: Array, scales: Array | None = None) -> CodedMatrix:
-    """[rows, columns] with a scale for each block of 128 x 128: DeepSeek-V3's, the largest over 448. With `scales` those, for a
-    file that keeps them in a narrower type; what is too large for one becomes the largest code."""
-    if scales is None:
-        largest = _of_blocks(np.abs(values))
-        scales = np.where(largest > 0, largest / np.float32(_E4M3_LARGEST), np.float32(1))
-    rows, columns = values.shape
-    wide = np.repeat(np.repeat(scales, FP8_BLOCK, axis=0)[:rows], FP8_BLOCK, axis=1)[:, :columns]
-    return CodedMatrix("fp8", _e4m3(values / wide), scales)
+def encode_fp8(values: Array, scales: Array) -> CodedMatrix:
+    """[rows, columns] with a scale for each block of 128 x 128; what is too large for one becomes the largest code."""
+    return CodedMatrix("fp8", _e4m3(values / spread(scales, *values.shape)), scales)
+
+
+def fp8_scales(values: Array) -> Array:
+    """DeepSeek-V3's: a block's largest over 448."""
+    return _scales_of(_of_blocks(np.abs(values)))
 
 
 def rescaled(values: Array, scales: Array, narrow: Callable[[Array], Array]) -> Array:
-    """Scales for values that were changed: a block's own where the values still fit, else encode_fp8's, or the next power of
+    """Scales for values that were changed: a block's own where the values still fit, else fp8_scales', or the next power of
     two where all that there are, are such. `narrow` rounds one to what its file holds."""
     largest = _of_blocks(np.abs(values))
-    wanted = np.where(largest > 0, largest / np.float32(_E4M3_LARGEST), np.float32(1))
+    wanted = _scales_of(largest)
     mantissas, exponents = np.frexp(wanted)
     are_powers = (np.frexp(scales)[0] == _HALF).all()
     new = np.ldexp(np.float32(1), exponents - (mantissas == _HALF)) if are_powers else narrow(wanted)
@@ -60,6 +59,10 @@ def encode_mxfp4(values: Array) -> CodedMatrix:
     pairs = codes.reshape(rows, columns // 2, 2)
     packed = (pairs[..., 0] | pairs[..., 1] << 4).astype(np.uint8)
     return CodedMatrix("mxfp4", packed, (exponents + _E8M0_BIAS).astype(np.uint8))
+
+
+def _scales_of(largest: Array) -> Array:
+    return np.where(largest > 0, largest / np.float32(_E4M3_LARGEST), np.float32(1))
 
 
 def _of_blocks(values: Array) -> Array:

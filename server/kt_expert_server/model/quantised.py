@@ -69,9 +69,7 @@ class CodedMatrix:
         """The values, [rows, columns]."""
         if self.form == "fp8":
             values = _FP8_VALUES[self.codes]
-            rows, columns = values.shape
-            by_row = np.repeat(self.scales.astype(np.float32), FP8_BLOCK, axis=0)[:rows]
-            return _product(values, np.repeat(by_row, FP8_BLOCK, axis=1)[:, :columns])
+            return _product(values, spread(self.scales.astype(np.float32), *values.shape))
         nibbles = np.stack([self.codes & 0xF, self.codes >> 4], axis=-1).reshape(len(self.codes), -1)
         factors = _E8M0_VALUES[self.scales.astype(np.uint8)]
         return _product(_MXFP4_VALUES[nibbles], np.repeat(factors, MXFP4_GROUP, axis=1))
@@ -82,6 +80,11 @@ def scale_shape(form: str, rows: int, columns: int) -> tuple[int, int]:
     if form == "fp8":
         return -(-rows // FP8_BLOCK), -(-columns // FP8_BLOCK)
     return rows, columns // MXFP4_GROUP
+
+
+def spread(scales: NDArray[np.float32], rows: int, columns: int) -> NDArray[np.float32]:
+    """fp8's scales, one for each of the values of a [rows, columns] matrix."""
+    return np.repeat(np.repeat(scales, FP8_BLOCK, axis=0)[:rows], FP8_BLOCK, axis=1)[:, :columns]
 
 
 def _require_finite(values: NDArray[np.float32], source: str, expert: int) -> None:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from kt_expert_server.model.encoding import encode_fp8, encode_mxfp4
+from kt_expert_server.model.encoding import encode_fp8, encode_mxfp4, fp8_scales
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (128, 128), (129, 300), (5, 257)])
 def test_fp8_codes_are_torchs(shape: tuple[int, int]) -> None:
     values = torch.randn(shape, generator=torch.Generator().manual_seed(1)) * torch.logspace(-6, 0, shape[1])
-    coded = encode_fp8(values.numpy())
+    coded = encode_fp8(values.numpy(), fp8_scales(values.numpy()))
     assert coded.scales.shape == (-(-shape[0] // 128), -(-shape[1] // 128))
     wide = np.repeat(np.repeat(coded.scales, 128, 0)[: shape[0]], 128, 1)[:, : shape[1]]
     expected = (values / torch.from_numpy(wide)).to(torch.float8_e4m3fn)
@@ -39,7 +39,7 @@ def test_fp8_of_given_scales_does_not_overflow() -> None:
 
 def test_zeros() -> None:
     zeros = np.zeros((2, 64), np.float32)
-    for coded in (encode_fp8(zeros), encode_mxfp4(zeros)):
+    for coded in (encode_fp8(zeros, fp8_scales(zeros)), encode_mxfp4(zeros)):
         assert not coded.decode().any()
 
 
