@@ -9,6 +9,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -30,6 +31,7 @@ from kt_expert_server.errors import InvalidRequest
 _RANK = 16  # of LoRA on every projection
 _MODEL_TYPE = "qwen3_moe"
 _MS_PER_S = 1000.0
+_ANSWER_TIMEOUT_S = 300.0  # a server loads its model, or a round of calls is made
 _DECODES = 20  # calls of one token in a row: one alone is mostly the time to wake up
 
 
@@ -98,9 +100,17 @@ class _Process:
 
     def line(self) -> str:
         assert self._process.stdout is not None  # noqa: S101
-        line = self._process.stdout.readline()
+        too_late = threading.Timer(_ANSWER_TIMEOUT_S, self._process.kill)
+        too_late.start()
+        try:
+            line = self._process.stdout.readline()
+        finally:
+            too_late.cancel()
         if not line:
-            raise InvalidRequest("a process of the benchmark has ended; bench remote needs kt-expert[client]")
+            raise InvalidRequest(
+                f"a process of the benchmark has ended, or has not answered within {_ANSWER_TIMEOUT_S:g} s; bench remote needs "
+                "kt-expert[client]"
+            )
         return line
 
     def ask(self, **asked: object) -> dict[str, Any]:
