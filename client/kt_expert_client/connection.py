@@ -29,8 +29,8 @@ from kt_expert_client.session.core import SessionCore
 from kt_expert_client.session.driver import Session
 from kt_expert_client.session.journal import Journal
 from kt_expert_client.staging import Staging
-from kt_expert_client.wire.base import Receiver, Transport
-from kt_expert_client.wire.grpc_stream import GrpcStreamTransport, Metadata
+from kt_expert_client.wire.choice import Transports
+from kt_expert_client.wire.grpc_stream import Metadata
 
 DEFAULT_CONNECT_TIMEOUT_S = 60.0
 DEFAULT_OPEN_TIMEOUT_S = 120.0  # a rank whose trainer crashed is free when its lease is over
@@ -44,7 +44,9 @@ _WIRE_DTYPES = {"bf16": pb.WIRE_DTYPE_BF16, "fp32": pb.WIRE_DTYPE_FP32}
 class Client:
     """A connection to one server. Close it, or use it as a context manager."""
 
-    def __init__(self, address: str, channel: grpc.Channel, metadata: Metadata, hello: pb.HelloResponse) -> None:
+    def __init__(
+        self, address: str, channel: grpc.Channel, metadata: Metadata, hello: pb.HelloResponse, transports: Transports
+    ) -> None:  # fmt: skip
         self.address = address
         self._metadata = metadata
         self.model_type: str = hello.model_type
@@ -53,6 +55,7 @@ class Client:
         self.layers: dict[int, pb.LayerSpec] = {spec.layer: spec for spec in hello.layers}
         self._channel = channel
         self._stub = service_pb2_grpc.ExpertStub(channel)
+        self._transports = transports
         self._runs: set[Run] = set()
         self._names: dict[str, int] = {}
         self._pid = os.getpid()
@@ -100,12 +103,17 @@ class Client:
         )
         staging, journal = Staging(), Journal(options.replay_bytes)
         core = SessionCore(terms, journal, memory_of(staging), time.monotonic(), timeout_s)
-        session = Session(core, self._open_stream, f"{terms.run}-{rank}")
+        session = Session(core, self._transports, f"{terms.run}-{rank}")
         session.start(timeout_s)
         top_k = {layer: spec.top_k for layer, spec in self.layers.items()}
         run = Run(session, staging, terms, wire_dtype, top_k, self._runs.discard)
         self._runs.add(run)
         return run
+
+    @property
+    def transport(self) -> str:
+        """What the tensors of its runs travel through: "same-host" or "stream"."""
+        return self._transports.name
 
     def close_run(self, name: str) -> None:
         """Ends a run, whoever is in it, and gives its memory back; its checkpoints stay. Raises NotFound."""
@@ -129,9 +137,6 @@ class Client:
         self._runs.clear()
         self._channel.close()
 
-    def _open_stream(self, receiver: Receiver) -> Transport:
-        return GrpcStreamTransport(self._channel, self._metadata, receiver)
-
     def _call(self, what: str, method: Callable[..., Any], request: object) -> Any:
         try:
             return method(request, timeout=_CALL_TIMEOUT_S, metadata=self._metadata)
@@ -151,10 +156,18 @@ def _run_config(world_size: int, wire_dtype: str, lora: Iterable[LayerLora], see
     )
 
 
-def connect(address: str, *, timeout_s: float = DEFAULT_CONNECT_TIMEOUT_S, credentials: Credentials | None = None) -> Client:
+def connect(
+    address: str,
+    *,
+    timeout_s: float = DEFAULT_CONNECT_TIMEOUT_S,
+    credentials: Credentials | None = None,
+    transport: str | None = None,
+) -> Client:
     """Connects to host:port, [IPv6]:port, grpcs://host:port or unix:/path, and waits until the server has loaded its model.
 
-    `credentials` default to those the environment names (Credentials.from_environment). Raises InvalidRequest for an address
+    `credentials` default to those the environment names (Credentials.from_environment). `transport` of tensors: "same-host"
+    shares memory with a server on this host, "stream" sends them over gRPC, "auto" shares memory where that is possible; by
+    default what KT_EXPERT_TRANSPORT says, or "auto". Raises InvalidRequest for an address
     or a variable that makes no sense, ServerUnavailable where nothing answers or the model is not loaded within `timeout_s`,
     NotAuthenticated, and WrongPhase for another protocol version.
     """
@@ -166,7 +179,9 @@ def connect(address: str, *, timeout_s: float = DEFAULT_CONNECT_TIMEOUT_S, crede
     channel, metadata = open_channel(parsed, credentials)
     deadline = time.monotonic() + timeout_s
     try:
-        return Client(address, channel, metadata, _wait_until_loaded(parsed, channel, metadata, deadline, timeout_s))
+        transports = Transports(channel, metadata, transport)
+        hello = _wait_until_loaded(parsed, channel, metadata, deadline, timeout_s)
+        return Client(address, channel, metadata, hello, transports)
     except BaseException:
         channel.close()
         raise

@@ -32,6 +32,10 @@ class HostTensor:
         self._ready = ready
         self._pinned = pinned
 
+    @property
+    def is_ready(self) -> bool:
+        return self._ready is None or self._ready.query()
+
     def view(self) -> memoryview:
         """Waits for the copy and returns the tensor's bytes."""
         if self._ready is not None:

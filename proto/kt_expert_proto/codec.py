@@ -24,6 +24,7 @@ from kt_expert_proto.header import (
     pack,
     unpack,
 )
+from kt_expert_proto.shared import Place
 
 
 class Buffer(Protocol):
@@ -40,12 +41,18 @@ class Buffer(Protocol):
 class Source(Protocol):
     """A tensor to be sent. `view` may wait, for a copy from a device; it is called when the tensor's turn comes."""
 
+    @property
+    def is_ready(self) -> bool:
+        """Whether `view` would not wait."""
+
     def view(self) -> memoryview:
         """Its bytes, one dimension. They must not change until the session that sent them lets go of the source."""
 
 
 B = TypeVar("B", bound=Buffer)
-Outbound = tuple[Header, "bytes | Source"]  # bytes for a protobuf message, a source for a tensor
+B_co = TypeVar("B_co", bound=Buffer, covariant=True)
+# Bytes for a protobuf message; for a tensor a source, or its place in memory that the other end sees.
+Outbound = tuple[Header, "bytes | Source | Place"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +60,7 @@ class Memory:
     """A source that is ready: memory somebody else holds."""
 
     content: memoryview
+    is_ready: bool = True
 
     def view(self) -> memoryview:
         return self.content
@@ -81,7 +89,11 @@ class Encoder:
         if size > PREFIX.size:
             yield _joined(waiting, size)
 
-    def _pieces(self, header: Header, payload: bytes | Source) -> Iterator[tuple[bytes, bytes | memoryview]]:
+    def _pieces(self, header: Header, payload: bytes | Source | Place) -> Iterator[tuple[bytes, bytes | memoryview]]:
+        if isinstance(payload, Place):
+            place = payload.pack()
+            yield pack(header, self._next(), 0, place, checksum=self._checksum, shared=True), place
+            return
         content = payload if isinstance(payload, bytes) else payload.view()
         if isinstance(payload, bytes) and len(payload) > MAX_PAYLOAD_BYTES:
             raise FrameError(f"{header.type.name} message of {len(payload)} bytes, at most {MAX_PAYLOAD_BYTES} fit a frame")
@@ -89,14 +101,47 @@ class Encoder:
         step = max(1, len(content)) if isinstance(payload, bytes) else self._piece_bytes
         for offset in range(0, max(1, len(content)), step):
             piece = content[offset : offset + step]
-            yield pack(header, self._sequence, offset, piece, checksum=self._checksum), piece
-            self._sequence = (self._sequence + 1) & 0xFFFFFFFF
+            yield pack(header, self._next(), offset, piece, checksum=self._checksum), piece
+
+    def _next(self) -> int:
+        """The number of the piece that comes now."""
+        sequence, self._sequence = self._sequence, (self._sequence + 1) & 0xFFFFFFFF
+        return sequence
 
 
 def _joined(parts: list[bytes | memoryview], size: int) -> bytes:
     """The message; `parts` begins with room for its length."""
     parts[0] = PREFIX.pack(size)
     return b"".join(parts)
+
+
+class Messages:
+    """Cuts a byte stream into messages: memory to receive into, then the messages that have become whole."""
+
+    def __init__(self) -> None:
+        self._memory = memoryview(bytearray(2 * MAX_MESSAGE_BYTES))
+        self._begin = self._end = 0
+
+    def room(self) -> memoryview:
+        """Where the next bytes go."""
+        return self._memory[self._end :]
+
+    def received(self, size_bytes: int) -> Iterator[memoryview]:
+        """So many bytes have come; each message is valid until the next is asked for. Raises DamagedFrame for a length that no
+        message has."""
+        self._end += size_bytes
+        while self._end - self._begin >= PREFIX.size:
+            length = PREFIX.unpack_from(self._memory, self._begin)[0]
+            if not PREFIX.size < length <= MAX_MESSAGE_BYTES:
+                raise DamagedFrame(f"a message announces {length} bytes, expected at most {MAX_MESSAGE_BYTES}")
+            if self._end - self._begin < length:
+                break
+            self._begin += length
+            yield self._memory[self._begin - length : self._begin]
+        rest = self._end - self._begin
+        if self._begin and (rest == 0 or len(self.room()) < MAX_MESSAGE_BYTES):
+            self._memory[:rest] = self._memory[self._begin : self._end]
+            self._begin, self._end = 0, rest
 
 
 class FrameReceiver(Protocol[B]):
@@ -110,6 +155,19 @@ class FrameReceiver(Protocol[B]):
         """A whole frame. A buffer is the receiver's from here on."""
 
 
+class ConnectionReceiver(Protocol[B_co]):
+    """What a transport without gRPC takes itself: memory that both ends see, and the end of the stream."""
+
+    def show(self, header: Header, place: Place) -> B_co | None:
+        """A tensor lies there, whole. None to skip it. Raises FrameError for one that must not come now, or not there."""
+
+    def freed(self, place: Place) -> None:
+        """The other end has done with a place. Raises FrameError for one it was not shown."""
+
+    def ended(self, payload: bytes) -> None:
+        """The other end has ended the stream with an ErrorDetail. Raises FrameError where it may not."""
+
+
 @dataclass(slots=True)
 class _Partial(Generic[B]):
     header: Header
@@ -120,12 +178,12 @@ class _Partial(Generic[B]):
 class Decoder(Generic[B]):
     """Checks and joins the pieces of one direction of one stream."""
 
-    def __init__(self, receiver: FrameReceiver[B]) -> None:
-        self._receiver = receiver
+    def __init__(self, receiver: FrameReceiver[B], connection: ConnectionReceiver[B] | None = None) -> None:
+        self._receiver, self._connection = receiver, connection
         self._sequence = 0
         self._partial: _Partial[B] | None = None
 
-    def feed(self, message: bytes) -> None:
+    def feed(self, message: bytes | memoryview) -> None:
         """Takes one message off the wire. Raises FrameError for what may not come, DamagedFrame for what is not as it was sent;
         the stream is then of no more use."""
         least = PREFIX.size + HEADER_BYTES
@@ -137,6 +195,9 @@ class Decoder(Generic[B]):
         while position < len(message):
             piece = unpack(view, position)
             position += HEADER_BYTES + len(piece.payload)
+            if piece.header.type is FrameType.END:  # it takes the place of what was queued, and counted, before it
+                self._own(piece).ended(bytes(piece.payload))
+                return
             if piece.sequence != self._sequence:
                 raise DamagedFrame(f"piece {piece.sequence} came, expected {self._sequence}: lost, repeated or reordered")
             self._sequence = (self._sequence + 1) & 0xFFFFFFFF
@@ -155,14 +216,33 @@ class Decoder(Generic[B]):
                     f"{piece.header.type.name} came after {self._partial.filled} of {self._partial.header.tensor_bytes} bytes "
                     f"of {self._partial.header.tensor.name}"
                 )
-            if piece.offset:
-                raise FrameError(f"{piece.header.type.name} begins at offset {piece.offset}; only tensors are cut")
+            if piece.offset or piece.is_shared:
+                raise FrameError(f"{piece.header.type.name} is cut or lies elsewhere; only tensors may")
+            if piece.header.type is FrameType.FREE:
+                self._own(piece).freed(Place.unpack(piece.payload))
+                return
             self._receiver.deliver(piece.header, bytes(piece.payload))
+            return
+        if piece.is_shared:
+            self._show(piece)
             return
         partial = self._partial
         if partial is None:
             partial = self._partial = _Partial(piece.header, self._receiver.admit(piece.header))
         self._fill(partial, piece)
+
+    def _own(self, piece: Piece) -> ConnectionReceiver[B]:
+        if self._connection is None:
+            raise FrameError(f"{piece.header.type.name} with flags for shared memory; this connection has none")
+        return self._connection
+
+    def _show(self, piece: Piece) -> None:
+        connection = self._own(piece)
+        if self._partial is not None:
+            raise FrameError(f"tensor {piece.header.tensor.name} came before another one was whole")
+        buffer = connection.show(piece.header, Place.unpack(piece.payload))
+        if buffer is not None:
+            self._receiver.deliver(piece.header, buffer)
 
     def _fill(self, partial: _Partial[B], piece: Piece) -> None:
         total, end = partial.header.tensor_bytes, piece.offset + len(piece.payload)

@@ -22,6 +22,7 @@ KNOWN = (
     "KT_EXPERT_SERVER",
     "KT_EXPERT_RUN",
     *RUN_OPTIONS.values(),
+    "KT_EXPERT_TRANSPORT",
     "KT_EXPERT_TOKEN_FILE",
     "KT_EXPERT_CA",
     "KT_EXPERT_CERT",

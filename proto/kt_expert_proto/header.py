@@ -7,7 +7,7 @@ a header of its own; what a transport hands on is the header of the first piece 
     0       4     magic "KTX1"
     4       1     version
     5       1     type            FrameType
-    6       2     flags           FLAG_CHECKSUM: `checksum` is set
+    6       2     flags           FLAG_CHECKSUM: `checksum` is set; FLAG_SHARED: the payload says where the tensor lies
     8       8     request_id      per member, increasing; 0 for frames about the stream itself
     16      4     sequence        counts the pieces of one direction of one stream, from 0
     20      2     layer
@@ -37,10 +37,11 @@ from crc32c import crc32c
 
 from kt_expert_proto.dtypes import ITEM_BYTES, Dtype
 
-PROTOCOL_VERSION = 6
+PROTOCOL_VERSION = 7
 MAX_PAYLOAD_BYTES = 1024 * 1024  # larger messages lose the allocator's recycled arenas, smaller ones cost more calls
 FLAG_CHECKSUM = 1
-_KNOWN_FLAGS = FLAG_CHECKSUM
+FLAG_SHARED = 2  # of a TENSOR in memory that both ends see (kt_expert_proto/shared.py); the checksum covers its place alone
+_KNOWN_FLAGS = FLAG_CHECKSUM | FLAG_SHARED
 _MAGIC = int.from_bytes(b"KTX1", "little")
 _HEADER = struct.Struct("<IBBHQIHBBB3sIIQIIIII")
 _CHECKSUM = struct.Struct("<I")
@@ -70,6 +71,8 @@ class FrameType(enum.IntEnum):
     ACK = 8  # client: the outcomes of all requests up to request_id have been received; gives their credits back.
     # Said again, it asks for the same frame from the server: whether all messages of both directions arrive
     RELEASE = 9  # client: the ticket request_id will not be consumed
+    FREE = 10  # either side, where memory is shared: its reader has done with a place of it; for transports alone
+    END = 11  # server, where the connection itself cannot carry it: the error that ends the stream; payload ErrorDetail
 
 
 class Op(enum.IntEnum):
@@ -139,12 +142,16 @@ class Piece:
     sequence: int
     offset: int
     payload: memoryview
+    is_shared: bool = False  # the payload is the tensor's place
 
 
-def pack(header: Header, sequence: int, offset: int, payload: bytes | memoryview, *, checksum: bool) -> bytes:
+def pack(
+    header: Header, sequence: int, offset: int, payload: bytes | memoryview, *, checksum: bool, shared: bool = False
+) -> bytes:
     """The 64 bytes before a piece of at most MAX_PAYLOAD_BYTES."""
+    flags = (FLAG_CHECKSUM if checksum else 0) | (FLAG_SHARED if shared else 0)
     fields = (
-        _MAGIC, PROTOCOL_VERSION, header.type, FLAG_CHECKSUM if checksum else 0, header.request_id, sequence, header.layer,
+        _MAGIC, PROTOCOL_VERSION, header.type, flags, header.request_id, sequence, header.layer,
         header.op, header.tensor, header.dtype, _RESERVED, header.rows, header.columns, offset, len(payload), 0,
         header.deadline_ms, header.epoch, 0,
     )  # fmt: skip
@@ -187,7 +194,7 @@ def unpack(message: memoryview, position: int) -> Piece:
         )
     except KeyError as error:
         raise FrameError(f"frame names an enumerator this version does not know: {error}") from None
-    return Piece(header, sequence, offset, payload)
+    return Piece(header, sequence, offset, payload, bool(flags & FLAG_SHARED))
 
 
 def _check(packed: memoryview, payload: memoryview, expected: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -78,6 +79,27 @@ NO_SECURITY = Security()
 
 
 @dataclass(frozen=True, slots=True)
+class SameHostPlace:
+    """The directory whose socket trainers on this host come to. `is_wanted`: it was asked for by name, so it has to work."""
+
+    directory: Path
+    is_wanted: bool
+
+    @classmethod
+    def parse(cls, text: str) -> SameHostPlace | None:
+        """DIR, `auto` for one of the user's own, or `off`. Raises InvalidRequest for a relative path."""
+        if text == "off":
+            return None
+        if text == "auto":
+            runtime = os.environ.get("XDG_RUNTIME_DIR", "")
+            own = Path(runtime) / "kt-expert" if runtime else Path(tempfile.gettempdir()) / f"kt-expert-{os.geteuid()}"
+            return cls(own, is_wanted=False)
+        if not Path(text).is_absolute():
+            raise InvalidRequest(f"--same-host is {text!r}, expected an absolute path, auto or off")
+        return cls(Path(text), is_wanted=True)
+
+
+@dataclass(frozen=True, slots=True)
 class ServerConfig:
     """Everything the daemon is told on its command line."""
 
@@ -94,6 +116,7 @@ class ServerConfig:
     limits: Limits = DEFAULT_LIMITS
     security: Security = NO_SECURITY
     calls_per_second: float = DEFAULT_CALLS_PER_SECOND  # of one identity: streams opened, control calls, refused requests
+    same_host: SameHostPlace | None = None  # None: trainers on this host come through gRPC, too
 
     def __post_init__(self) -> None:
         if self.weight_format not in SERVED_FORMATS:

@@ -30,12 +30,14 @@ from kt_expert_server.edge.http import ObserveServer
 from kt_expert_server.edge.listening import bind, check_security, is_loopback
 from kt_expert_server.edge.pace import Pace
 from kt_expert_server.edge.parsing import Parsing
+from kt_expert_server.edge.same_host.listener import Parts, SameHost
 from kt_expert_server.edge.status import CallGuard
 from kt_expert_server.engine.budget import MemoryBudget
 from kt_expert_server.engine.buffers import BufferPool
 from kt_expert_server.engine.kinds import Kind
 from kt_expert_server.engine.passes import Tools
 from kt_expert_server.engine.quotas import Quotas
+from kt_expert_server.errors import ListenError
 from kt_expert_server.members.core import ServerCore, State
 from kt_expert_server.model.index import ModelPlan
 from kt_expert_server.model.loader import BaseModel, load_model, resident_bytes, shown_format
@@ -80,6 +82,7 @@ class Server:
         tokens = config.security.token_file
         authenticator = Authenticator() if tokens is None else Authenticator.from_file(tokens)
         self._entrance = Entrance(authenticator, Pace(config.calls_per_second, self._metrics.paced))
+        self._same_host = self._make_same_host()
         self._observe = ObserveServer(
             lambda: self._core.state, lambda: self._metrics.render(self._core, self._budget, engine.threads)
         )
@@ -93,6 +96,8 @@ class Server:
         """Serves until SIGTERM or SIGINT, then drains. Raises ListenError or ModelError before it is ready."""
         self._install_signals()
         metrics_address = await self._observe.start(self._config.metrics_listen)
+        if self._same_host is not None:
+            self._same_host.start()
         grpc_server, grpc_address = await self._start_grpc()
         try:
             model = await self._load(on_loaded_bytes)
@@ -105,6 +110,8 @@ class Server:
             await self._drain(grpc_server)
         finally:
             await grpc_server.stop(0)
+            if self._same_host is not None:
+                await self._same_host.stop()
             await self._observe.stop()
             self._driver.close()
 
@@ -147,7 +154,22 @@ class Server:
             self._version,
             lambda: self._loaded_bytes / max(1, self._plan.bf16_bytes),
             lambda: self._background(self._set_health(serving=False)),
+            self._same_host,
         )
+
+    def _make_same_host(self) -> SameHost | None:
+        """Raises ListenError where it was asked for by name and cannot be."""
+        place = self._config.same_host
+        if place is None:
+            return None
+        parts = Parts(self._driver, self._metrics, self._entrance.pace, self._budget, self._tools.pool)
+        try:
+            return SameHost(place.directory, parts)
+        except ListenError as error:
+            if place.is_wanted:
+                raise
+            _log.warning("trainers on this host will not share memory with the server: %s", error)
+            return None
 
     def _background(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.ensure_future(work)
@@ -185,4 +207,6 @@ class Server:
         await self._health.enter_graceful_shutdown()
         _log.info("draining: %d members are joined", len(core.runs.members))
         await driver.until(lambda: core.has_stopped)
+        if self._same_host is not None:
+            await self._same_host.stop(_STREAM_GRACE_S)
         await grpc_server.stop(_STREAM_GRACE_S)

@@ -24,6 +24,8 @@ class _Source:
         self._values = values
         self.is_released = False
 
+    is_ready = True
+
     def view(self) -> memoryview:
         assert not self.is_released, "a tensor is read after the session has let go of it"
         return self._values.data.cast("B")

@@ -39,7 +39,7 @@ class CountingPool(BufferPool):
         self.out += 1
         return super().take(size_bytes)
 
-    def _give_back(self, memory: object) -> None:
+    def give_back(self, memory: object) -> None:
         self.out -= 1
 
 

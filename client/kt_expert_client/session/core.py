@@ -157,8 +157,8 @@ class SessionCore:
 
     # What the transport and the clock do
 
-    def admit(self, header: Header) -> Buffer | None:
-        """Memory for a result's tensor. Raises FrameError for one that is not expected."""
+    def admit(self, header: Header, offered: Buffer | None = None) -> Buffer | None:
+        """Memory for a result's tensor, or `offered`, which has it already. Raises FrameError for one that is not expected."""
         call = self._receiving
         self._check(header)
         expected = None if call is None or header.request_id != call.request_id else call.expects.get(header.tensor)
@@ -167,7 +167,7 @@ class SessionCore:
                 f"tensor {header.tensor.name} of {header.tensor_bytes} bytes came for request {header.request_id}, which "
                 f"expects {'nothing' if call is None else _named(call.expects)}"
             )
-        return self._memory(header.tensor_bytes, call)
+        return offered or self._memory(header.tensor_bytes, call)
 
     def received(self, header: Header, payload: bytes | Buffer, now: float) -> None:
         """A whole frame. Raises FrameError for one that may not come now; the transport is then of no more use."""

@@ -8,12 +8,12 @@ import queue
 import threading
 import time
 
-from kt_expert_proto.codec import Buffer
+from kt_expert_proto.codec import Buffer, Outbound
 from kt_expert_proto.header import FrameType, Header, Op, Tensor
 from kt_expert_proto.v1.session_pb2 import Leave, RequestOpen
 
 from kt_expert_client.errors import DeadlineExceeded, KtExpertError, ServerFault, ServerUnavailable, WrongPhase, copy_of
-from kt_expert_client.session.actions import Connect, Disconnect, Note, Phase, Send, Settled
+from kt_expert_client.session.actions import Action, Connect, Disconnect, Note, Phase, Send, Settled
 from kt_expert_client.session.calls import Call
 from kt_expert_client.session.core import SessionCore
 from kt_expert_client.session.inflight import ANSWER_SLACK_S
@@ -58,8 +58,8 @@ class _Link:
         self._session = session
         self.transport: Transport | None = None
 
-    def admit(self, header: Header) -> Buffer | None:
-        return self._session._admit(self, header)
+    def admit(self, header: Header, offered: Buffer | None = None) -> Buffer | None:
+        return self._session._admit(self, header, offered)
 
     def deliver(self, header: Header, payload: bytes | Buffer) -> None:
         self._session._deliver(self, header, payload)
@@ -212,9 +212,9 @@ class Session:
                 self._clock.wait(None if self._waits_until is None else max(0.0, self._waits_until - time.monotonic()))
         self._releases.put(None)
 
-    def _admit(self, link: _Link, header: Header) -> Buffer | None:
+    def _admit(self, link: _Link, header: Header, offered: Buffer | None) -> Buffer | None:
         with self._lock:
-            return self._core.admit(header) if link is self._link else None
+            return self._core.admit(header, offered) if link is self._link else None
 
     def _deliver(self, link: _Link, header: Header, payload: bytes | Buffer) -> None:
         with self._lock:
@@ -243,8 +243,7 @@ class Session:
         self._is_carrying_out = True
         try:
             while actions := self._core.take_actions():
-                for action in actions:
-                    self._act(action)
+                self._act_on(actions)
         finally:
             self._is_carrying_out = False
         # Threads are woken only for what concerns them: each wake-up costs others their turn at the interpreter.
@@ -254,7 +253,23 @@ class Session:
         ):
             self._clock.notify()
 
-    def _act(self, action: Connect | Disconnect | Send | Settled | Note) -> None:
+    def _act_on(self, actions: list[Action]) -> None:
+        """Frames that follow one another are sent together."""
+        frames: list[Outbound] = []
+        for action in actions:
+            if isinstance(action, Send):
+                frames.append((action.header, action.payload))
+                continue
+            self._send(frames)
+            frames = []
+            self._act(action)
+        self._send(frames)
+
+    def _send(self, frames: list[Outbound]) -> None:
+        if frames and self._link is not None and self._link.transport is not None:
+            self._link.transport.send(frames)
+
+    def _act(self, action: Connect | Disconnect | Settled | Note) -> None:
         match action:
             case Connect():
                 self._disconnect()
@@ -266,9 +281,6 @@ class Session:
                     self._core.disconnected(ServerFault(f"no connection could be begun: {error}"), time.monotonic())
             case Disconnect():
                 self._disconnect()
-            case Send():
-                if self._link is not None and self._link.transport is not None:
-                    self._link.transport.send(action.header, action.payload)
             case Settled():
                 pending = self._pending.pop(action.call)
                 pending.error, pending.results = action.error, action.results
@@ -276,7 +288,7 @@ class Session:
                 pending.done.set()
                 self._changed.notify_all()
             case Note():
-                _log.info("%s", action.text)
+                _log.warning("%s", action.text)
 
     def _disconnect(self) -> None:
         self._changed.notify_all()

@@ -3,8 +3,8 @@
 A transport moves frames, (header, payload) pairs, over one connection to the server. It knows nothing of what they mean, and it
 is used once: after its end the session opens another.
 
-* `send` may be called from any thread and returns at once. Frames leave in the order of the calls, written by a thread of the
-  transport. A payload that is a source is asked for its bytes when its turn comes; it may then wait for a copy from a device.
+* `send` may be called from any thread, takes frames that belong together, and returns soon. Frames leave in the order of the
+  calls. A payload that is a source is asked for its bytes when its turn comes; it may then wait for a copy from a device.
   The session keeps the source unchanged until the outcome of its request has come, and never longer than that for the
   transport's sake: what a closed transport still holds is not sent any more.
 * What comes in is passed on from the transport's reader thread, one call at a time, in the order of the wire: `admit` before
@@ -16,9 +16,10 @@ is used once: after its end the session opens another.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
-from kt_expert_proto.codec import Buffer, Source
+from kt_expert_proto.codec import Buffer, Outbound
 from kt_expert_proto.header import Header
 
 from kt_expert_client.errors import KtExpertError
@@ -27,7 +28,8 @@ from kt_expert_client.errors import KtExpertError
 class Receiver(Protocol):
     """What a transport delivers to."""
 
-    def admit(self, header: Header) -> Buffer | None: ...
+    def admit(self, header: Header, offered: Buffer | None = None) -> Buffer | None:
+        """`offered` has the tensor already."""
 
     def deliver(self, header: Header, payload: bytes | Buffer) -> None: ...
 
@@ -38,7 +40,7 @@ class Receiver(Protocol):
 class Transport(Protocol):
     """One connection."""
 
-    def send(self, header: Header, payload: bytes | Source) -> None: ...
+    def send(self, frames: Sequence[Outbound]) -> None: ...
 
     def close(self) -> None:
         """Safe to call twice, and from within a receiver's method."""

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import grpc
 from kt_expert_proto.channel import SESSION_METHOD
-from kt_expert_proto.codec import Buffer, Decoder, Encoder, Outbound, Source
-from kt_expert_proto.header import FrameError, Header
+from kt_expert_proto.codec import Buffer, Decoder, Encoder, Outbound
+from kt_expert_proto.header import FrameError
 
 from kt_expert_client.errors import KtExpertError, ServerFault, ServerUnavailable, from_rpc
 from kt_expert_client.wire.base import Receiver
@@ -22,7 +22,7 @@ class GrpcStreamTransport:
     """Implements Transport. Unbounded queue on purpose: the session's credits bound what can wait in it."""
 
     def __init__(self, channel: grpc.Channel, metadata: Metadata, receiver: Receiver) -> None:
-        self._outgoing: queue.SimpleQueue[Outbound | None] = queue.SimpleQueue()
+        self._outgoing: queue.SimpleQueue[Sequence[Outbound] | None] = queue.SimpleQueue()
         self._receiver = receiver
         self._decoder: Decoder[Buffer] = Decoder(receiver)
         self._closed = threading.Event()
@@ -31,8 +31,8 @@ class GrpcStreamTransport:
         self._call: Any = exchange(self._requests(), metadata=metadata)
         threading.Thread(target=self._read, name="kt-expert-reader", daemon=True).start()
 
-    def send(self, header: Header, payload: bytes | Source) -> None:
-        self._outgoing.put((header, payload))
+    def send(self, frames: Sequence[Outbound]) -> None:
+        self._outgoing.put(frames)
 
     def close(self) -> None:
         if self._closed.is_set():
@@ -51,16 +51,16 @@ class GrpcStreamTransport:
                 self._call.cancel()
                 return
 
-    def _queued(self, first: Outbound) -> Iterator[Outbound]:
+    def _queued(self, first: Sequence[Outbound]) -> Iterator[Outbound]:
         """What waits now; it may travel together."""
-        frame: Outbound | None = first
-        while frame is not None and not self._closed.is_set():
-            yield frame
+        frames: Sequence[Outbound] | None = first
+        while frames is not None and not self._closed.is_set():
+            yield from frames
             try:
-                frame = self._outgoing.get_nowait()
+                frames = self._outgoing.get_nowait()
             except queue.Empty:
                 return
-        if frame is None:
+        if frames is None:
             self._outgoing.put(None)
 
     def _read(self) -> None:

@@ -26,6 +26,7 @@ from kt_expert_server.config import (
     ISA_VARIABLE,
     SERVED_FORMATS,
     Address,
+    SameHostPlace,
     Security,
     ServerConfig,
     available_cores,
@@ -108,6 +109,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--memory-limit", type=float, metavar="GIB", help="limit of all reservations (default: cgroup's)")
     parser.add_argument(
         "--shutdown-timeout", type=float, default=_DEFAULT_SHUTDOWN_TIMEOUT_S, metavar="S", help="time to finish work"
+    )
+    parser.add_argument(
+        "--same-host",
+        default="auto",
+        metavar="DIR|auto|off",
+        help="directory of the socket through which trainers on this host share memory with the server",
     )
     _add_runs(parser)
     _add_security(parser)
@@ -211,6 +218,7 @@ def _config(options: argparse.Namespace) -> ServerConfig:
         memory_limit_bytes=limit,
         shutdown_timeout_s=options.shutdown_timeout,
         calls_per_second=options.calls_per_second,
+        same_host=SameHostPlace.parse(options.same_host),
     )
 
 

@@ -15,6 +15,7 @@ from kt_expert_proto.v1 import service_pb2_grpc
 from kt_expert_server.checkpoints.store import CheckpointStore
 from kt_expert_server.edge.driver import Driver
 from kt_expert_server.edge.entrance import Entrance
+from kt_expert_server.edge.same_host.listener import SameHost
 from kt_expert_server.edge.status import CallGuard
 from kt_expert_server.engine.budget import MemoryBudget
 from kt_expert_server.engine.kinds import Kind
@@ -49,11 +50,12 @@ class ControlService(service_pb2_grpc.ExpertServicer):
         version: str,
         load_progress: Callable[[], float],
         on_drain: Callable[[], None],
+        same_host: SameHost | None,
     ) -> None:
         self._driver, self._core = driver, driver.core
         self._engine, self._budget, self._store = engine, budget, store
         self._entrance, self._guard, self._version = entrance, guard, version
-        self._progress, self._on_drain = load_progress, on_drain
+        self._progress, self._on_drain, self._same_host = load_progress, on_drain, same_host
         self._begun = time.monotonic()
 
     async def Hello(self, request: pb.HelloRequest, context: Context) -> pb.HelloResponse:  # noqa: N802
@@ -131,6 +133,18 @@ class ControlService(service_pb2_grpc.ExpertServicer):
             return self._status((await self._entrance.trainer(context)).identity)
 
         return await self._answer("GetStatus", context, body)
+
+    async def OfferSameHost(self, request: pb.SameHostRequest, context: Context) -> pb.SameHostOffer:  # noqa: N802
+        del request
+
+        async def body() -> pb.SameHostOffer:
+            caller, same_host = await self._entrance.trainer(context), self._same_host
+            if same_host is None:
+                return pb.SameHostOffer(reason="the server was started with --same-host off, or could not make the directory")
+            offer = same_host.offer(caller)
+            return pb.SameHostOffer(socket_path=str(same_host.path), offer_id=offer.offer_id, secret=offer.secret)
+
+        return await self._answer("OfferSameHost", context, body)
 
     def _status(self, identity: str) -> pb.GetStatusResponse:
         core, engine = self._core, self._engine

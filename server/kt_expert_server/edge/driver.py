@@ -13,7 +13,7 @@ from typing import TypeVar
 from kt_expert_proto.header import DamagedFrame, FrameError, Header
 
 from kt_expert_server.edge.transport import Transport
-from kt_expert_server.engine.buffers import PooledBuffer
+from kt_expert_server.engine.buffers import PooledBuffer, TensorMemory
 from kt_expert_server.engine.work import PASSES, Work, as_server_error
 from kt_expert_server.errors import InvalidRequest, StreamDamaged
 from kt_expert_server.members.actions import Action, EndStream, Note, Retire, Send, StartDisk, StartWork
@@ -31,8 +31,8 @@ class StreamReceiver:
     def __init__(self, driver: Driver, stream: int) -> None:
         self._driver, self._stream = driver, stream
 
-    def admit(self, header: Header) -> PooledBuffer | None:
-        return self._driver.core.admit(self._stream, header, time.monotonic())
+    def admit(self, header: Header, offered: PooledBuffer | None = None) -> PooledBuffer | None:
+        return self._driver.core.admit(self._stream, header, time.monotonic(), offered)
 
     def deliver(self, header: Header, payload: bytes | PooledBuffer) -> None:
         self._driver.core.received(self._stream, header, payload, time.monotonic())
@@ -54,10 +54,10 @@ class Driver:
         self._changed: set[asyncio.Future[None]] = set()
         self._is_carrying_out = False
 
-    def open_stream(self, transport: Transport, identity: str) -> int:
-        """Raises OutOfCapacity."""
+    def open_stream(self, transport: Transport, identity: str, memory: TensorMemory | None = None) -> int:
+        """`memory`: that the trainer sees too. Raises OutOfCapacity."""
         stream = self._next_stream
-        self.core.stream_opened(stream, identity, time.monotonic())
+        self.core.stream_opened(stream, identity, time.monotonic(), memory)
         self._next_stream += 1
         self._transports[stream] = transport
         self._carry_out()

@@ -4,34 +4,26 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import deque
 from collections.abc import AsyncIterator
 from typing import Any
 
 import grpc
 from kt_expert_proto.channel import SESSION_METHOD
-from kt_expert_proto.codec import Decoder, Encoder, Memory, Outbound
-from kt_expert_proto.header import FrameType, Header, Op
-from kt_expert_proto.status import STATUS_NUMBERS
-from kt_expert_proto.v1.session_pb2 import ErrorDetail
+from kt_expert_proto.codec import Decoder, Encoder
+from kt_expert_proto.header import Header, Op
 
 from kt_expert_server.edge.driver import Driver, StreamReceiver
 from kt_expert_server.edge.entrance import Caller, Entrance
+from kt_expert_server.edge.outgoing import LAST_WORDS_S, Outgoing, is_refusal
 from kt_expert_server.edge.pace import Pace
 from kt_expert_server.edge.status import abort, abort_fault
 from kt_expert_server.engine.buffers import PooledBuffer
-from kt_expert_server.errors import OutOfCapacity, ServerError
+from kt_expert_server.errors import ServerError
 from kt_expert_server.observe.metrics import Metrics
 
 Context = grpc.aio.ServicerContext[bytes, bytes]
 _METHOD = "Exchange"
 _PASSES = (Op.FORWARD, Op.BACKWARD)
-# What a trainer that makes no mistake hardly gets; a request that it cancels is none of these.
-_REFUSALS = {
-    STATUS_NUMBERS[name] for name in ("INVALID_ARGUMENT", "NOT_FOUND", "FAILED_PRECONDITION", "RESOURCE_EXHAUSTED")
-}  # fmt: skip
-_LAST_WORDS_S = 2.0  # for what was queued before an end to leave
-_MAX_QUEUED_FRAMES = 4096  # a trainer that acknowledges has at most some dozens; about 1 MiB where tensors are not counted
 
 
 class SessionStreams(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # generic in the stubs only
@@ -64,75 +56,23 @@ class SessionStreams(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # gener
             self._metrics.call_ended(_METHOD, code, time.monotonic() - begun)
 
 
-class _Outgoing:
-    """Frames that wait to be sent, an iterator over them. Their buffers are held until the encoder has copied them."""
-
-    def __init__(self) -> None:
-        self._frames: deque[tuple[Header, bytes | PooledBuffer]] = deque()
-        self._copying: PooledBuffer | None = None  # the encoder may still read it
-        self._copied: list[PooledBuffer] = []
-
-    def __len__(self) -> int:
-        return len(self._frames)
-
-    def __iter__(self) -> _Outgoing:
-        return self
-
-    def __next__(self) -> Outbound:
-        if self._copying is not None:
-            self._copied.append(self._copying)
-            self._copying = None
-        if not self._frames:
-            raise StopIteration
-        header, payload = self._frames.popleft()
-        if isinstance(payload, bytes):
-            return header, payload
-        self._copying = payload
-        return header, Memory(payload.view)
-
-    def add(self, header: Header, payload: bytes | PooledBuffer) -> None:
-        if not isinstance(payload, bytes):
-            payload.hold()
-        self._frames.append((header, payload))
-
-    def first(self) -> Header | None:
-        return self._frames[0][0] if self._frames else None
-
-    def release_copied(self) -> None:
-        """To be called with each message that the encoder yields, before it is sent: its trainer may acknowledge at once."""
-        for buffer in self._copied:
-            buffer.release()
-        self._copied.clear()
-
-    def clear(self) -> None:
-        """Nothing more is sent. The encoder must not go on."""
-        for _, payload in self._frames:
-            if not isinstance(payload, bytes):
-                payload.release()
-        self._frames.clear()
-        if self._copying is not None:
-            self._copied.append(self._copying)
-            self._copying = None
-        self.release_copied()
-
-
 class GrpcStream:
     """Implements Transport: a reader that feeds the decoder and a writer that drains what the core has to say."""
 
     def __init__(self, driver: Driver, metrics: Metrics, pace: Pace, caller: Caller) -> None:
         self._driver, self._metrics, self._pace, self._caller = driver, metrics, pace, caller
         self._was_refused = False  # a request, since the reader last waited
-        self._outgoing = _Outgoing()
+        self._outgoing = Outgoing()
         self._has_outgoing = asyncio.Event()
         self._ended: asyncio.Future[ServerError | None] = asyncio.get_running_loop().create_future()
 
     def send(self, header: Header, payload: bytes | PooledBuffer) -> None:
         if self._ended.done():
             return
-        if len(self._outgoing) >= _MAX_QUEUED_FRAMES:
-            self.end(OutOfCapacity(f"{len(self._outgoing)} frames wait to be read by this trainer; read them as they come"))
+        if self._outgoing.is_full:
+            self.end(self._outgoing.too_many())
             return
-        if header.type is FrameType.ERROR and _is_refusal(payload):
+        if is_refusal(header, payload):
             self._pace.charge(self._caller.paced_as)
             self._was_refused = True
         self._outgoing.add(header, payload)
@@ -158,7 +98,7 @@ class GrpcStream:
                 error = self._ended.result()
                 if error is not None:
                     # gRPC may never send a status that overtakes a message whose write was cancelled.
-                    await asyncio.wait((writer,), timeout=_LAST_WORDS_S)
+                    await asyncio.wait((writer,), timeout=LAST_WORDS_S)
                     raise error
                 await self._flush(writer)
             else:
@@ -178,7 +118,7 @@ class GrpcStream:
 
     async def _flush(self, writer: asyncio.Future[None]) -> None:
         """Lets what was queued before the end leave, where the peer takes it."""
-        deadline = time.monotonic() + _LAST_WORDS_S
+        deadline = time.monotonic() + LAST_WORDS_S
         while (self._outgoing or self._has_outgoing.is_set()) and not writer.done() and time.monotonic() < deadline:
             await asyncio.wait((writer,), timeout=0.01)
 
@@ -207,8 +147,3 @@ class GrpcStream:
                 self._metrics.stage(first.op.name.lower(), "send", time.monotonic() - begun)
             if not self._outgoing:
                 self._has_outgoing.clear()
-
-
-def _is_refusal(payload: bytes | PooledBuffer) -> bool:
-    """Of an ERROR frame."""
-    return isinstance(payload, bytes) and ErrorDetail.FromString(payload).code in _REFUSALS

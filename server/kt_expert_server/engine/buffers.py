@@ -7,7 +7,7 @@ next tensor of about their size.
 from __future__ import annotations
 
 import threading
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from kt_expert_proto.dtypes import ITEM_BYTES, NUMPY_NAMES, Dtype
@@ -19,10 +19,23 @@ _LEAST_FILL = 0.5  # a buffer serves tensors of at least half its size, so that 
 MAX_KEPT_BYTES = 1 << 30
 
 
+class TensorMemory(Protocol):
+    """Where tensors are put."""
+
+    def take(self, size_bytes: int) -> PooledBuffer:
+        """The caller has reserved the bytes. Contents are whatever they were."""
+
+
+class Lender(Protocol):
+    """Whose memory a buffer is."""
+
+    def give_back(self, memory: NDArray[np.uint8]) -> None: ...
+
+
 class PooledBuffer:
     """Implements the codec's Buffer. Released once by each of its holders; using it afterwards is a fault of ours."""
 
-    def __init__(self, pool: BufferPool, memory: NDArray[np.uint8], size_bytes: int) -> None:
+    def __init__(self, pool: Lender, memory: NDArray[np.uint8], size_bytes: int) -> None:
         self._pool = pool
         self._memory: NDArray[np.uint8] | None = memory
         self._size_bytes = size_bytes
@@ -56,7 +69,7 @@ class PooledBuffer:
         if self._holders:
             return
         memory, self._memory = self._memory, None
-        self._pool._give_back(memory)
+        self._pool.give_back(memory)
 
 
 class BufferPool:
@@ -91,7 +104,7 @@ class BufferPool:
             dropped, self._free, self._kept_bytes = self._free, [], 0
         del dropped  # unmapped outside the lock
 
-    def _give_back(self, memory: NDArray[np.uint8]) -> None:
+    def give_back(self, memory: NDArray[np.uint8]) -> None:
         if memory.nbytes < _LEAST_KEPT_BYTES:
             return
         with self._lock:

@@ -15,5 +15,6 @@ class Kind(StrEnum):
     KEPT = "kept"  # scratch, buffers and memory of tickets that are gone, for operations to come
     REQUESTS = "requests"
     OUTCOMES = "outcomes"
+    SHARED = "shared"  # memory that trainers on the same host see
     SCRATCH = "scratch"
     CHECKPOINTS = "checkpoints"  # copies that are being written or were read

@@ -19,7 +19,7 @@ from kt_expert_server.adapters.stacking import Active, Scales, add_gradients, st
 from kt_expert_server.adapters.tensor_sets import find_adapter
 from kt_expert_server.adapters.window import Windows, present_bits
 from kt_expert_server.engine.budget import MemoryBudget, Reservation
-from kt_expert_server.engine.buffers import BufferPool, PooledBuffer
+from kt_expert_server.engine.buffers import BufferPool, PooledBuffer, TensorMemory
 from kt_expert_server.engine.kinds import Kind
 from kt_expert_server.engine.tickets import SavedTicket, Tickets, UsedAdapter, UsedWeights
 from kt_expert_server.engine.training_memory import reserve_training
@@ -53,6 +53,11 @@ class Trained:
     tickets: Tickets
     ticket_policy: str  # what a ticket keeps: "activations" or "inputs"
     training: Callable[[Sequence[LayerLora]], TrainingBytes]  # what training such layers takes
+    memory: TensorMemory | None = None  # that its trainer sees too
+
+    def take(self, tools: Tools, size_bytes: int) -> PooledBuffer:
+        """Memory for a tensor that goes to its trainer."""
+        return (self.memory or tools.pool).take(size_bytes)
 
     def reserve_training(self, tools: Tools, adapter: Adapter) -> None:
         """Memory for its gradients and its optimizer, once. Raises OutOfCapacity."""
@@ -122,7 +127,7 @@ class ForwardWork(Work):
             dtype = _DTYPE_NAMES[self._header.dtype]
             size = stacked + tools.engine.ticket_bytes(self._layer.spec, lora, rows, self._top_k, dtype, self._policy)
             self._saved = tools.budget.reserve(Kind.TICKETS, size, owner, f"the ticket of {rows} tokens")
-        self._y = tools.pool.take(self._header.tensor_bytes)
+        self._y = self._trained.take(tools, self._header.tensor_bytes)
 
     def _find_adapters(self) -> None:
         """Those that reach this layer. Raises NotFound for one the run does not have, InvalidRequest where two have weights."""
@@ -262,8 +267,8 @@ class BackwardWork(Work):
         trains_weights = any(map(self._is_of_weights, self._targets))
         scratch += tools.engine.scratch_bytes(self._layer.spec, lora, header.rows, self._top_k, trains_weights)
         self.held.add(tools.budget.reserve(Kind.SCRATCH, scratch, trained.owner, f"a backward of {header.rows} tokens"))
-        self._dx = tools.pool.take(header.tensor_bytes)
-        self._d_weights = tools.pool.take(header.rows * self._top_k * 4)
+        self._dx = trained.take(tools, header.tensor_bytes)
+        self._d_weights = trained.take(tools, header.rows * self._top_k * 4)
 
     def _is_of_weights(self, target: Target) -> bool:
         adapter = self._trained.adapters.get(target.adapter)

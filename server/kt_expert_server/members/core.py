@@ -15,7 +15,7 @@ from kt_expert_proto.header import FrameError, FrameType, Header
 from kt_expert_proto.v1.session_pb2 import Join, Joined
 
 from kt_expert_server.checkpoints.store import CheckpointStore
-from kt_expert_server.engine.buffers import PooledBuffer
+from kt_expert_server.engine.buffers import PooledBuffer, TensorMemory
 from kt_expert_server.engine.passes import Tools
 from kt_expert_server.errors import InvalidRequest, OutOfCapacity, ServerError, ServerUnavailable
 from kt_expert_server.members import wire
@@ -52,6 +52,7 @@ class _Stream:
 
     identity: str
     opened_at: float
+    memory: TensorMemory | None  # that both ends see
     is_joining: bool = False
     exchange: Exchange | None = None
 
@@ -79,14 +80,14 @@ class ServerCore:
     def become_ready(self, model: BaseModel) -> None:
         self.model = model
 
-    def stream_opened(self, stream: int, identity: str, now: float) -> None:
-        """Raises OutOfCapacity where there are too many."""
+    def stream_opened(self, stream: int, identity: str, now: float, memory: TensorMemory | None = None) -> None:
+        """`memory`: which the trainer sees as well. Raises OutOfCapacity where there are too many."""
         if len(self._streams) >= self.limits.max_streams:
             raise OutOfCapacity(
                 f"{len(self._streams)} streams are open, the limit is {self.limits.max_streams}; try again later",
                 retry_delay_s=_CROWDED_RETRY_S,
             )
-        self._streams[stream] = _Stream(identity, now)
+        self._streams[stream] = _Stream(identity, now, memory)
 
     def stream_closed(self, stream: int, now: float) -> None:
         """By the peer or the network. Accepted requests go on, half-received ones are dropped."""
@@ -97,21 +98,24 @@ class ServerCore:
         state.exchange.close()
         member = state.exchange.member
         if member.stream == stream:
-            member.stream = None
+            member.stream = member.memory = None
             member.lease.detach(now)
             member.lapse_was_told = False
             if member.is_leaving:
                 self.runs.remove(member)
 
-    def admit(self, stream: int, header: Header, now: float) -> PooledBuffer | None:
-        """See FrameReceiver. Raises FrameError; the stream must then be ended with fail()."""
+    def admit(
+        self, stream: int, header: Header, now: float, offered: PooledBuffer | None = None
+    ) -> PooledBuffer | None:  # fmt: skip
+        """See FrameReceiver. `offered` holds the tensor already, in memory that its trainer may still write; where another
+        buffer is returned, it is to be copied. Raises FrameError; the stream must then be ended with fail()."""
         self.dispatch.now = now
         state = self._streams.get(stream)
         if state is None:
             return None
         if state.exchange is None:
             raise FrameError(f"tensor {header.tensor.name} came before JOIN")
-        return state.exchange.admit(header)
+        return state.exchange.admit(header, offered)
 
     def received(self, stream: int, header: Header, payload: bytes | PooledBuffer, now: float) -> None:
         """A whole frame. Raises FrameError; the stream must then be ended with fail()."""
@@ -318,7 +322,7 @@ class ServerCore:
         if older is not None:
             self._streams.pop(older).exchange.close()  # type: ignore[union-attr]  # a member's stream has joined
             self.dispatch.emit(EndStream(older, wire.replaced(member.rank, epoch)))
-        member.stream = stream
+        member.stream, member.memory = stream, state.memory
         member.lease.attach()
         tools = self._tools
         state.exchange = Exchange(

@@ -24,6 +24,9 @@ from kt_expert_server.observe.observer import Observer
 
 _MS_PER_S = 1000
 _PASSES = (Op.FORWARD, Op.BACKWARD)
+# Computed with and nothing else, so it does no harm when a trainer changes them meanwhile. All others are copied before
+# anybody looks at them.
+_OF_ANY_VALUE = (Tensor.HIDDEN_STATES, Tensor.GRAD_OUTPUT)
 _MAX_UNACKNOWLEDGED = 4  # outcomes of refused requests hold no credits; this many times the credits is a broken client
 
 
@@ -53,8 +56,8 @@ class Exchange:
         self._arriving: _Arriving | None = None
         self._skipped = 0  # the refused or repeated request whose tensors are passed over
 
-    def admit(self, header: Header) -> PooledBuffer | None:
-        """Memory for a tensor that is about to come; None for one that is not wanted."""
+    def admit(self, header: Header, offered: PooledBuffer | None = None) -> PooledBuffer | None:
+        """Memory for a tensor that is about to come, or that is there and is `offered`; None for one that is not wanted."""
         self._check(header)
         if header.request_id == self._skipped:
             return None
@@ -67,6 +70,8 @@ class Exchange:
                 f"request {header.request_id} takes {_named(arriving.missing)}, got {header.tensor.name} {header.dtype.name} "
                 f"[{header.rows}, {header.columns}]"
             )
+        if offered is not None and header.tensor in _OF_ANY_VALUE:
+            return offered
         return self._pool.take(header.tensor_bytes)
 
     def tensor(self, header: Header, buffer: PooledBuffer) -> None:

@@ -12,6 +12,7 @@ from kt_expert_server.adapters.run_config import RunConfig
 from kt_expert_server.adapters.sizes import TrainingBytes
 from kt_expert_server.adapters.window import Windows
 from kt_expert_server.checkpoints.manifest import MemberMark
+from kt_expert_server.engine.buffers import TensorMemory
 from kt_expert_server.engine.passes import Trained
 from kt_expert_server.engine.tickets import Tickets
 from kt_expert_server.members.barrier import Barrier
@@ -37,6 +38,7 @@ class Member:
     born: int  # epoch of the join that made it
     epoch: int = 0
     stream: int | None = None
+    memory: TensorMemory | None = None  # where its trainer sees outcomes without their being sent
     is_leaving: bool = False
     is_gone: bool = False
     lapse_was_told: bool = False  # to those who wait for it
@@ -56,7 +58,7 @@ class Member:
     @property
     def trained(self) -> Trained:
         run = self.run
-        return Trained(run.name, run.adapters, self.windows, self.tickets, run.config.tickets, run.training)
+        return Trained(run.name, run.adapters, self.windows, self.tickets, run.config.tickets, run.training, self.memory)
 
     def __str__(self) -> str:
         return f"rank {self.rank} of run {self.run.name!r}"

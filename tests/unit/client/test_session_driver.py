@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import pytest
 from kt_expert_client.errors import DeadlineExceeded, KtExpertError, NotFound
@@ -15,7 +15,7 @@ from kt_expert_client.session.core import SessionCore
 from kt_expert_client.session.driver import Session
 from kt_expert_client.session.journal import Journal
 from kt_expert_client.wire.base import Receiver
-from kt_expert_proto.codec import Source
+from kt_expert_proto.codec import Outbound
 from kt_expert_proto.header import FrameType, Header, Op
 from kt_expert_proto.v1 import service_pb2 as pb
 from kt_expert_proto.v1 import session_pb2 as spb
@@ -34,7 +34,11 @@ class Wire:
         self.receiver = receiver
         return self
 
-    def send(self, header: Header, payload: bytes | Source) -> None:
+    def send(self, frames: Sequence[Outbound]) -> None:
+        for header, _ in frames:
+            self._take(header)
+
+    def _take(self, header: Header) -> None:
         self.sent.append(header)
         if header.type is FrameType.JOIN and self.answers:
             self.say(

@@ -1,0 +1,90 @@
+"""Frames that wait to be sent to a trainer."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+
+from kt_expert_proto.codec import Memory, Outbound
+from kt_expert_proto.header import FrameType, Header
+from kt_expert_proto.shared import Place
+from kt_expert_proto.status import STATUS_NUMBERS
+from kt_expert_proto.v1.session_pb2 import ErrorDetail
+
+from kt_expert_server.engine.buffers import PooledBuffer
+from kt_expert_server.errors import OutOfCapacity
+
+LAST_WORDS_S = 2.0  # for what was queued before an end to leave
+_MAX_QUEUED_FRAMES = 4096  # a trainer that acknowledges has at most some dozens; about 1 MiB where tensors are not counted
+# What a trainer that makes no mistake hardly gets; a request that it cancels is none of these.
+_REFUSALS = {
+    STATUS_NUMBERS[name] for name in ("INVALID_ARGUMENT", "NOT_FOUND", "FAILED_PRECONDITION", "RESOURCE_EXHAUSTED")
+}  # fmt: skip
+
+
+class Outgoing:
+    """Frames that wait to be sent, an iterator over them. Their buffers are held until the encoder has copied them. `lend`
+    gives the place of a buffer that the trainer sees, which is sent in its stead."""
+
+    def __init__(self, lend: Callable[[PooledBuffer], Place | None] = lambda _: None) -> None:
+        self._lend = lend
+        self._frames: deque[tuple[Header, bytes | PooledBuffer]] = deque()
+        self._copying: PooledBuffer | None = None  # the encoder may still read it
+        self._copied: list[PooledBuffer] = []
+
+    def __len__(self) -> int:
+        return len(self._frames)
+
+    @property
+    def is_full(self) -> bool:
+        return len(self._frames) >= _MAX_QUEUED_FRAMES
+
+    def too_many(self) -> OutOfCapacity:
+        return OutOfCapacity(f"{len(self._frames)} frames wait to be read by this trainer; read them as they come")
+
+    def __iter__(self) -> Outgoing:
+        return self
+
+    def __next__(self) -> Outbound:
+        if self._copying is not None:
+            self._copied.append(self._copying)
+            self._copying = None
+        if not self._frames:
+            raise StopIteration
+        header, payload = self._frames.popleft()
+        if isinstance(payload, bytes):
+            return header, payload
+        self._copying = payload
+        return header, self._lend(payload) or Memory(payload.view)
+
+    def add(self, header: Header, payload: bytes | PooledBuffer) -> None:
+        if not isinstance(payload, bytes):
+            payload.hold()
+        self._frames.append((header, payload))
+
+    def first(self) -> Header | None:
+        return self._frames[0][0] if self._frames else None
+
+    def release_copied(self) -> None:
+        """To be called with each message that the encoder yields, before it is sent: its trainer may acknowledge at once."""
+        for buffer in self._copied:
+            buffer.release()
+        self._copied.clear()
+
+    def clear(self) -> None:
+        """Nothing more is sent. The encoder must not go on."""
+        for _, payload in self._frames:
+            if not isinstance(payload, bytes):
+                payload.release()
+        self._frames.clear()
+        if self._copying is not None:
+            self._copied.append(self._copying)
+            self._copying = None
+        self.release_copied()
+
+
+def is_refusal(header: Header, payload: bytes | PooledBuffer) -> bool:
+    """Whether a frame tells its trainer of a mistake."""
+    if header.type is not FrameType.ERROR or not isinstance(payload, bytes):
+        return False
+    return ErrorDetail.FromString(payload).code in _REFUSALS

@@ -1,0 +1,197 @@
+"""One trainer's connection over a unix socket: frames as over gRPC, tensors by their places in shared memory."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import time
+from collections.abc import Iterator
+
+from kt_expert_proto.codec import Decoder, Encoder, Messages
+from kt_expert_proto.header import FrameError, FrameType, Header, Op
+from kt_expert_proto.shared import Place
+
+from kt_expert_server.edge.driver import Driver, StreamReceiver
+from kt_expert_server.edge.entrance import Caller
+from kt_expert_server.edge.outgoing import LAST_WORDS_S, Outgoing, is_refusal
+from kt_expert_server.edge.pace import Pace
+from kt_expert_server.edge.same_host.memory import SharedMemory, SharedTensors
+from kt_expert_server.engine.buffers import BufferPool, PooledBuffer
+from kt_expert_server.errors import ServerError
+from kt_expert_server.members.requests import error_detail
+from kt_expert_server.observe.metrics import Metrics
+
+_PASSES = (Op.FORWARD, Op.BACKWARD)
+
+
+class SameHostStream:
+    """Implements Transport and ConnectionReceiver. Reading and writing happen in callbacks of the event loop: tasks between the
+    socket and the core would cost a small request a turn of the loop each way."""
+
+    def __init__(
+        self, driver: Driver, metrics: Metrics, pace: Pace, caller: Caller, connection: socket.socket, memory: SharedMemory,
+        pool: BufferPool,
+    ) -> None:  # fmt: skip
+        self._driver, self._metrics, self._pace, self._caller = driver, metrics, pace, caller
+        self._socket, self._loop = connection, asyncio.get_running_loop()
+        self._tensors = SharedTensors(memory, pool, self._free)
+        self._outgoing = Outgoing(self._tensors.lend)
+        self._messages = Messages()
+        self._encoder = Encoder(checksum=False)  # memory of one machine is not a network
+        self._writing: Iterator[bytes] | None = None  # the encoder's messages of what is queued
+        self._unsent = memoryview(b"")  # of a message that has been begun
+        self._begun: tuple[str, float] | None = None  # a pass whose outcome leaves, and since when
+        self._flushes = self._waits_to_write = False
+        self._was_refused = False  # a request, since the reader last waited
+        self._pause: asyncio.Task[None] | None = None
+        self._is_ending = False
+        self._over: asyncio.Future[None] = self._loop.create_future()  # nothing more is read or written
+
+    async def run(self) -> None:
+        """Returns when either side has ended the stream. Raises OutOfCapacity where there are too many streams."""
+        self._stream = self._driver.open_stream(self, self._caller.identity, self._tensors)
+        self._decoder: Decoder[PooledBuffer] = Decoder(StreamReceiver(self._driver, self._stream), self)
+        self._loop.add_reader(self._socket, self._readable)
+        try:
+            await self._over
+        finally:
+            self._finish()
+            if self._pause is not None:
+                self._pause.cancel()
+            self._loop.remove_reader(self._socket)
+            self._loop.remove_writer(self._socket)
+            self._driver.close_stream(self._stream)
+            self._decoder.close()
+            self._outgoing.clear()
+
+    # Transport
+
+    def send(self, header: Header, payload: bytes | PooledBuffer) -> None:
+        if self._is_ending:
+            return
+        if self._outgoing.is_full:
+            self.end(self._outgoing.too_many())
+            return
+        if is_refusal(header, payload):
+            self._pace.charge(self._caller.paced_as)
+            self._was_refused = True
+        self._add(header, payload)
+
+    def end(self, error: ServerError | None) -> None:
+        if self._is_ending:
+            return
+        if error is not None:
+            self._outgoing.clear()
+            self._writing = None
+            self._add(Header(FrameType.END), error_detail(error).SerializeToString())
+        self._is_ending = True
+        self._flush_soon()
+        self._loop.call_later(LAST_WORDS_S, self._finish)
+
+    # ConnectionReceiver
+
+    def show(self, header: Header, place: Place) -> PooledBuffer | None:
+        return self._tensors.show(header, place, StreamReceiver(self._driver, self._stream).admit)
+
+    def freed(self, place: Place) -> None:
+        self._tensors.freed(place)
+
+    def ended(self, payload: bytes) -> None:
+        raise FrameError("END only travels from the server")
+
+    def _free(self, place: Place) -> None:
+        if not self._is_ending and not self._over.done():
+            self._add(Header(FrameType.FREE), place.pack())
+
+    def _add(self, header: Header, payload: bytes | PooledBuffer) -> None:
+        self._outgoing.add(header, payload)
+        self._flush_soon()
+
+    # The socket
+
+    def _finish(self) -> None:
+        if not self._over.done():
+            self._over.set_result(None)
+
+    def _readable(self) -> None:
+        try:
+            size = self._socket.recv_into(self._messages.room())
+        except BlockingIOError:
+            return
+        except OSError:
+            size = 0
+        if size:
+            self._take(size)
+        else:
+            self._finish()
+
+    def _take(self, size: int) -> None:
+        """Passes on what has come, at the pace of its sender."""
+        self._driver.feed(self._stream, lambda: self._feed(size))
+        if self._was_refused and self._pause is None and not self._over.done():
+            self._loop.remove_reader(self._socket)
+            self._pause = self._loop.create_task(self._wait_for_pace())
+
+    def _feed(self, size: int) -> None:
+        for message in self._messages.received(size):
+            if self._is_ending:
+                return
+            self._decoder.feed(message)
+            if self._was_refused:
+                return  # the rest comes after the pause
+
+    async def _wait_for_pace(self) -> None:
+        await self._pace.settle(self._caller.paced_as)
+        self._was_refused, self._pause = False, None
+        if not self._over.done():
+            self._loop.add_reader(self._socket, self._readable)
+            self._take(0)
+
+    def _flush_soon(self) -> None:
+        """After all that the core says now."""
+        if not self._flushes and not self._waits_to_write:
+            self._flushes = True
+            self._loop.call_soon(self._flush)
+
+    def _flush(self) -> None:
+        self._flushes = False
+        if self._over.done():
+            return
+        try:
+            while self._unsent or self._next_message():
+                self._unsent = self._unsent[self._socket.send(self._unsent) :]
+        except BlockingIOError:
+            self._wait_to_write(waits=True)
+            return
+        except OSError:  # the trainer is gone
+            self._finish()
+            return
+        self._wait_to_write(waits=False)
+        if self._is_ending:
+            self._finish()
+
+    def _next_message(self) -> bool:
+        """Whether there is one; it is what is to be sent next."""
+        if self._writing is None and self._outgoing:
+            first = self._outgoing.first()
+            if first is not None and first.op in _PASSES:
+                self._begun = first.op.name.lower(), time.monotonic()
+            self._writing = self._encoder.messages(self._outgoing)
+        message = next(self._writing, None) if self._writing is not None else None
+        self._outgoing.release_copied()
+        if message is not None:
+            self._unsent = memoryview(message)
+            return True
+        self._writing = None
+        if self._begun is not None:
+            self._metrics.stage(self._begun[0], "send", time.monotonic() - self._begun[1])
+            self._begun = None
+        return bool(self._outgoing) and self._next_message()
+
+    def _wait_to_write(self, *, waits: bool) -> None:
+        if waits != self._waits_to_write:
+            self._waits_to_write = waits
+            if waits:
+                self._loop.add_writer(self._socket, self._flush)
+            else:
+                self._loop.remove_writer(self._socket)
