@@ -19,7 +19,7 @@ _KEPT_BUFFERS = 16  # pinned buffers kept; in flight are at most the member's cr
 def byte_view(tensor: torch.Tensor) -> memoryview:
     """The bytes of a contiguous CPU tensor, not copied."""
     if not tensor.numel():
-        return memoryview(b"")
+        return memoryview(bytearray())  # an empty result is written into like others
     view: memoryview = tensor.view(torch.uint8).reshape(-1).numpy().data
     return view
 

@@ -17,7 +17,7 @@ import torch
 from kt_expert_client import AdamW, RunOptions
 from kt_expert_client.adapter import AdapterTensors
 from support.batches import LORA, train_step
-from support.proxy import FaultProxy
+from support.proxy import FaultProxy, SameHostProxy
 from support.server import ServerProcess
 from support.waiting import wait_until
 
@@ -77,28 +77,44 @@ def same(left: AdapterTensors, right: AdapterTensors) -> bool:
 
 
 def test_cuts_are_not_noticed(server: ServerProcess, undisturbed: AdapterTensors) -> None:
+    with FaultProxy(server.address) as proxy, kt.connect(proxy.address, transport="stream") as client:
+        _cut_while_training(client, proxy, undisturbed)
+
+
+def test_cuts_of_shared_memory_are_not_noticed(
+    qwen3_checkpoint: Path, undisturbed: AdapterTensors, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KT_EXPERT_SAME_HOST_DIR", str(tmp_path / "cut"))
+    with (
+        ServerProcess(qwen3_checkpoint, tmp_path / "log", "--same-host", str(tmp_path / "own")) as server,
+        SameHostProxy(tmp_path / "own", tmp_path / "cut") as proxy,
+        kt.connect(server.address, transport="same-host") as client,
+    ):
+        _cut_while_training(client, proxy, undisturbed)
+
+
+def _cut_while_training(client: kt.Client, proxy: FaultProxy | SameHostProxy, undisturbed: AdapterTensors) -> None:
     stop = threading.Event()
-    with FaultProxy(server.address) as proxy, kt.connect(proxy.address) as client:
-        run = client.open_run(lora=LORA, wire_dtype="fp32", seed=3)
+    run = client.open_run(lora=LORA, wire_dtype="fp32", seed=3)
 
-        def trouble() -> None:
-            while not stop.wait(0.05):
-                proxy.cut()
+    def trouble() -> None:
+        while not stop.wait(0.05):
+            proxy.cut()
 
-        thread = threading.Thread(target=trouble)
-        thread.start()
-        try:
-            got = train(run, range(STEPS))
-        finally:
-            stop.set()
-            thread.join()
-        assert proxy.cuts > 2
-        assert same(got, undisturbed)
+    thread = threading.Thread(target=trouble)
+    thread.start()
+    try:
+        got = train(run, range(STEPS))
+    finally:
+        stop.set()
+        thread.join()
+    assert proxy.cuts > 2
+    assert same(got, undisturbed)
 
 
 @pytest.mark.parametrize("seed", range(4))
 def test_damage_is_found_and_mended(server: ServerProcess, undisturbed: AdapterTensors, seed: int) -> None:
-    with FaultProxy(server.address) as proxy, kt.connect(proxy.address) as client:
+    with FaultProxy(server.address) as proxy, kt.connect(proxy.address, transport="stream") as client:
         run = client.open_run(lora=LORA, wire_dtype="fp32", seed=3)
         got = train(run, range(STEPS), lambda step: proxy.damage_next(1000 * seed + step))
         assert same(got, undisturbed)
@@ -210,7 +226,11 @@ def test_a_rank_is_not_taken_from_a_live_trainer(server: ServerProcess) -> None:
 
 def test_a_rank_whose_trainer_is_gone_is_waited_for(server: ServerProcess) -> None:
     """Its lease has to end first; until then it could come back."""
-    with FaultProxy(server.address) as proxy, kt.connect(proxy.address) as client, kt.connect(server.address) as other:
+    with (
+        FaultProxy(server.address) as proxy,
+        kt.connect(proxy.address, transport="stream") as client,
+        kt.connect(server.address) as other,
+    ):
         client.open_run("waited-for", lora=LORA, wire_dtype="fp32", ephemeral=True)
         proxy.hold()
         proxy.cut()

@@ -12,7 +12,7 @@ import pytest
 import torch
 from kt_expert_client import RunOptions
 from peft import get_peft_model
-from support.proxy import FaultProxy
+from support.proxy import FaultProxy, SameHostProxy
 from support.server import ServerProcess
 from support.training import SEED, history, lora_config, trainer
 from transformers import AutoModelForCausalLM, TrainerCallback
@@ -54,14 +54,18 @@ def adapter_of(model: Any, directory: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.timeout(600)
+@pytest.mark.parametrize("transport", ["stream", "same-host"])
 def test_sixty_steps_with_cuts_and_restarts_end_with_the_same_bits(
-    server: ServerProcess, qwen3_checkpoint: Path, tmp_path: Path
+    server: ServerProcess, qwen3_checkpoint: Path, tmp_path: Path, transport: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = trainer(offloaded(qwen3_checkpoint, server.address), tmp_path / "a", max_steps=STEPS)
     made.train()
     expected, losses = adapter_of(made.model, tmp_path / "expected"), history(made)
 
-    restartable = Restartable(qwen3_checkpoint, tmp_path, "--checkpoint-every", "3")
+    own, cut_off = tmp_path / "own", tmp_path / "cut"
+    monkeypatch.setenv("KT_EXPERT_TRANSPORT", transport)
+    monkeypatch.setenv("KT_EXPERT_SAME_HOST_DIR", str(cut_off))
+    restartable = Restartable(qwen3_checkpoint, tmp_path, "--checkpoint-every", "3", "--same-host", str(own))
     rng, stop = random.Random(5), threading.Event()
 
     def restart(step: int) -> None:
@@ -69,11 +73,12 @@ def test_sixty_steps_with_cuts_and_restarts_end_with_the_same_bits(
             restartable.kill()
             restartable.start()
 
-    with FaultProxy(restartable.address) as proxy:
+    with FaultProxy(restartable.address) as proxy, SameHostProxy(own, cut_off) as other:
 
         def cut() -> None:
             while not stop.wait(rng.expovariate(1 / MEAN_CUT_S)):
                 proxy.cut()
+                other.cut()
 
         model = offloaded(qwen3_checkpoint, proxy.address, RunOptions(replay_window=0.5))
         disturbed = trainer(model, tmp_path / "b", max_steps=STEPS)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import random
 import sys
 import tempfile
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -15,7 +17,7 @@ import kt_expert_client as kt
 from kt_expert_client import AdamW
 from support.batches import LAYERS, LORA, batch, train_step
 from support.models import save_checkpoint
-from support.proxy import FaultProxy
+from support.proxy import FaultProxy, SameHostProxy
 from support.server import ServerProcess
 
 TRAINERS = 3
@@ -30,7 +32,7 @@ FORGETFUL = ("--lease", "2", "--retention", "2")
 def trainer(address: str, seed: int, stop: threading.Event, rounds: list[int]) -> None:
     rng = random.Random(seed)
     while not stop.is_set():
-        client = kt.connect(address)
+        client = kt.connect(address, transport=("stream", "same-host")[seed % 2])
         run = client.open_run(lora=LORA, wire_dtype="fp32", seed=seed)
         for round_ in range(rng.randrange(1, 12)):
             if stop.is_set():
@@ -56,10 +58,11 @@ def cancelled(run: kt.Run, rng: random.Random) -> None:
         pass
 
 
-def trouble(proxy: FaultProxy, stop: threading.Event) -> None:
+def trouble(proxies: Sequence[FaultProxy | SameHostProxy], stop: threading.Event) -> None:
     rng = random.Random(9)
     while not stop.wait(rng.expovariate(2.0)):
-        proxy.cut()
+        for each in proxies:
+            each.cut()
 
 
 class Watch:
@@ -90,14 +93,20 @@ class Watch:
 def main(minutes: float) -> int:
     with tempfile.TemporaryDirectory() as directory:
         checkpoint = save_checkpoint("qwen3_moe", Path(directory) / "model")
-        with ServerProcess(checkpoint, Path(directory) / "log", *FORGETFUL) as server, FaultProxy(server.address) as proxy:
-            return _soak(server, proxy, minutes)
+        own, cut = Path(directory) / "own", Path(directory) / "cut"
+        os.environ["KT_EXPERT_SAME_HOST_DIR"] = str(cut)
+        with (
+            ServerProcess(checkpoint, Path(directory) / "log", *FORGETFUL, "--same-host", str(own)) as server,
+            FaultProxy(server.address) as proxy,
+            SameHostProxy(own, cut) as other,
+        ):
+            return _soak(server, proxy, other, minutes)
 
 
-def _soak(server: ServerProcess, proxy: FaultProxy, minutes: float) -> int:
+def _soak(server: ServerProcess, proxy: FaultProxy, other: SameHostProxy, minutes: float) -> int:
     stop, rounds, watch = threading.Event(), [0] * TRAINERS, Watch(server.process.pid)
     threads = [threading.Thread(target=trainer, args=(proxy.address, seed, stop, rounds)) for seed in range(TRAINERS)]
-    threads.append(threading.Thread(target=trouble, args=(proxy, stop)))
+    threads.append(threading.Thread(target=trouble, args=((proxy, other), stop)))
     for thread in threads:
         thread.start()
     deadline = time.monotonic() + 60 * minutes
@@ -113,7 +122,8 @@ def _soak(server: ServerProcess, proxy: FaultProxy, minutes: float) -> int:
     half = len(kept) // 2
     grew = max(descriptors[half:]) > max(descriptors[:half]) + 8 or max(threads_seen[half:]) > max(threads_seen[:half]) + 2
     print(
-        f"soak: {minutes:g} minutes, {sum(rounds)} steps, {proxy.cuts} cuts, memory {growth / 1024:+.0f} KiB a minute, "
+        f"soak: {minutes:g} minutes, {sum(rounds)} steps, {proxy.cuts} cuts of streams, {other.cuts} of shared memory, "
+        f"memory {growth / 1024:+.0f} KiB a minute, "
         f"descriptors {min(descriptors)} to {max(descriptors)}, threads {min(threads_seen)} to {max(threads_seen)}, "
         f"trainers that failed {died}"
     )

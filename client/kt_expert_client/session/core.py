@@ -202,6 +202,7 @@ class SessionCore:
         self._in_flight.cut()
         if was_joined:
             self._attempts.lost(now)
+        if was_joined and not self._is_leaving:
             self._actions.append(Note(f"connection lost ({error}); connecting again"))
         if isinstance(error, NotFound) and self._is_leaving:
             self._left()

@@ -254,14 +254,16 @@ class Session:
             self._clock.notify()
 
     def _act_on(self, actions: list[Action]) -> None:
-        """Frames that follow one another are sent together."""
+        """Frames of one connection are sent together, and callers that wait are woken before that: they need the lock for
+        whatever comes next."""
         frames: list[Outbound] = []
         for action in actions:
             if isinstance(action, Send):
                 frames.append((action.header, action.payload))
                 continue
-            self._send(frames)
-            frames = []
+            if isinstance(action, Connect | Disconnect):
+                self._send(frames)
+                frames = []
             self._act(action)
         self._send(frames)
 

@@ -4,9 +4,10 @@ A transport moves frames, (header, payload) pairs, over one connection to the se
 is used once: after its end the session opens another.
 
 * `send` may be called from any thread, takes frames that belong together, and returns soon. Frames leave in the order of the
-  calls. A payload that is a source is asked for its bytes when its turn comes; it may then wait for a copy from a device.
-  The session keeps the source unchanged until the outcome of its request has come, and never longer than that for the
-  transport's sake: what a closed transport still holds is not sent any more.
+  calls; those that only tell the server what it need not keep (QUIET) may wait MAX_QUIET_S for others to travel with. A payload
+  that is a source is asked for its bytes when its turn comes; it may then wait for a copy from a device. The session keeps the
+  source unchanged until the outcome of its request has come, and never longer than that for the transport's sake: what a closed
+  transport still holds is not sent any more.
 * What comes in is passed on from the transport's reader thread, one call at a time, in the order of the wire: `admit` before
   a byte of a tensor is taken, which hands out the buffer, then `deliver` with the whole tensor, which is the session's from
   then on. A half-filled buffer is released by the transport.
@@ -20,9 +21,16 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from kt_expert_proto.codec import Buffer, Outbound
-from kt_expert_proto.header import Header
+from kt_expert_proto.header import FrameType, Header
 
 from kt_expert_client.errors import KtExpertError
+
+QUIET = (FrameType.ACK, FrameType.RELEASE)
+MAX_QUIET_S = 0.001  # far below what a call takes, and long enough for the next one of a model's forward
+
+
+def is_quiet(frames: Sequence[Outbound]) -> bool:
+    return all(header.type in QUIET for header, _ in frames)
 
 
 class Receiver(Protocol):

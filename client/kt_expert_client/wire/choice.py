@@ -15,6 +15,7 @@ from kt_expert_client.wire.grpc_stream import GrpcStreamTransport, Metadata
 from kt_expert_client.wire.same_host import SameHostOpener, SameHostTransport
 
 TRANSPORT_VARIABLE = "KT_EXPERT_TRANSPORT"
+DIRECTORY_VARIABLE = "KT_EXPERT_SAME_HOST_DIR"  # where this process sees the directory of the server's socket, if elsewhere
 AUTO, STREAM, SAME_HOST = "auto", "stream", "same-host"
 _KNOWN = (AUTO, STREAM, SAME_HOST)
 _ASK_TIMEOUT_S = 20.0
@@ -44,6 +45,8 @@ class Transports:
         offer: pb.SameHostOffer = self._stub.OfferSameHost(
             pb.SameHostRequest(), timeout=_ASK_TIMEOUT_S, metadata=self._metadata
         )
+        if offer.socket_path and DIRECTORY_VARIABLE in os.environ:
+            offer.socket_path = os.path.join(os.environ[DIRECTORY_VARIABLE], os.path.basename(offer.socket_path))
         return offer
 
     def _refused(self, reason: str) -> KtExpertError | None:

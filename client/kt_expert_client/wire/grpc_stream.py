@@ -13,7 +13,7 @@ from kt_expert_proto.codec import Buffer, Decoder, Encoder, Outbound
 from kt_expert_proto.header import FrameError
 
 from kt_expert_client.errors import KtExpertError, ServerFault, ServerUnavailable, from_rpc
-from kt_expert_client.wire.base import Receiver
+from kt_expert_client.wire.base import MAX_QUIET_S, Receiver, is_quiet
 
 Metadata = tuple[tuple[str, str], ...]
 
@@ -44,12 +44,25 @@ class GrpcStreamTransport:
     def _requests(self) -> Iterator[bytes]:
         encoder = Encoder()
         while (first := self._outgoing.get()) is not None:
+            if is_quiet(first):
+                first = self._with_next(first)
             try:
                 yield from encoder.messages(self._queued(first))
             except Exception as error:  # gRPC would only log it, and every waiter would hang
                 self._failure = ServerUnavailable(f"a request could not be sent: {error!r}")
                 self._call.cancel()
                 return
+
+    def _with_next(self, frames: Sequence[Outbound]) -> Sequence[Outbound]:
+        """With what follows soon. An end is left for later."""
+        try:
+            more = self._outgoing.get(timeout=MAX_QUIET_S)
+        except queue.Empty:
+            return frames
+        if more is None:
+            self._outgoing.put(None)
+            return frames
+        return [*frames, *more]
 
     def _queued(self, first: Sequence[Outbound]) -> Iterator[Outbound]:
         """What waits now; it may travel together."""

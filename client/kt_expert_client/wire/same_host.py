@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 import secrets
+import select
 import socket
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -27,11 +28,12 @@ from kt_expert_proto.v1.service_pb2 import SameHostOffer
 from kt_expert_proto.v1.session_pb2 import ErrorDetail
 
 from kt_expert_client.errors import KtExpertError, ServerFault, ServerUnavailable, from_rpc, from_status
-from kt_expert_client.wire.base import Receiver
+from kt_expert_client.wire.base import MAX_QUIET_S, Receiver, is_quiet
 from kt_expert_client.wire.shared_memory import SharedMemory
 
 _HANDSHAKE_S = 10.0
 _MS_PER_S = 1000
+_MAX_QUIET_MS = round(MAX_QUIET_S * _MS_PER_S)
 # A request up to this size is put into shared memory and sent by its caller; a larger one is copied by a thread meanwhile.
 _AT_ONCE_BYTES = 256 * 1024
 
@@ -98,25 +100,43 @@ class SameHostTransport:
         self._outgoing: queue.SimpleQueue[Sequence[Outbound] | bytes | None] = queue.SimpleQueue()
         self._lock = threading.Lock()  # of whoever writes: frames leave in the order of the calls
         self._queued = 1  # batches that the writer has not sent; one until there is a connection
+        self._quiet: list[Outbound] = []  # frames that wait for others to travel with
         self._closed = False
         self._socket: socket.socket | None = None
         self._memory: SharedMemory | None = None
         self._end: KtExpertError | None = None
-        threading.Thread(target=self._read, name="kt-expert-reader", daemon=True).start()
+        self._reader = threading.Thread(target=self._read, name="kt-expert-reader", daemon=True)
+        self._reader.start()
 
     # Transport
 
     def send(self, frames: Sequence[Outbound]) -> None:
         with self._lock:
-            if self._queued or not _is_small(frames) or self._closed:
+            if is_quiet(frames):
+                self._quiet += frames
+                if threading.current_thread() is not self._reader:
+                    self._flush()  # the reader looks after what it says itself
+            else:
+                frames, self._quiet = [*self._quiet, *frames], []
+                self._pass_on(frames)
+
+    def _flush(self) -> None:
+        """Called with the lock held."""
+        if self._quiet:
+            frames, self._quiet = self._quiet, []
+            self._pass_on(frames)
+
+    def _pass_on(self, frames: Sequence[Outbound]) -> None:
+        """To the socket, where it takes them now, or to the writer. Called with the lock held."""
+        if self._queued or not _is_small(frames) or self._closed:
+            self._queued += 1
+            self._outgoing.put(frames)
+            return
+        for message in self._encode(frames):
+            rest = self._try(message) if not self._queued else message
+            if rest:
                 self._queued += 1
-                self._outgoing.put(frames)
-                return
-            for message in self._encode(frames):
-                rest = self._try(message) if not self._queued else message
-                if rest:
-                    self._queued += 1
-                    self._outgoing.put(bytes(rest))
+                self._outgoing.put(bytes(rest))
 
     def close(self) -> None:
         with self._lock:
@@ -221,8 +241,15 @@ class SameHostTransport:
         return connection
 
     def _serve(self, connection: socket.socket) -> None:
-        messages = Messages()
-        while size := connection.recv_into(messages.room()):
+        messages, coming = Messages(), select.poll()
+        coming.register(connection, select.POLLIN)
+        while True:
+            if self._quiet and not coming.poll(_MAX_QUIET_MS):
+                with self._lock:
+                    self._flush()
+            size = connection.recv_into(messages.room())
+            if not size:
+                return
             for message in messages.received(size):
                 self._decoder.feed(message)
 

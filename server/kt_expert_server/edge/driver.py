@@ -12,6 +12,7 @@ from typing import TypeVar
 
 from kt_expert_proto.header import DamagedFrame, FrameError, Header
 
+from kt_expert_server.edge.lane import EngineLane
 from kt_expert_server.edge.transport import Transport
 from kt_expert_server.engine.buffers import PooledBuffer, TensorMemory
 from kt_expert_server.engine.work import PASSES, Work, as_server_error
@@ -45,7 +46,7 @@ class Driver:
         self.core = core
         self._observer = observer
         self._loop = asyncio.get_event_loop()
-        self._engine = ThreadPoolExecutor(1, thread_name_prefix="kt-engine")
+        self._engine = EngineLane(self._loop)
         self._disk = ThreadPoolExecutor(1, thread_name_prefix="kt-disk")
         self._transports: dict[int, Transport] = {}
         self._next_stream = 1
@@ -101,7 +102,7 @@ class Driver:
         """Does not wait: what still runs has had its token cancelled and ends by itself."""
         if self._timer is not None:
             self._timer.cancel()
-        self._engine.shutdown(wait=False, cancel_futures=True)
+        self._engine.close()
         self._disk.shutdown(wait=False, cancel_futures=True)
 
     def _carry_out(self) -> None:
@@ -130,9 +131,8 @@ class Driver:
                 if transport is not None:
                     transport.end(action.error)
             case StartWork():
-                begun = time.monotonic()
-                future = self._engine.submit(action.work.run)
-                future.add_done_callback(lambda done: self._later(self._work_done, action.work, done, begun))
+                work, begun = action.work, time.monotonic()
+                self._engine.submit(work.run, lambda error: self._work_done(work, error, begun))
             case StartDisk():
                 job_id = action.job_id
                 self._disk.submit(action.job).add_done_callback(lambda done: self._later(self._disk_done, job_id, done))
@@ -145,17 +145,14 @@ class Driver:
         if not self._loop.is_closed():
             self._loop.call_soon_threadsafe(function, *arguments)
 
-    def _work_done(self, work: Work, done: Future[None], begun: float) -> None:
-        if done.cancelled():
-            return
+    def _work_done(self, work: Work, error: BaseException | None, begun: float) -> None:
         now = time.monotonic()
-        error = done.exception()
         if work.kind in PASSES:
             self._observer.stage(work.kind, "compute", now - begun)
         elif work.kind == "step":
             self._observer.step(now - begun)
         self.core.work_done(_plain(error), now, _fault(error, "a piece of work"))
-        # A done future holds its error, whose traceback holds what the work held, until the collector comes.
+        # An error's traceback holds what the work held, until the collector comes.
         del error
         self._carry_out()
 

@@ -395,6 +395,9 @@ def _report(observer: Observer, direction: str, layer: LoadedLayer, tokens: int,
 
 
 def _report_imbalance(observer: Observer, layer: LoadedLayer, expert_ids: NDArray[np.int32]) -> None:
+    """Of batches in which each expert could have had a route: others say nothing about the router."""
+    if expert_ids.size < layer.plan.num_experts:
+        return
     counts = np.bincount(expert_ids.reshape(-1), minlength=layer.plan.num_experts)[: layer.plan.num_experts]
     if counts.sum():
         observer.imbalance(layer.plan.layer, float(counts.max() / counts.mean()))

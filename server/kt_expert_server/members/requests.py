@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import kt_expert_native as native
 from kt_expert_proto.header import FrameType, Header, Op, Tensor
@@ -106,15 +105,18 @@ class Requests:
         outcome = entry.outcome
         if member.stream is None or outcome is None:
             return
-        base = Header(FrameType.RESULT, entry.request_id, entry.header.layer, entry.header.op, epoch=member.epoch)
+        kind = FrameType.RESULT if outcome.error is None else FrameType.ERROR
+        header = Header(kind, entry.request_id, entry.header.layer, entry.header.op, epoch=member.epoch)
         if outcome.error is not None:
-            detail = error_detail(outcome.error)
-            self._dispatch.emit(Send(member.stream, replace(base, type=FrameType.ERROR), detail.SerializeToString()))
+            self._dispatch.emit(Send(member.stream, header, error_detail(outcome.error).SerializeToString()))
             return
         assert outcome.head is not None  # noqa: S101
-        self._dispatch.emit(Send(member.stream, base, outcome.head.SerializeToString()))
+        self._dispatch.emit(Send(member.stream, header, outcome.head.SerializeToString()))
         for about, buffer in outcome.tensors:
-            header = replace(about, request_id=entry.request_id, epoch=member.epoch)
+            header = Header(
+                about.type, entry.request_id, about.layer, about.op, about.tensor, about.dtype, about.rows, about.columns,
+                epoch=member.epoch,
+            )  # fmt: skip
             self._dispatch.emit(Send(member.stream, header, buffer))
 
     def answer_probe(self, member: Member, request_id: int) -> None:

@@ -9,6 +9,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from kt_expert_server.engine.budget import MemoryBudget
 from kt_expert_server.engine.kinds import Kind
+from kt_expert_server.engine.work import PASSES
 from kt_expert_server.members.core import ServerCore, State
 
 SECONDS_BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
@@ -21,7 +22,6 @@ class Metrics:
     def __init__(self, version: str, isa: str, weight_format: str) -> None:
         self.registry = CollectorRegistry()
         prometheus_client.disable_created_metrics()
-        self._isa, self._format = isa, weight_format
         build = self._gauge("build_info", "Constant 1; what is running", ["version", "isa", "dtype"])
         build.labels(version, isa, weight_format).set(1)
         self._state = self._gauge("state", "1 for the state the server is in", ["state"])
@@ -58,12 +58,14 @@ class Metrics:
             "grpc_server_handling_seconds", "Time of a call", ["grpc_method"], buckets=SECONDS_BUCKETS,
             registry=self.registry,
         )  # fmt: skip
-        for direction in ("forward", "backward"):  # series exist from the start, so that rates begin at zero
-            self._tokens.labels(direction)
-            self._batch.labels(direction)
-            for stage in ("receive", "queue", "compute", "send"):
-                self._stage.labels(direction, stage)
-        self._flops.labels(isa, weight_format)
+        # Series of passes exist from the start, so that rates begin at zero, and are found without a look-up in the library.
+        self._stages = {
+            (direction, stage): self._stage.labels(direction, stage)
+            for direction in PASSES
+            for stage in ("receive", "queue", "compute", "send")
+        }
+        self._passes = {each: (self._tokens.labels(each), self._batch.labels(each)) for each in PASSES}
+        self._all_flops = self._flops.labels(isa, weight_format)
         prometheus_client.ProcessCollector(registry=self.registry)
 
     def _gauge(self, name: str, text: str, labels: list[str]) -> Gauge:
@@ -76,12 +78,13 @@ class Metrics:
         return Histogram(f"kt_expert_{name}", text, labels, buckets=buckets, registry=self.registry)
 
     def stage(self, direction: str, stage: str, seconds: float) -> None:
-        self._stage.labels(direction, stage).observe(seconds)
+        self._stages[direction, stage].observe(seconds)
 
     def computed(self, direction: str, tokens: int, flops: float) -> None:
-        self._tokens.labels(direction).inc(tokens)
-        self._batch.labels(direction).observe(tokens)
-        self._flops.labels(self._isa, self._format).inc(flops)
+        counted, sizes = self._passes[direction]
+        counted.inc(tokens)
+        sizes.observe(tokens)
+        self._all_flops.inc(flops)
 
     def imbalance(self, layer: int, ratio: float) -> None:
         self._imbalance.labels(str(layer)).set(ratio)

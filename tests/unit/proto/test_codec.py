@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from kt_expert_proto.codec import Decoder, Encoder, Memory, Outbound
+from kt_expert_proto.codec import Decoder, Encoder, Memory, Messages, Outbound
 from kt_expert_proto.dtypes import ITEM_BYTES, Dtype
 from kt_expert_proto.header import (
     HEADER_BYTES,
@@ -21,6 +21,7 @@ from kt_expert_proto.header import (
     pack,
     unpack,
 )
+from kt_expert_proto.shared import Place
 
 headers = st.builds(
     Header,
@@ -182,3 +183,97 @@ def test_another_version_is_named() -> None:
     with pytest.raises(FrameError, match="frame has version 99, expected") as caught:
         unpack(memoryview(packed), 0)
     assert not isinstance(caught.value, DamagedFrame)
+
+
+@given(st.lists(st.binary(max_size=3000), min_size=1, max_size=20), st.data())
+def test_messages_are_found_in_a_stream_of_bytes(contents: list[bytes], data: st.DataObject) -> None:
+    """However its pieces come."""
+    encoder = Encoder()
+    sent = [message for content in contents for message in encoder.messages([(Header(FrameType.RESULT, 1), content)])]
+    stream, messages, found = b"".join(sent), Messages(), []
+    while stream:
+        size = data.draw(st.integers(1, min(len(stream), len(messages.room()))))
+        messages.room()[:size] = stream[:size]
+        stream = stream[size:]
+        found += [bytes(message) for message in messages.received(size)]
+    assert found == sent
+
+
+def test_large_messages_find_room_again_and_again() -> None:
+    messages, encoder = Messages(), Encoder()
+    content = bytes(MAX_PAYLOAD_BYTES)
+    for number in range(8):
+        (message,) = encoder.messages([(Header(FrameType.RESULT, number), content)])
+        for begin in range(0, len(message), 700_001):
+            piece = message[begin : begin + 700_001]
+            assert len(messages.room()) >= len(piece)
+            messages.room()[: len(piece)] = piece
+            found = [bytes(each) for each in messages.received(len(piece))]
+        assert found == [message]
+
+
+@pytest.mark.parametrize("length", [0, PREFIX.size, MAX_MESSAGE_BYTES + 1, 2**32 - 1])
+def test_a_length_that_no_message_has_is_refused(length: int) -> None:
+    messages = Messages()
+    messages.room()[: PREFIX.size] = PREFIX.pack(length)
+    with pytest.raises(DamagedFrame, match=f"announces {length} bytes"):
+        list(messages.received(PREFIX.size))
+
+
+class _Connection:
+    """Implements ConnectionReceiver: a region in which each place holds a tensor of its generation's number."""
+
+    def __init__(self, received: Received) -> None:
+        self._received = received
+        self.freed_places: list[Place] = []
+        self.end = b""
+
+    def show(self, header: Header, place: Place) -> _Buffer | None:
+        buffer = self._received.admit(header)
+        if buffer is not None:
+            buffer.view[:] = bytes([place.generation]) * len(buffer.view)
+        return buffer
+
+    def freed(self, place: Place) -> None:
+        self.freed_places.append(place)
+
+    def ended(self, payload: bytes) -> None:
+        self.end = payload
+
+
+def test_places_come_in_line_with_other_frames() -> None:
+    received = Received(skip=frozenset({2}))
+    connection = _Connection(received)
+    header, _ = tensor(1, bytes(8))
+    skipped, _ = tensor(2, bytes(8))
+    free = (Header(FrameType.FREE), Place(4096, 9).pack())
+    sent: list[Outbound] = [(header, Place(0, 3)), free, (skipped, Place(0, 4)), (Header(FrameType.RESULT, 5), b"x")]
+    decoder: Decoder[_Buffer] = Decoder(received, connection)
+    for message in Encoder().messages(sent):
+        decoder.feed(message)
+    assert received.frames == [(header, bytes([3]) * 8), (Header(FrameType.RESULT, 5), b"x")]
+    assert connection.freed_places == [Place(4096, 9)]
+
+
+@pytest.mark.parametrize("kind", [FrameType.FREE, FrameType.END, FrameType.TENSOR])
+def test_a_stream_without_shared_memory_refuses_what_speaks_of_it(kind: FrameType) -> None:
+    frame = (tensor(1, bytes(8))[0], Place(0, 1)) if kind is FrameType.TENSOR else (Header(kind), Place(0, 1).pack())
+    with pytest.raises(FrameError, match="this connection has none"):
+        transfer(list(Encoder().messages([frame])))
+
+
+def test_an_end_is_heard_in_the_middle_of_a_tensor() -> None:
+    """It takes the place of what was queued and counted before it."""
+    received = Received()
+    connection = _Connection(received)
+    decoder: Decoder[_Buffer] = Decoder(received, connection)
+    encoder = Encoder(piece_bytes=100)
+    messages = encoder.messages([tensor(1, bytes(400))])
+    decoder.feed(next(messages))
+    list(messages)
+    for message in encoder.messages([(Header(FrameType.END), b"why")]):
+        decoder.feed(message)
+    assert connection.end == b"why"
+    assert received.frames == []
+    decoder.close()
+    assert received.released == 1
