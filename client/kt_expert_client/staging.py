@@ -12,6 +12,8 @@ import threading
 import torch
 from kt_expert_proto.dtypes import TORCH_NAMES, Dtype
 
+from kt_expert_client.recycled import RecycledMemory
+
 TORCH_DTYPES: dict[Dtype, torch.dtype] = {dtype: getattr(torch, name) for dtype, name in TORCH_NAMES.items()}
 _KEPT_BUFFERS = 16  # pinned buffers kept; in flight are at most the member's credits times three
 
@@ -77,6 +79,7 @@ class Staging:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._free: list[torch.Tensor] = []
+        self._recycled = RecycledMemory()
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
 
     def to_host(self, tensor: torch.Tensor, dtype: Dtype, *, borrow: bool) -> HostTensor:
@@ -123,7 +126,7 @@ class Staging:
         # A buffer outlives the call that made it, so it must not be an inference tensor.
         with torch.inference_mode(mode=False):
             if not pinned:
-                return HostBuffer(torch.empty(size_bytes, dtype=torch.uint8), size_bytes, None)
+                return HostBuffer(self._recycled.take(size_bytes), size_bytes, None)
             with self._lock:
                 for index, memory in enumerate(self._free):
                     if memory.nbytes >= size_bytes:

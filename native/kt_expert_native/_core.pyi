@@ -156,6 +156,7 @@ class Engine:
         dropout_seed: int = 0,
         dropout_layer: int = 0,
         scales: tuple[float, float, float] | None = None,
+        first_token: int = 0,
     ) -> Ticket | None: ...
     def backward(
         self,

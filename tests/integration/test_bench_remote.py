@@ -13,18 +13,22 @@ TINY = LayerShape("tiny", 8, 256, 128, 2)
 @pytest.mark.parametrize("in_flight", [1, 2])
 def test_a_remote_call_beside_the_engines_own(in_flight: int) -> None:
     case = Case("tiny", TINY, 16, 1, in_flight=in_flight, calls=3)
-    (found,) = measure_remote([case], 2)
-    assert len(found.local) == len(found.remote) == 2
-    assert found.ratio > 1.0
-    assert found.extra_forward_s > 0.0
+    found = measure_remote([case], 2)
+    assert [each.transport for each in found] == ["stream", "same-host"]
+    for each in found:
+        assert len(each.local) == len(each.remote) == 2
+        assert each.ratio > 1.0
+        assert each.extra_forward_s > 0.0
 
 
 def test_the_report_has_every_case() -> None:
     wanted = [Case(each.name, TINY, 4, 1, in_flight=each.in_flight) for each in cases(1)]
     found = measure_remote(wanted, 1)
     report = remote_as_json(found)
-    keys = {"stream_ratio", "stream_ratio_two", "stream_ratio_all_cores", "decode_extra_ms_stream", "in_process_ms"}
-    assert keys <= report.keys()
+    kinds = [
+        f"{prefix}_ratio{cores}{two}" for prefix in ("stream", "shm") for cores in ("", "_all_cores") for two in ("", "_two")
+    ]
+    assert report.keys() == {*kinds, "decode_extra_ms_stream", "decode_extra_ms_shm", "in_process_ms"}
     console = Console(record=True, width=140)
     print_remote(console, found)
     assert "one token" in console.export_text()

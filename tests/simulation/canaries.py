@@ -18,7 +18,7 @@ from kt_expert_server.adapters.adapter import Adapter, AdapterLayer
 from kt_expert_server.adapters.window import GradientWindow
 from kt_expert_server.checkpoints import work as checkpoint_work
 from kt_expert_server.checkpoints.store import CheckpointStore
-from kt_expert_server.engine.passes import BackwardWork
+from kt_expert_server.engine.passes import BackwardWork, ForwardWork
 from kt_expert_server.engine.tickets import Tickets
 from kt_expert_server.engine.transfers import ReadWork
 from kt_expert_server.members import saving
@@ -305,10 +305,25 @@ def _partial_kept(_: Any) -> Any:
 
 def _gradients_pile_up(original: Any) -> Any:
     def into(self: BackwardWork, used: Any, target: Any) -> Any:
-        accumulator, wanted, _ = original(self, used, target)
-        return accumulator, wanted, []
+        return replace(original(self, used, target), replaced=[])
 
     return into
+
+
+def _cancelled_half_way(_: Any) -> Any:
+    def token(self: BackwardWork, part: int, *, adds: bool) -> Any:
+        del part, adds
+        return self.token
+
+    return token
+
+
+def _last_part_left_out(original: Any) -> Any:
+    def run(self: ForwardWork, part: int) -> None:
+        if not part or part + 1 < self.parts:
+            original(self, part)
+
+    return run
 
 
 def _unlogged_forward(original: Any) -> Any:
@@ -411,7 +426,9 @@ CANARIES = (
     Canary("a half-received tensor is never given back", _patched(Decoder, "close", _partial_kept)),
     Canary("a stream that has ended is still counted", _patched(ServerCore, "take_actions", _streams_pile_up)),
     Canary("a window does not close", _nothing(GradientWindow, "close")),
-    Canary("gradients of an older window are added to", _patched(BackwardWork, "_into", _gradients_pile_up)),
+    Canary("gradients of an older window are added to", _patched(BackwardWork, "_gradients_of", _gradients_pile_up)),
+    Canary("a backward is cancelled between its parts", _patched(BackwardWork, "_token_of", _cancelled_half_way)),
+    Canary("a part of a pass is left out", _patched(ForwardWork, "run_part", _last_part_left_out)),
     Canary("a tensor is let go of while it is sent again", _patched(Journal, "_drop", _let_go_while_repeated), 3000),
     Canary("what waited is not sent again after a restart", _patched(SessionCore, "_begin_afresh", _unlogged_forward)),
     Canary("the journal forgets tensors that were written", _patched(Journal, "settled", _written_forgotten), 3000),

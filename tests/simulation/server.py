@@ -23,6 +23,7 @@ from simulation.heap import EventHeap
 from simulation.model import base_model
 from simulation.network import Connection
 
+_TILE_TOKENS = 2  # most batches are computed in several parts
 _BUDGET_BYTES = 1 << 26
 _SHUTDOWN_TIMEOUT_S = 20.0
 _ENGINE = native.Engine(1)
@@ -75,7 +76,9 @@ class ServerProcess:
             self.kill()
             self.restart_after(1.0)
             return
-        self.core = ServerCore(Tools(_ENGINE, self.budget, self.pool, NullObserver()), self._limits, store)
+        self.core = ServerCore(
+            Tools(_ENGINE, self.budget, self.pool, NullObserver(), tile_tokens=_TILE_TOKENS), self._limits, store
+        )
         self.core.become_ready(base_model())
         self._next_stream = 1
         self._streams = {}
@@ -183,7 +186,7 @@ class ServerProcess:
         assert self.core is not None
         error: Exception | None = None
         try:
-            action.work.run()
+            action.work.run_part(action.part)
         except Exception as caught:
             if as_server_error(caught) is None:
                 raise

@@ -98,7 +98,7 @@ class CoreServer:
     def _work(self, action: StartWork) -> None:
         error = None
         try:
-            action.work.run()
+            action.work.run_part(action.part)
         except Exception as caught:
             error = caught
         self.core.work_done(error, self.now)

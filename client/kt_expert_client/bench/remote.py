@@ -1,7 +1,7 @@
 """The trainer's side of `kt-expert bench remote`: a process that connects, and times calls as it is told line by line.
 
-On standard input come JSON objects, one a line, each answered by one: {"open": address, "rank": r} joins a run with LoRA,
-{"call": {...}} times forwards and backwards of one batch, {"close": true} leaves.
+On standard input come JSON objects, one a line, each answered by one: {"open": address, "rank": r, "transport": t} joins a run
+with LoRA, {"call": {...}} times forwards and backwards of one batch, {"close": true} leaves.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ _SEED = 0
 class Timer:
     """One run on one server."""
 
-    def __init__(self, address: str, rank: int) -> None:
-        self._client: Client = connect(address)
+    def __init__(self, address: str, rank: int, transport: str | None = None) -> None:
+        self._client: Client = connect(address, transport=transport)
         spec = self._client.layers[0]
         self._hidden, self._experts, self._top_k = spec.hidden_size, spec.num_experts, spec.top_k
         self._run: Run = self._client.open_run(lora=[LayerLora(0, False, rank, rank, rank, 2.0, 2.0, 2.0)])
@@ -61,7 +61,7 @@ def main() -> None:
         asked: dict[str, Any] = json.loads(line)
         answer: dict[str, Any] = {}
         if "open" in asked:
-            timer = Timer(asked["open"], int(asked["rank"]))
+            timer = Timer(asked["open"], int(asked["rank"]), asked.get("transport"))
         elif "call" in asked and timer is not None:
             answer = timer.call(**asked["call"])
         elif timer is not None:

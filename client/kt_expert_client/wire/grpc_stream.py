@@ -11,6 +11,7 @@ import grpc
 from kt_expert_proto.channel import SESSION_METHOD
 from kt_expert_proto.codec import Buffer, Decoder, Encoder, Outbound
 from kt_expert_proto.header import FrameError
+from kt_expert_proto.malloc import keep_freed_memory
 
 from kt_expert_client.errors import KtExpertError, ServerFault, ServerUnavailable, from_rpc
 from kt_expert_client.wire.base import MAX_QUIET_S, Receiver, is_quiet
@@ -22,6 +23,7 @@ class GrpcStreamTransport:
     """Implements Transport. Unbounded queue on purpose: the session's credits bound what can wait in it."""
 
     def __init__(self, channel: grpc.Channel, metadata: Metadata, receiver: Receiver) -> None:
+        keep_freed_memory()
         self._outgoing: queue.SimpleQueue[Sequence[Outbound] | None] = queue.SimpleQueue()
         self._receiver = receiver
         self._decoder: Decoder[Buffer] = Decoder(receiver)

@@ -59,6 +59,7 @@ struct HiddenStore {
 struct DropoutSeed {
   std::uint64_t seed = 0;  // 0: nothing is dropped, as in evaluation
   std::uint32_t layer = 0;
+  std::uint32_t first_token = 0;  // of its batch: where a batch is computed in parts, each drops what the whole would
 };
 
 // The saved state of one forward, independent of every other: any number may live, consumed in any order.

@@ -60,7 +60,7 @@ std::unique_ptr<Ticket> forward(Engine& engine, const LayerWeights& weights, con
                                 const py::array& x, const IdArray& expert_ids, const FloatArray& routing_weights,
                                 py::array y, const std::string& save, const CancelToken* token,
                                 std::uint64_t dropout_seed, std::uint32_t dropout_layer,
-                                const std::optional<std::array<float, 3>>& scales) {
+                                const std::optional<std::array<float, 3>>& scales, std::uint32_t first_token) {
   if (expert_ids.ndim() != 2 || routing_weights.ndim() != 2 || routing_weights.shape(0) != expert_ids.shape(0) ||
       routing_weights.shape(1) != expert_ids.shape(1)) {
     throw InvalidArgument("expert_ids has shape " + shape_text(expert_ids) + " and routing_weights " +
@@ -75,7 +75,7 @@ std::unique_ptr<Ticket> forward(Engine& engine, const LayerWeights& weights, con
   args.x = tokens_in(x, "x", tokens, spec.hidden);
   args.y = tokens_out(y, "y", tokens, spec.hidden);
   args.save = save_policy_from(save);
-  args.dropout = {dropout_seed, dropout_layer};
+  args.dropout = {dropout_seed, dropout_layer, first_token};
   args.token = token;
   const Span<const std::int32_t> ids{expert_ids.data(), static_cast<std::size_t>(expert_ids.size())};
   const Span<const float> route_weights{routing_weights.data(), static_cast<std::size_t>(routing_weights.size())};
@@ -185,7 +185,7 @@ void bind_engine(py::module_& module) {
       .def("forward", &forward, py::arg("weights"), py::arg("adapter").none(true), py::arg("x"),
            py::arg("expert_ids").noconvert(), py::arg("routing_weights").noconvert(), py::arg("y"),
            py::arg("save") = "nothing", py::arg("token").none(true) = nullptr, py::arg("dropout_seed") = 0,
-           py::arg("dropout_layer") = 0, py::arg("scales") = py::none())
+           py::arg("dropout_layer") = 0, py::arg("scales") = py::none(), py::arg("first_token") = 0)
       .def("backward", &backward, py::arg("weights"), py::arg("adapter").none(true), py::arg("gradients").none(true),
            py::arg("ticket"), py::arg("dy"), py::arg("dx"), py::arg("d_weights").noconvert(),
            py::arg("token").none(true) = nullptr, py::arg("wanted") = py::none(),

@@ -94,7 +94,7 @@ DropoutRow Engine::Pass::dropout_row(std::int64_t token, std::uint32_t site) con
   constexpr double kWords = 4294967296.0;  // 2^32
   return {dropout_.seed,
           dropout_.layer,
-          static_cast<std::uint32_t>(token),
+          static_cast<std::uint32_t>(token) + dropout_.first_token,
           site,
           static_cast<std::uint32_t>(static_cast<double>(lora_.dropout) * kWords),
           1.0f / (1.0f - lora_.dropout)};

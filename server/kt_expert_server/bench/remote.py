@@ -11,7 +11,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -28,6 +28,14 @@ from kt_expert_server.bench.shapes import LayerShape
 from kt_expert_server.config import ISA_VARIABLE
 from kt_expert_server.errors import InvalidRequest
 
+TRANSPORTS = ("stream", "same-host")
+_KEYS = {"stream": "stream", "same-host": "shm"}
+_SUFFIXES = {
+    "32 MiB": "",
+    "32 MiB, two in flight": "_two",
+    "32 MiB, all cores": "_all_cores",
+    "32 MiB, all cores, two in flight": "_all_cores_two",
+}
 _RANK = 16  # of LoRA on every projection
 _MODEL_TYPE = "qwen3_moe"
 _MS_PER_S = 1000.0
@@ -49,9 +57,10 @@ class Case:
 
 @dataclass(slots=True)
 class Figures:
-    """Seconds a call of each round."""
+    """Seconds a call of each round, through one transport."""
 
     case: Case
+    transport: str
     local: list[float] = field(default_factory=list)
     remote: list[float] = field(default_factory=list)
     local_forward: list[float] = field(default_factory=list)
@@ -72,10 +81,10 @@ def cases(cores: int) -> list[Case]:
     large = LayerShape("32 MiB", 8, 4096, 112, 2)
     decode = LayerShape("qwen3-30b-a3b", 128, 2048, 768, 8)
     return [
-        Case("stream", large, 4096, 1),
-        Case("stream, two in flight", large, 4096, 1, in_flight=2),
-        Case("stream, all cores", large, 4096, cores),
-        Case("stream, all cores, two in flight", large, 4096, cores, in_flight=2),
+        Case("32 MiB", large, 4096, 1),
+        Case("32 MiB, two in flight", large, 4096, 1, in_flight=2),
+        Case("32 MiB, all cores", large, 4096, cores),
+        Case("32 MiB, all cores, two in flight", large, 4096, cores, in_flight=2),
         Case("one token", decode, 1, cores, calls=_DECODES),
     ]
 
@@ -127,26 +136,33 @@ def measure_remote(wanted: list[Case], repeats: int) -> list[Figures]:
             model = Path(folder) / case.shape.name.replace(" ", "-")
             if not model.exists():
                 _write_model(model, case.shape)
-            found.append(_measure(case, model, repeats))
+            found += _measure(case, model, repeats)
     return found
 
 
-def _measure(case: Case, model: Path, repeats: int) -> Figures:
+def _measure(case: Case, model: Path, repeats: int) -> list[Figures]:
+    """Rounds of a call in process and one through each transport."""
     engine = native.Engine(case.threads, os.environ.get(ISA_VARIABLE, ""))
-    local, batch, found = LayerBench(engine, case.shape, "bf16"), make_batch(case.shape, case.tokens), Figures(case)
-    with _server(model, case.threads) as address, _Process("-m", "kt_expert_client.bench.remote") as trainer:
-        trainer.ask(open=address, rank=_RANK)
+    local, batch = LayerBench(engine, case.shape, "bf16"), make_batch(case.shape, case.tokens)
+    found = [Figures(case, transport) for transport in TRANSPORTS]
+    with ExitStack() as open_ones:
+        address = open_ones.enter_context(_server(model, case.threads))
+        trainers = [open_ones.enter_context(_Process("-m", "kt_expert_client.bench.remote")) for _ in TRANSPORTS]
+        for trainer, transport in zip(trainers, TRANSPORTS, strict=True):
+            trainer.ask(open=address, rank=_RANK, transport=transport)
         asked = {"tokens": case.tokens, "in_flight": case.in_flight, "repeats": case.calls}
         for number in range(repeats + 1):  # the first warms up
             times = [local.run(batch, _RANK, backward=True) for _ in range(case.calls)]
             forward, backward = (statistics.median(float(each[side] or 0.0) for each in times) for side in (0, 1))
-            remote = trainer.ask(call=asked)
-            if number:
-                found.local.append(forward + backward)
-                found.local_forward.append(forward)
-                found.remote.append(remote["forward_s"] + remote["backward_s"])
-                found.remote_forward.append(remote["forward_s"])
-        trainer.ask(close=True)
+            for trainer, figures in zip(trainers, found, strict=True):
+                remote = trainer.ask(call=asked)
+                if number:
+                    figures.local.append(forward + backward)
+                    figures.local_forward.append(forward)
+                    figures.remote.append(remote["forward_s"] + remote["backward_s"])
+                    figures.remote_forward.append(remote["forward_s"])
+        for trainer in trainers:
+            trainer.ask(close=True)
     return found
 
 
@@ -184,24 +200,25 @@ def _write_model(folder: Path, shape: LayerShape) -> None:
 
 def remote_as_json(found: list[Figures]) -> dict[str, Any]:
     """The figures under the names that dashboards of this benchmark have."""
-    by_name = {each.case.name: each for each in found}
-    return {
-        "stream_ratio": by_name["stream"].ratio,
-        "stream_ratio_two": by_name["stream, two in flight"].ratio,
-        "stream_ratio_all_cores": by_name["stream, all cores"].ratio,
-        "stream_ratio_all_cores_two": by_name["stream, all cores, two in flight"].ratio,
-        "decode_extra_ms_stream": by_name["one token"].extra_forward_s * _MS_PER_S,
-        "in_process_ms": {each.case.name: statistics.median(each.local) * _MS_PER_S for each in found},
-    }
+    report: dict[str, Any] = {}
+    for each in found:
+        prefix = _KEYS[each.transport]
+        if each.case.name in _SUFFIXES:
+            report[f"{prefix}_ratio{_SUFFIXES[each.case.name]}"] = each.ratio
+        else:
+            report[f"decode_extra_ms_{prefix}"] = each.extra_forward_s * _MS_PER_S
+    report["in_process_ms"] = {each.case.name: statistics.median(each.local) * _MS_PER_S for each in found}
+    return report
 
 
 def print_remote(console: Console, found: list[Figures]) -> None:
     table = Table(title="forward and backward of one layer, LoRA of rank 16", title_justify="left")
-    for name in ("case", "in process, ms", "remote, ms", "ratio", "forward adds, ms"):
-        table.add_column(name, justify="left" if name == "case" else "right")
+    for name in ("case", "through", "in process, ms", "remote, ms", "ratio", "forward adds, ms"):
+        table.add_column(name, justify="left" if name in ("case", "through") else "right")
     for each in found:
         local, remote = (statistics.median(times) * _MS_PER_S for times in (each.local, each.remote))
+        milliseconds = f"{local:.2f}", f"{remote:.2f}"
         table.add_row(
-            each.case.name, f"{local:.2f}", f"{remote:.2f}", f"{each.ratio:.3f}", f"{each.extra_forward_s * _MS_PER_S:.2f}"
+            each.case.name, each.transport, *milliseconds, f"{each.ratio:.3f}", f"{each.extra_forward_s * _MS_PER_S:.2f}"
         )
     console.print(table)

@@ -13,11 +13,11 @@ from kt_expert_server.adapters.tensor_sets import find_adapter
 from kt_expert_server.adapters.transfer import TensorId, require_values, shape_of, write_tensor
 from kt_expert_server.checkpoints.manifest import Manifest
 from kt_expert_server.checkpoints.snapshot import Tensors, copy_tensors
-from kt_expert_server.engine.work import Outcome, Work
+from kt_expert_server.engine.work import Outcome, WholeWork
 from kt_expert_server.errors import InvalidRequest, NotFound
 
 
-class CopyWork(Work):
+class CopyWork(WholeWork):
     """Copies parameters and moments. The caller has reserved snapshot_bytes()."""
 
     def __init__(self, adapters: Mapping[str, Adapter]) -> None:
@@ -32,7 +32,7 @@ class CopyWork(Work):
         return Outcome()
 
 
-class ApplyWork(Work):
+class ApplyWork(WholeWork):
     """Replaces parameters and moments by a checkpoint's, all or none."""
 
     def __init__(self, adapters: Mapping[str, Adapter], run: str, manifest: Manifest, tensors: Tensors) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import uvloop
 from kt_expert_proto.environment import unknown_variable
+from kt_expert_proto.malloc import keep_freed_memory
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
@@ -56,6 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(stream=sys.stderr, level=options.log_level.upper(), format="%(asctime)s %(levelname)s %(message)s")
     try:
         _check_environment()
+        keep_freed_memory()
         _raise_open_files()
         config = _config(options)
         plan = plan_model(config.model_dir)

@@ -131,8 +131,8 @@ class Driver:
                 if transport is not None:
                     transport.end(action.error)
             case StartWork():
-                work, begun = action.work, time.monotonic()
-                self._engine.submit(work.run, lambda error: self._work_done(work, error, begun))
+                work, part, begun = action.work, action.part, time.monotonic()
+                self._engine.submit(lambda: work.run_part(part), lambda error: self._work_done(work, error, begun))
             case StartDisk():
                 job_id = action.job_id
                 self._disk.submit(action.job).add_done_callback(lambda done: self._later(self._disk_done, job_id, done))

@@ -18,7 +18,7 @@ from kt_expert_server.adapters.window import Windows
 from kt_expert_server.engine.kinds import Kind
 from kt_expert_server.engine.passes import Tools, Trained
 from kt_expert_server.engine.training_memory import Reserve, reserve_all, reserve_training
-from kt_expert_server.engine.work import Outcome, Work
+from kt_expert_server.engine.work import Outcome, WholeWork
 from kt_expert_server.errors import WrongPhase
 from kt_expert_server.model.loader import BaseModel
 
@@ -47,7 +47,7 @@ class Owner:
     training: Callable[[Sequence[LayerLora]], TrainingBytes]
 
 
-class CreateAdapterWork(Work):
+class CreateAdapterWork(WholeWork):
     """Everything that was asked for is there afterwards, or nothing has changed."""
 
     def __init__(
@@ -122,7 +122,7 @@ class CreateAdapterWork(Work):
         return Outcome(ResultHead(created=created))
 
 
-class DeleteAdapterWork(Work):
+class DeleteAdapterWork(WholeWork):
     """Its tickets are stale and its memory is free afterwards. Nothing happens where it is gone: every rank asks for it."""
 
     def __init__(self, adapters: dict[str, Adapter], name: str, windows: Callable[[], Sequence[Windows]]) -> None:
@@ -152,7 +152,7 @@ class Edit:
     zero: bool = False
 
 
-class EditWork(Work):
+class EditWork(WholeWork):
     """Of one member, in order. A gradient that is not there stays so, unless it is to be zero: a norm or a step will tell."""
 
     def __init__(self, tools: Tools, trained: Trained, edits: Sequence[Edit]) -> None:

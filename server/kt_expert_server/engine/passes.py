@@ -41,6 +41,16 @@ class Tools:
     budget: MemoryBudget
     pool: BufferPool
     observer: Observer
+    # A pass is computed in parts of so many tokens, between which others get the engine: enough that weights are read for many
+    # tokens each time.
+    tile_tokens: int = 1024
+
+    def parts(self, tokens: int) -> int:
+        return max(1, -(-tokens // self.tile_tokens))
+
+    def tile(self, part: int) -> slice:
+        """Its tokens."""
+        return slice(part * self.tile_tokens, (part + 1) * self.tile_tokens)
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,21 +121,25 @@ class ForwardWork(Work):
         self._ids = tensors[Tensor.EXPERT_IDS].array(Dtype.INT32, header.rows, top_k)
         self._weights = tensors[Tensor.ROUTING_WEIGHTS].array(Dtype.FP32, header.rows, top_k)
         self._saved: Reservation | None = None
-        self._ticket: native.Ticket | None = None
+        self._tickets: list[native.Ticket] = []
         self._y: PooledBuffer | None = None
-        self.cost = float(header.rows * top_k + layer.plan.num_experts)
+        self.parts = tools.parts(header.rows)
+        self.cost = header.rows * top_k / self.parts + layer.plan.num_experts
 
     def prepare(self) -> None:
         tools, owner, rows = self._tools, self._trained.owner, self._header.rows
         self._find_adapters()
         lora, stacked = self._lora()
-        scratch = tools.engine.scratch_bytes(self._layer.spec, lora, rows, self._top_k)
+        scratch = tools.engine.scratch_bytes(self._layer.spec, lora, min(rows, tools.tile_tokens), self._top_k)
         keeps = self._policy != "nothing"
         scratch += 0 if keeps else stacked
         self.held.add(tools.budget.reserve(Kind.SCRATCH, scratch, owner, f"a forward of {rows} tokens"))
         if keeps:
             dtype = _DTYPE_NAMES[self._header.dtype]
-            size = stacked + tools.engine.ticket_bytes(self._layer.spec, lora, rows, self._top_k, dtype, self._policy)
+            # Each part's ticket has an index of the experts of its own.
+            whole = tools.engine.ticket_bytes(self._layer.spec, lora, rows, self._top_k, dtype, self._policy)
+            empty = tools.engine.ticket_bytes(self._layer.spec, lora, 0, self._top_k, dtype, self._policy)
+            size = stacked + whole + (self.parts - 1) * empty
             self._saved = tools.budget.reserve(Kind.TICKETS, size, owner, f"the ticket of {rows} tokens")
         self._y = self._trained.take(tools, self._header.tensor_bytes)
 
@@ -167,31 +181,38 @@ class ForwardWork(Work):
         stack(active_ones, self._stacked)
         return self._stacked, None
 
-    def run(self) -> None:
+    def run_part(self, part: int) -> None:
         assert self._y is not None  # noqa: S101
-        parameters, scales = self._parameters()
-        self._ticket = self._tools.engine.forward(
+        if not part:
+            self._active = self._parameters()
+        parameters, scales = self._active
+        tile = self._tools.tile(part)
+        ticket = self._tools.engine.forward(
             weights_of(self._layer, self._replaced),
             parameters,
-            self._x,
-            self._ids,
-            self._weights,
-            self._y.array(self._header.dtype, self._header.rows, self._header.columns),
+            self._x[tile],
+            self._ids[tile],
+            self._weights[tile],
+            self._y.array(self._header.dtype, self._header.rows, self._header.columns)[tile],
             self._policy,
             self.token,
             self._seed,
             self._header.layer,
             scales,
+            tile.start,
         )
+        if ticket is not None:
+            self._tickets.append(ticket)
 
     def commit(self) -> Outcome:
         assert self._y is not None  # noqa: S101
-        if self._ticket is not None and self._saved is not None:
+        if self._saved is not None:
             stacked = 0 if self._stacked is None else self._stacked.nbytes
-            self._saved.shrink(self._ticket.nbytes + stacked)
-            saved = SavedTicket(self._ticket, self._header.layer, self._used, self._replaced, self._stacked, self._saved)
+            self._saved.shrink(sum(ticket.nbytes for ticket in self._tickets) + stacked)
+            tickets = tuple(self._tickets)
+            saved = SavedTicket(tickets, self._header.layer, self._used, self._replaced, self._stacked, self._saved)
             self._trained.tickets.add(self._header.request_id, saved)
-            self._saved = self._ticket = None
+            self._saved, self._tickets = None, []
         _report(self._tools.observer, self.kind, self._layer, self._header.rows, self._top_k)
         _report_imbalance(self._tools.observer, self._layer, self._ids)
         y, self._y = self._y, None
@@ -245,17 +266,24 @@ class BackwardWork(Work):
         self._saved: SavedTicket | None = None
         self._dx: PooledBuffer | None = None
         self._d_weights: PooledBuffer | None = None
-        self.cost = _BACKWARD_COST * (header.rows * top_k + layer.plan.num_experts)
+        self.parts = tools.parts(header.rows)
+        self.cost = _BACKWARD_COST * (header.rows * top_k / self.parts + layer.plan.num_experts)
+        self._into: dict[str, _Into] = {}
+        self._into_weights: _Into | None = None
+        self._together: _Into | None = None  # of several adapters, as one
 
     def prepare(self) -> None:
         # Looked up here and not on arrival: meanwhile the ticket may have been used and an adapter replaced.
         tools, header, trained = self._tools, self._header, self._trained
         self._saved = saved = trained.tickets.find(self._ticket_id, header.layer, trained.adapters)
-        if saved.ticket.top_k != self._top_k:
+        top_k = saved.tickets[0].top_k
+        if top_k != self._top_k:
             raise InvalidRequest(
-                f"the forward of ticket {self._ticket_id} routed each token to {saved.ticket.top_k} experts, its backward says "
-                f"{self._top_k}"
+                f"the forward of ticket {self._ticket_id} routed each token to {top_k} experts, its backward says {self._top_k}"
             )
+        tokens = sum(ticket.tokens for ticket in saved.tickets)
+        if tokens != header.rows:
+            raise InvalidRequest(f"the forward of ticket {self._ticket_id} had {tokens} tokens, its backward has {header.rows}")
         for target in self._targets:
             self._check_target(saved, target)
         lora, scratch = native.AdapterSpec(), 0
@@ -265,7 +293,8 @@ class BackwardWork(Work):
         elif saved.used:
             lora = saved.used[0].active.layer.spec
         trains_weights = any(map(self._is_of_weights, self._targets))
-        scratch += tools.engine.scratch_bytes(self._layer.spec, lora, header.rows, self._top_k, trains_weights)
+        rows = min(header.rows, tools.tile_tokens)
+        scratch += tools.engine.scratch_bytes(self._layer.spec, lora, rows, self._top_k, trains_weights)
         self.held.add(tools.budget.reserve(Kind.SCRATCH, scratch, trained.owner, f"a backward of {header.rows} tokens"))
         self._dx = trained.take(tools, header.tensor_bytes)
         self._d_weights = trained.take(tools, header.rows * self._top_k * 4)
@@ -307,58 +336,66 @@ class BackwardWork(Work):
             self._trained.reserve_training(self._tools, self._trained.adapters[target.adapter])
             self._trained.windows.begin(target.adapter)
 
-    def run(self) -> None:
+    def run_part(self, part: int) -> None:
         saved = self._saved
         assert saved is not None  # noqa: S101
-        # All memory first: what comes after the backward cannot fail.
-        into = {each.adapter: self._into(saved, each) for each in self._targets if each.wanted}
-        weights = next((into.pop(each.adapter) for each in self._targets if each.wanted and self._is_of_weights(each)), None)
+        if not part:
+            self._find_gradients(saved)
         if saved.stacked is not None:
-            self._run_stacked(saved, saved.stacked, into, weights)
+            self._backward(saved, part, saved.stacked, self._together)
+            if part == self.parts - 1:
+                self._add_together(saved)
             return
-        lora = next(iter(into.values()), None)
         parameters = saved.used[0].active.layer.parameters if saved.used else None
-        self._backward(saved, parameters, lora, weights)
+        self._backward(saved, part, parameters, next(iter(self._into.values()), None))
 
-    def _into(self, saved: SavedTicket, target: Target) -> _Into:
+    def _find_gradients(self, saved: SavedTicket) -> None:
+        """All memory first: what comes after the first part cannot fail."""
+        self._into = {each.adapter: self._gradients_of(saved, each) for each in self._targets if each.wanted}
+        of_weights = [each.adapter for each in self._targets if each.wanted and self._is_of_weights(each)]
+        self._into_weights = self._into.pop(of_weights[0]) if of_weights else None
+        if saved.stacked is not None and self._into:
+            gradients = native.AdapterTensors(self._layer.spec, stacked_spec([each.active for each in saved.used]))
+            self._together = _Into(gradients, gradients.names(), gradients.names())
+
+    def _gradients_of(self, saved: SavedTicket, target: Target) -> _Into:
         window, index = self._trained.windows.of(target.adapter), self._header.layer
         layer = self._layer_of(saved, target)
         assert layer is not None  # noqa: S101  # prepare has looked
         replaced = target.replaced | target.wanted & ~(window.open(index) | target.continued)
         return _Into(window.accumulator(index, layer), tensor_names(target.wanted), tensor_names(replaced))
 
-    def _run_stacked(
-        self, saved: SavedTicket, stacked: native.AdapterTensors, into: dict[str, _Into], weights: _Into | None
-    ) -> None:
-        active = [each.active for each in saved.used]
-        names = [each.name for each in saved.used]
-        together = None
-        if into:
-            gradients = native.AdapterTensors(self._layer.spec, stacked_spec(active))
-            together = _Into(gradients, gradients.names(), gradients.names())
-        self._backward(saved, stacked, together, weights)
-        if together is not None:
-            for name, each in into.items():
-                add_gradients(active, together.gradients, names.index(name), each.gradients, each.wanted, each.replaced)
+    def _add_together(self, saved: SavedTicket) -> None:
+        if self._together is None:
+            return
+        active, names = [each.active for each in saved.used], [each.name for each in saved.used]
+        for name, each in self._into.items():
+            add_gradients(active, self._together.gradients, names.index(name), each.gradients, each.wanted, each.replaced)
 
     def _backward(
-        self, saved: SavedTicket, parameters: native.AdapterTensors | None, lora: _Into | None, weights: _Into | None
-    ) -> None:
-        header, both = self._header, [each for each in (lora, weights) if each is not None]
+        self, saved: SavedTicket, part: int, parameters: native.AdapterTensors | None, lora: _Into | None
+    ) -> None:  # fmt: skip
+        header, weights = self._header, self._into_weights
+        both = [each for each in (lora, weights) if each is not None]
         assert self._dx is not None and self._d_weights is not None  # noqa: S101, PT018
+        tile = self._tools.tile(part)
         self._tools.engine.backward(
             weights_of(self._layer, saved.weights),
             parameters,
             None if lora is None else lora.gradients,
-            saved.ticket,
-            self._dy,
-            self._dx.array(header.dtype, header.rows, header.columns),
-            self._d_weights.array(Dtype.FP32, header.rows, self._top_k),
-            self.token,
+            saved.tickets[part],
+            self._dy[tile],
+            self._dx.array(header.dtype, header.rows, header.columns)[tile],
+            self._d_weights.array(Dtype.FP32, header.rows, self._top_k)[tile],
+            self._token_of(part, adds=bool(both)),
             [name for each in both for name in each.wanted],
-            [name for each in both for name in each.replaced],
+            [name for each in both for name in each.replaced] if not part else [],
             None if weights is None else weights.gradients,
         )
+
+    def _token_of(self, part: int, *, adds: bool) -> native.CancelToken | None:
+        """What has been added to a window cannot be taken out: from then on a backward counts whole."""
+        return None if part and adds else self.token
 
     def commit(self) -> Outcome:
         saved, header, trained = self._saved, self._header, self._trained
@@ -382,7 +419,8 @@ class BackwardWork(Work):
 
     def end(self) -> None:
         super().end()
-        self._saved = None
+        self._saved = self._into_weights = self._together = None
+        self._into = {}
         for buffer in (self._dx, self._d_weights):
             if buffer is not None:
                 buffer.release()

@@ -14,7 +14,7 @@ from kt_expert_server.adapters.adapter import Adapter, AdapterLayer
 from kt_expert_server.adapters.step_params import ParamGroup, StepParams, agreed_params
 from kt_expert_server.adapters.tensor_sets import LayerSet, TensorSet, kept_bits, resolve
 from kt_expert_server.adapters.window import Windows
-from kt_expert_server.engine.work import Outcome, Work
+from kt_expert_server.engine.work import Outcome, WholeWork
 from kt_expert_server.errors import InvalidRequest, WrongPhase
 
 
@@ -43,7 +43,7 @@ class Collective:
         return [gradients for gradients in found if gradients is not None]
 
 
-class NormWork(Work):
+class NormWork(WholeWork):
     """Norms of the gradients averaged over the world size: of each tensor that is named with its layer, and of all together."""
 
     def __init__(self, engine: native.Engine, members: Collective, sets: Sequence[TensorSet], order: float) -> None:
@@ -91,7 +91,7 @@ class _LayerPlan:
     forgotten: set[str] = field(default_factory=set)
 
 
-class StepWork(Work):
+class StepWork(WholeWork):
     """Averages, scales and applies the optimizer once, then ends every member's gradients."""
 
     kind = "step"

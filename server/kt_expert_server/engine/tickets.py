@@ -38,7 +38,7 @@ class UsedWeights:
 class SavedTicket:
     """A ticket with what a backward has to agree with."""
 
-    ticket: native.Ticket
+    tickets: tuple[native.Ticket, ...]  # of the forward's parts
     layer: int
     used: tuple[UsedAdapter, ...]
     weights: UsedWeights | None  # None: the base model's
@@ -96,7 +96,7 @@ class Tickets:
         if saved is None:
             return
         saved.reservation.release()
-        self._retired.append(saved.ticket)
+        self._retired += saved.tickets
         self._consumed[ticket_id] = how
         while len(self._consumed) > REMEMBERED_TICKETS:
             self._consumed.popitem(last=False)

@@ -27,12 +27,12 @@ from kt_expert_server.adapters.transfer import (
 from kt_expert_server.adapters.window import Windows
 from kt_expert_server.engine.buffers import BufferPool, PooledBuffer
 from kt_expert_server.engine.passes import Tools, Trained
-from kt_expert_server.engine.work import Outcome, Work
+from kt_expert_server.engine.work import Outcome, WholeWork
 from kt_expert_server.errors import InvalidRequest, NotFound, WrongPhase
 from kt_expert_server.model.loader import BaseModel
 
 
-class ListWork(Work):
+class ListWork(WholeWork):
     """Names and shapes of the tensors there are, of one adapter or without a name of all, beside what else is told of them."""
 
     def __init__(
@@ -61,7 +61,7 @@ class ListWork(Work):
         return Outcome(self._about)
 
 
-class ReadWork(Work):
+class ReadWork(WholeWork):
     """One tensor as fp32 [E * rows, columns]."""
 
     def __init__(self, pool: BufferPool, trained: Trained, model: BaseModel, tensor: TensorId, reserved_bytes: int) -> None:
@@ -127,7 +127,7 @@ def _find_gradient(adapter: Adapter, windows: Windows, tensor: TensorId) -> Live
     return LiveTensor(tensor.of_memory(accumulator.tensor(tensor.tensor)))
 
 
-class WriteWork(Work):
+class WriteWork(WholeWork):
     """Replaces one tensor, or some experts of it."""
 
     def __init__(

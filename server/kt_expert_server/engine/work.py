@@ -38,11 +38,12 @@ PASSES = ("forward", "backward")
 
 
 class Work(ABC):
-    """One piece for the engine. `prepare` and `commit` cannot be interrupted and see no other work in between but what runs
-    before `commit`: the engine does one piece at a time."""
+    """One piece for the engine. `prepare` and `commit` cannot be interrupted. Between them no other work of the same run is
+    done: the engine does one piece at a time, and between the parts of a long one only what other runs ask for."""
 
     kind = "other"  # forward, backward, step: what is measured apart
-    cost = 1.0  # of the engine's time, against other pieces
+    cost = 1.0  # of the engine's time, against other pieces; of one part
+    parts = 1  # between which the engine may do others' work
 
     def __init__(self) -> None:
         self.held = Holdings()  # released by `end`, whatever became of the work
@@ -52,8 +53,8 @@ class Work(ABC):
         """Checks and reserves. Raises ServerError; nothing has changed then."""
 
     @abstractmethod
-    def run(self) -> None:
-        """On the engine's thread. Raises native errors or ServerError; nothing has changed then."""
+    def run_part(self, part: int) -> None:
+        """On the engine's thread, one after another. Raises native errors or ServerError; nothing has changed then."""
 
     @abstractmethod
     def commit(self) -> Outcome:
@@ -62,6 +63,18 @@ class Work(ABC):
     def end(self) -> None:
         """Gives back what the work held. Called once, after commit or failure."""
         self.held.release()
+
+
+class WholeWork(Work):
+    """A piece of one part."""
+
+    def run_part(self, part: int) -> None:
+        del part
+        self.run()
+
+    @abstractmethod
+    def run(self) -> None:
+        """See run_part."""
 
 
 _NATIVE_ERRORS: tuple[tuple[type[Exception], type[ServerError]], ...] = (

@@ -32,9 +32,10 @@ class EndStream:
 
 @dataclass(frozen=True, slots=True)
 class StartWork:
-    """For the engine's thread: work.run(), then core.work_done(). There is one at a time."""
+    """For the engine's thread: work.run_part(part), then core.work_done(). There is one at a time."""
 
     work: Work
+    part: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -71,20 +71,31 @@ class Dispatch:
         job.work.end()
         return True
 
+    def is_at_work(self, run: str, rank: int) -> bool:
+        """Whether a piece of that rank's has been begun and has not ended: what it uses is not free when it is given back."""
+        running = self._running
+        return (running is not None and (running.run, running.rank) == (run, rank)) or self._scheduler.is_begun(run, rank)
+
     def forget_run(self, run: str) -> None:
         self._scheduler.forget(run)
 
     def _start_next(self) -> None:
         while self._running is None and (job := self._scheduler.take()) is not None:
-            error = self._prepare(job)
-            if error is not None:
-                self._end(job, error)
-                self.after_failure()
+            if not job.part and not self._begin(job):
                 continue
             self._running = job
-            if job.begun is not None:
-                job.begun()
-            self.emit(StartWork(job.work))
+            self.emit(StartWork(job.work, job.part))
+
+    def _begin(self, job: Job) -> bool:
+        """False where it has failed before it ran."""
+        error = self._prepare(job)
+        if error is not None:
+            self._end(job, error)
+            self.after_failure()
+            return False
+        if job.begun is not None:
+            job.begun()
+        return True
 
     def _prepare(self, job: Job) -> ServerError | None:
         while True:
@@ -103,10 +114,13 @@ class Dispatch:
                 return None
 
     def work_done(self, error: Exception | None, fault: str) -> None:
-        """The running piece has ended. `fault` names an error in the log that is none of the server's own."""
+        """The running part has ended. `fault` names an error in the log that is none of the server's own."""
         job, self._running = self._running, None
         assert job is not None  # noqa: S101
-        if error is None:
+        if error is None and job.part + 1 < job.work.parts:
+            job.part += 1
+            self._scheduler.add(job)
+        elif error is None:
             self._end(job, job.work.commit())
         else:
             self._end(job, as_server_error(error) or InternalError(f"internal fault {fault}; see the server's log"))

@@ -19,7 +19,7 @@ from kt_expert_server.engine.budget import Holdings, MemoryBudget, Reservation
 from kt_expert_server.engine.kinds import Kind
 from kt_expert_server.engine.tickets import Tickets
 from kt_expert_server.engine.training_memory import reserve_all, training_sizes
-from kt_expert_server.engine.work import Outcome, Work
+from kt_expert_server.engine.work import Outcome, WholeWork
 from kt_expert_server.errors import (
     AlreadyExists,
     InvalidRequest,
@@ -75,7 +75,7 @@ class _Opening:
     waiting: list[Callable[[Run | ServerError], None]] = field(default_factory=list)
 
 
-class NewAdaptersWork(Work):
+class NewAdaptersWork(WholeWork):
     """Makes a run's first adapters and fills them: from the seed, or from a checkpoint."""
 
     def __init__(
@@ -249,7 +249,13 @@ class Runs:
 
     def _reclaim_one(self, but: Member | None = None) -> bool:
         """Gives up what has been without a trainer for longest. False where there is nothing of the kind."""
-        lapsed = [member for member in self.members if member is not but and member.lease.is_over(self._dispatch.now)]
+        lapsed = [
+            member
+            for member in self.members
+            if member is not but
+            and member.lease.is_over(self._dispatch.now)
+            and not self._dispatch.is_at_work(member.run.name, member.rank)
+        ]
         if lapsed:
             oldest = min(lapsed, key=lambda member: (member.lease.ends or 0.0, member.run.name, member.rank))
             self._dispatch.note(f"{oldest} has no connection and its memory is needed: it is given up")

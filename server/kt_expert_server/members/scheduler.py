@@ -20,12 +20,15 @@ class Job:
     begun: Callable[[], None] | None = None  # called when the engine takes it
     is_urgent: bool = False  # before all others: what it is about must not change first
     order: int = 0
+    part: int = 0  # of its work, which comes next
 
 
 class Scheduler:
-    """The run that has had least of the engine comes first, in it the rank that has, then whoever came first.
+    """The run that has had least of the engine comes first; in it a backward, which frees memory, then the rank that has had
+    least, then whoever came first.
 
-    A run that was idle does not save up: it begins at the least that any waiting run has had.
+    A run that was idle does not save up: it begins at the least that any waiting run has had. A piece that has been begun comes
+    back after each part; others of its run wait until it has ended.
     """
 
     def __init__(self) -> None:
@@ -38,32 +41,39 @@ class Scheduler:
         return len(self._waiting)
 
     def add(self, job: Job) -> None:
-        self._count += 1
-        job.order = self._count
+        if not job.part:
+            self._count += 1
+            job.order = self._count
         if all(other.run != job.run for other in self._waiting):
             active = [self._by_run.get(other.run, 0.0) for other in self._waiting]
             self._by_run[job.run] = max(self._by_run.get(job.run, 0.0), min(active, default=0.0))
         self._waiting.append(job)
 
     def remove(self, job: Job) -> bool:
-        """False where it is not waiting any more."""
-        if job not in self._waiting:
+        """False where it has been begun."""
+        if job not in self._waiting or job.part:
             return False
         self._waiting.remove(job)
         return True
 
     def take(self) -> Job | None:
-        if not self._waiting:
+        begun = {job.run: job for job in self._waiting if job.part}
+        possible = [job for job in self._waiting if begun.get(job.run, job) is job]
+        if not possible:
             return None
-        job = min(self._waiting, key=self._key)
+        job = min(possible, key=self._key)
         self._waiting.remove(job)
         self._by_run[job.run] = self._by_run.get(job.run, 0.0) + job.work.cost
         self._by_rank[job.run, job.rank] = self._by_rank.get((job.run, job.rank), 0.0) + job.work.cost
         return job
 
-    def _key(self, job: Job) -> tuple[bool, float, float, int]:
+    def is_begun(self, run: str, rank: int) -> bool:
+        """Whether a piece of that rank's waits for its next part."""
+        return any(job.part and (job.run, job.rank) == (run, rank) for job in self._waiting)
+
+    def _key(self, job: Job) -> tuple[bool, float, bool, float, int]:
         had, by_rank = self._by_run.get(job.run, 0.0), self._by_rank.get((job.run, job.rank), 0.0)
-        return not job.is_urgent, had, by_rank, job.order
+        return not job.is_urgent, had, job.work.kind != "backward", by_rank, job.order
 
     def forget(self, run: str) -> None:
         """The run is closed. A last copy of it may still wait."""

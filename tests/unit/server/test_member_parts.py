@@ -115,11 +115,11 @@ def test_a_barrier_names_who_is_missing_when_a_deadline_passes() -> None:
 
 
 class Costly(Work):
-    def __init__(self, cost: float) -> None:
+    def __init__(self, cost: float, parts: int = 1, kind: str = "other") -> None:
         super().__init__()
-        self.cost = cost
+        self.cost, self.parts, self.kind = cost, parts, kind
 
-    def run(self) -> None: ...
+    def run_part(self, part: int) -> None: ...
 
     def commit(self) -> Outcome:
         return Outcome()
@@ -139,6 +139,62 @@ def test_the_run_that_had_least_comes_first_and_idleness_is_not_saved_up() -> No
     order = [scheduler.take().run for _ in range(5)]  # type: ignore[union-attr]
     assert order == ["light", "heavy", "light", "light", "heavy"]
     assert scheduler.take() is None
+
+
+def _order(scheduler: Scheduler) -> list[str]:
+    """Runs in the order in which their parts are done."""
+    order = []
+    while (taken := scheduler.take()) is not None:
+        order.append(f"{taken.run}{taken.part}")
+        if taken.part + 1 < taken.work.parts:
+            taken.part += 1
+            scheduler.add(taken)
+    return order
+
+
+def _long(run: str, parts: int, rank: int = 0, kind: str = "other") -> Job:
+    return Job(Costly(10.0, parts, kind), run, rank, lambda _: None)
+
+
+def test_a_small_piece_waits_for_one_part_of_a_long_one() -> None:
+    scheduler = Scheduler()
+    scheduler.add(_long("long", 4))
+    first = scheduler.take()
+    assert first is not None
+    scheduler.add(job("small"))
+    first.part = 1
+    scheduler.add(first)
+    assert _order(scheduler) == ["small0", "long1", "long2", "long3"]
+
+
+def test_long_pieces_of_two_runs_take_turns_and_those_of_one_do_not() -> None:
+    scheduler = Scheduler()
+    for each in (_long("a", 2), _long("a", 2, rank=1), _long("b", 3)):
+        scheduler.add(each)
+    assert _order(scheduler) == ["a0", "b0", "a1", "b1", "a0", "b2", "a1"]
+
+
+def test_what_is_urgent_waits_for_the_end_of_what_its_run_has_begun() -> None:
+    scheduler = Scheduler()
+    scheduler.add(_long("run", 2))
+    begun = scheduler.take()
+    assert begun is not None
+    begun.part = 1
+    scheduler.add(begun)
+    scheduler.add(job("run", urgent=True))
+    scheduler.add(job("other", cost=100.0))
+    assert scheduler.is_begun("run", 0)
+    assert not scheduler.remove(begun)
+    assert _order(scheduler) == ["other0", "run1", "run0"]
+
+
+def test_backwards_come_first_within_a_run() -> None:
+    scheduler = Scheduler()
+    for kind in ("forward", "backward"):
+        scheduler.add(Job(Costly(1.0, kind=kind), "run", int(kind == "forward"), lambda _: None))
+    taken = scheduler.take()
+    assert taken is not None
+    assert taken.work.kind == "backward"
 
 
 def test_members_of_a_run_take_turns_and_what_is_urgent_comes_first() -> None:
