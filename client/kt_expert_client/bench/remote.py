@@ -1,7 +1,8 @@
 """The trainer's side of `kt-expert bench remote`: a process that connects, and times calls as it is told line by line.
 
 On standard input come JSON objects, one a line, each answered by one: {"open": address, "rank": r, "transport": t} joins a run
-with LoRA, {"call": {...}} times forwards and backwards of one batch, {"close": true} leaves.
+with LoRA, or without for rank 0, {"call": {...}} times forwards and backwards of one batch, {"echo": {...}} forwards that
+compute nothing, and {"close": true} leaves.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ class Timer:
         self._client: Client = connect(address, transport=transport)
         spec = self._client.layers[0]
         self._hidden, self._experts, self._top_k = spec.hidden_size, spec.num_experts, spec.top_k
-        self._run: Run = self._client.open_run(lora=[LayerLora(0, False, rank, rank, rank, 2.0, 2.0, 2.0)])
+        lora = [LayerLora(0, False, rank, rank, rank, 2.0, 2.0, 2.0)] if rank else []
+        self._run: Run = self._client.open_run(lora=lora)
 
     def call(self, tokens: int, in_flight: int, repeats: int) -> dict[str, float]:
         """Median seconds a call of a forward and of its backward, `in_flight` calls at a time."""
@@ -50,6 +52,20 @@ class Timer:
             backwards.append((time.perf_counter() - begun) / in_flight)
         return {"forward_s": statistics.median(forwards), "backward_s": statistics.median(backwards)}
 
+    def echo(self, tokens: int, least_s: float, most: int) -> dict[str, float]:
+        """Forwards whose routes are all skipped: median seconds, this process's seconds on processors a call, and the calls."""
+        hidden = torch.zeros(tokens, self._hidden, dtype=torch.bfloat16)
+        ids = torch.full((tokens, self._top_k), self._experts, dtype=torch.int32)
+        weights = torch.zeros(tokens, self._top_k)
+        times: list[float] = []
+        begun_cpu = time.process_time()
+        while sum(times) < least_s and len(times) < most:
+            begun = time.perf_counter()
+            self._run.submit_forward(0, hidden, ids, weights, save_for_backward=False, adapters=(), borrow=True).result()
+            times.append(time.perf_counter() - begun)
+        cpu_s = (time.process_time() - begun_cpu) / len(times)
+        return {"seconds": statistics.median(times), "cpu_s": cpu_s, "calls": len(times)}
+
     def close(self) -> None:
         self._run.leave()
         self._client.close()
@@ -64,6 +80,8 @@ def main() -> None:
             timer = Timer(asked["open"], int(asked["rank"]), asked.get("transport"))
         elif "call" in asked and timer is not None:
             answer = timer.call(**asked["call"])
+        elif "echo" in asked and timer is not None:
+            answer = timer.echo(**asked["echo"])
         elif timer is not None:
             timer.close()
         sys.stdout.write(json.dumps(answer) + "\n")

@@ -19,6 +19,7 @@ DIRECTORY_VARIABLE = "KT_EXPERT_SAME_HOST_DIR"  # where this process sees the di
 AUTO, STREAM, SAME_HOST = "auto", "stream", "same-host"
 _KNOWN = (AUTO, STREAM, SAME_HOST)
 _ASK_TIMEOUT_S = 20.0
+_MOST_FAILURES = 3
 _log = logging.getLogger(__name__)
 
 
@@ -33,7 +34,8 @@ class Transports:
             raise InvalidRequest(f"{given}, expected one of {', '.join(_KNOWN)}")
         self._channel, self._metadata = channel, metadata
         self._stub = service_pb2_grpc.ExpertStub(channel)
-        self._opener = SameHostOpener(self._ask, self._refused)
+        self._opener = SameHostOpener(self._ask, self._refused, self._connected)
+        self._failures = 0  # handshakes in a row that did not come to their end
         self.name = STREAM if self._wanted == STREAM else SAME_HOST
 
     def __call__(self, receiver: Receiver) -> Transport:
@@ -48,6 +50,11 @@ class Transports:
         if offer.socket_path and DIRECTORY_VARIABLE in os.environ:
             offer.socket_path = os.path.join(os.environ[DIRECTORY_VARIABLE], os.path.basename(offer.socket_path))
         return offer
+
+    def _connected(self, succeeded: bool) -> None:
+        self._failures = 0 if succeeded else self._failures + 1
+        if self._failures >= _MOST_FAILURES:  # a server that was killed meanwhile is rarely met twice
+            self._refused(f"{self._failures} connections in a row ended before memory was shared")
 
     def _refused(self, reason: str) -> KtExpertError | None:
         if self._wanted == SAME_HOST:

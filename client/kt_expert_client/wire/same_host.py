@@ -88,6 +88,7 @@ class SameHostOpener:
 
     ask: Callable[[], SameHostOffer]
     on_refusal: Callable[[str], KtExpertError | None]
+    on_connected: Callable[[bool], None]  # whether the handshake came to its end
 
 
 class SameHostTransport:
@@ -217,6 +218,8 @@ class SameHostTransport:
         except grpc.RpcError as error:
             end = from_rpc(error, "the server was asked for a connection on this host")
         except OSError as error:
+            if self._memory is None:
+                self._opener.on_connected(False)
             end = ServerUnavailable(f"the connection to the server on this host ended: {error}")
         except FrameError as error:
             end = ServerFault(f"the server sent a malformed frame: {error}")
@@ -232,6 +235,7 @@ class SameHostTransport:
 
     def _open(self) -> socket.socket:
         connection, memory = _connect(self._opener.ask())
+        self._opener.on_connected(True)
         with self._lock:
             self._socket, self._memory = connection, memory
             if self._closed:

@@ -6,16 +6,11 @@ from __future__ import annotations
 import json
 import os
 import statistics
-import subprocess
-import sys
 import tempfile
-import threading
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
-from typing import Any, cast
+from typing import Any
 
 import kt_expert_native as native
 import numpy as np
@@ -24,9 +19,9 @@ from rich.table import Table
 from safetensors.numpy import save_file
 
 from kt_expert_server.bench.layer import LayerBench, make_batch
+from kt_expert_server.bench.processes import Process, serve
 from kt_expert_server.bench.shapes import LayerShape
 from kt_expert_server.config import ISA_VARIABLE
-from kt_expert_server.errors import InvalidRequest
 
 TRANSPORTS = ("stream", "same-host")
 _KEYS = {"stream": "stream", "same-host": "shm"}
@@ -39,7 +34,6 @@ _SUFFIXES = {
 _RANK = 16  # of LoRA on every projection
 _MODEL_TYPE = "qwen3_moe"
 _MS_PER_S = 1000.0
-_ANSWER_TIMEOUT_S = 300.0  # a server loads its model, or a round of calls is made
 _DECODES = 20  # calls of one token in a row: one alone is mostly the time to wake up
 
 
@@ -89,45 +83,6 @@ def cases(cores: int) -> list[Case]:
     ]
 
 
-class _Process:
-    """A child that is talked to line by line."""
-
-    def __init__(self, *command: str) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, *command], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
-        )
-
-    def __enter__(self) -> _Process:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        for stream in (self._process.stdin, self._process.stdout):
-            assert stream is not None  # noqa: S101  # pipes were asked for
-            stream.close()
-        self._process.terminate()
-        self._process.wait()
-
-    def line(self) -> str:
-        assert self._process.stdout is not None  # noqa: S101
-        too_late = threading.Timer(_ANSWER_TIMEOUT_S, self._process.kill)
-        too_late.start()
-        try:
-            line = self._process.stdout.readline()
-        finally:
-            too_late.cancel()
-        if not line:
-            raise InvalidRequest(
-                f"a process of the benchmark has ended, or has not answered within {_ANSWER_TIMEOUT_S:g} s; bench remote needs "
-                "kt-expert[client]"
-            )
-        return line
-
-    def ask(self, **asked: object) -> dict[str, Any]:
-        assert self._process.stdin is not None  # noqa: S101
-        self._process.stdin.write(json.dumps(asked) + "\n")
-        return cast("dict[str, Any]", json.loads(self.line()))
-
-
 def measure_remote(wanted: list[Case], repeats: int) -> list[Figures]:
     """Raises InvalidRequest where the client's package is not there."""
     found = []
@@ -135,7 +90,7 @@ def measure_remote(wanted: list[Case], repeats: int) -> list[Figures]:
         for case in wanted:
             model = Path(folder) / case.shape.name.replace(" ", "-")
             if not model.exists():
-                _write_model(model, case.shape)
+                write_model(model, case.shape)
             found += _measure(case, model, repeats)
     return found
 
@@ -146,8 +101,8 @@ def _measure(case: Case, model: Path, repeats: int) -> list[Figures]:
     local, batch = LayerBench(engine, case.shape, "bf16"), make_batch(case.shape, case.tokens)
     found = [Figures(case, transport) for transport in TRANSPORTS]
     with ExitStack() as open_ones:
-        address = open_ones.enter_context(_server(model, case.threads))
-        trainers = [open_ones.enter_context(_Process("-m", "kt_expert_client.bench.remote")) for _ in TRANSPORTS]
+        _, address = open_ones.enter_context(serve(model, case.threads))
+        trainers = [open_ones.enter_context(Process("-m", "kt_expert_client.bench.remote")) for _ in TRANSPORTS]
         for trainer, transport in zip(trainers, TRANSPORTS, strict=True):
             trainer.ask(open=address, rank=_RANK, transport=transport)
         asked = {"tokens": case.tokens, "in_flight": case.in_flight, "repeats": case.calls}
@@ -166,14 +121,7 @@ def _measure(case: Case, model: Path, repeats: int) -> list[Figures]:
     return found
 
 
-@contextmanager
-def _server(model: Path, threads: int) -> Iterator[str]:
-    arguments = ("--model", str(model), "--listen", "127.0.0.1:0", "--metrics-listen", "127.0.0.1:0", "--threads", str(threads))
-    with _Process("-m", "kt_expert_server", *arguments) as server:
-        yield server.line().split()[1].removeprefix("grpc=")
-
-
-def _write_model(folder: Path, shape: LayerShape) -> None:
+def write_model(folder: Path, shape: LayerShape) -> None:
     """A checkpoint of one layer of experts, in fp16: numpy has no bf16."""
     generator = np.random.default_rng(0)
     pattern = (generator.standard_normal(shape.hidden * shape.intermediate, np.float32) * shape.hidden**-0.5).astype(np.float16)

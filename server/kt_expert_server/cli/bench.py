@@ -1,8 +1,8 @@
 """kt-expert bench: one MoE layer on this machine beside its bounds and its peers.
 
 `kernels` runs forward and backward, `optimizer` the update of the layer's LoRA, `memory` shows what the process holds,
-`trainer` what a trainer of DeepSeek-V3 pays on its own side, with a server that holds shapes only, and `remote` what a call to
-a server costs beside the same call of the engine in one process.
+`trainer` what a trainer of DeepSeek-V3 pays on its own side, with a server that holds shapes only, `remote` what a call to a
+server costs beside the same call of the engine in one process, and `transport` what carrying tensors costs beside raw sockets.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from kt_expert_server.bench.remote import cases, measure_remote, print_remote, r
 from kt_expert_server.bench.report import print_rows, write_plot
 from kt_expert_server.bench.shapes import PUBLISHED, LayerShape, parse_shape
 from kt_expert_server.bench.trainer import measure_trainer, print_trainer
+from kt_expert_server.bench.transport import measure_transport, print_transport, transport_as_json
 from kt_expert_server.config import ISA_VARIABLE, WEIGHT_FORMATS, available_cores, available_memory
 from kt_expert_server.errors import InvalidRequest
 from kt_expert_server.model.placement import AUTO, choose_placement
@@ -37,7 +38,7 @@ _MEMORY_SHARE = 0.6  # of what this process may use, for weights
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("what", choices=("kernels", "optimizer", "memory", "trainer", "remote"))
+    parser.add_argument("what", choices=("kernels", "optimizer", "memory", "trainer", "remote", "transport"))
     parser.add_argument("--shape", default="qwen3-30b-a3b", help=f"{', '.join(PUBLISHED)}, a model directory, or E,H,I,k")
     parser.add_argument("--tokens", help="batch sizes, separated by commas (default: 1,16,128,2048; of memory 512)")
     parser.add_argument("--rank", help="LoRA ranks, separated by commas; 0 is none (default: 0,16; else 16)")
@@ -61,6 +62,8 @@ def run(options: argparse.Namespace) -> int:
         return _run_trainer(console, options)
     if options.what == "remote":
         return _run_remote(console, options)
+    if options.what == "transport":
+        return _run_transport(console, options)
     asked = parse_shape(options.shape)
     is_kernels = options.what == "kernels"
     options.tokens = _numbers(options.tokens or ("1,16,128,2048" if is_kernels else "512"), "--tokens", 1)
@@ -130,6 +133,13 @@ def _run_trainer(console: Console, options: argparse.Namespace) -> int:
     found = measure_trainer(options.layers, options.experts, rank, options.repeats)
     print_trainer(console, found)
     _write_json(options.json, {"trainer": found})
+    return 0
+
+
+def _run_transport(console: Console, options: argparse.Namespace) -> int:
+    found = measure_transport(options.repeats)
+    print_transport(console, found)
+    _write_json(options.json, {"transport": transport_as_json(found)})
     return 0
 
 

@@ -44,7 +44,8 @@ from kt_expert_server.observe.metrics import Metrics
 _log = logging.getLogger(__name__)
 _METHOD = "SameHost"
 _OFFER_S = 30.0  # how long an offer is good: a trainer connects at once
-_MOST_OFFERS = 256  # that are open; each takes a few hundred bytes
+_MOST_OFFERS_OF_ONE = 16  # that are open, of one caller; a further one takes the place of the oldest
+_MOST_OFFERS = 4096  # of all callers; each takes a few hundred bytes
 _MOST_GREETINGS = 64  # connections that have not proved anything yet
 _GREETING_S = 5.0  # for both messages of the handshake
 _BACKLOG = 64
@@ -126,13 +127,14 @@ class SameHost:
             self.path.unlink(missing_ok=True)
 
     def offer(self, caller: Caller) -> Offer:
-        """Raises OutOfCapacity where too many are open, or there is no memory for what they offer."""
+        """Older ones give way where too many are open: nobody can keep others from getting theirs."""
         now = time.monotonic()
         self._offers = {key: each for key, each in self._offers.items() if each.until > now}
-        if len(self._offers) >= _MOST_OFFERS:
-            raise OutOfCapacity(f"{len(self._offers)} offers of a connection are open; try again later", retry_delay_s=_OFFER_S)
-        if not self._region_bytes:
-            raise OutOfCapacity("the server's memory limit leaves no room for memory that trainers share")
+        own = [key for key, each in self._offers.items() if each.caller == caller]
+        if len(own) >= _MOST_OFFERS_OF_ONE:
+            del self._offers[own[0]]
+        elif len(self._offers) >= _MOST_OFFERS:
+            del self._offers[next(iter(self._offers))]
         made = Offer(secrets.token_bytes(OFFER_ID_BYTES), secrets.token_bytes(SECRET_BYTES), caller, now + _OFFER_S)
         self._offers[made.offer_id] = made
         return made
@@ -185,11 +187,12 @@ class SameHost:
             offer, greeting = await asyncio.wait_for(self._greeting(connection), _GREETING_S)
         finally:
             self._greetings -= 1
+        if not self._region_bytes:
+            raise OutOfCapacity("the server's memory limit leaves no room for memory that trainers share")
         size = CONTROL_BYTES + 2 * self._region_bytes
-        what = "memory that a trainer on this host shares"
-        held = parts.budget.reserve(Kind.SHARED, size, offer.caller.identity, what)
+        held = parts.budget.reserve(Kind.SHARED, size, offer.caller.identity, "memory that a trainer on this host shares")
         try:
-            memory = SharedMemory(self._region_bytes)
+            memory = _made(self._region_bytes)
             try:
                 await asyncio.wait_for(_share(connection, memory, offer, greeting), _GREETING_S)
             finally:
@@ -206,6 +209,14 @@ class SameHost:
         if not greeting.startswith(MAGIC) or offer is None or time.monotonic() >= offer.until:
             raise NotAuthenticated("this connection was not offered, or not lately; ask for another offer")
         return offer, greeting
+
+
+def _made(region_bytes: int) -> SharedMemory:
+    """Raises OutOfCapacity where the system gives none."""
+    try:
+        return SharedMemory(region_bytes)
+    except OSError as error:
+        raise OutOfCapacity(f"memory to share could not be made: {error.strerror}") from error
 
 
 async def _share(connection: socket.socket, memory: SharedMemory, offer: Offer, greeting: bytes) -> None:

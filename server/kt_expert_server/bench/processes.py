@@ -1,0 +1,74 @@
+"""Child processes of a benchmark: a real server, and what is talked to line by line."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any, cast
+
+from kt_expert_server.errors import InvalidRequest
+
+_ANSWER_TIMEOUT_S = 300.0  # a server loads its model, or a round of calls is made
+_NS_PER_S = 1e9
+
+
+def cpu_s_of(pid: int) -> float:
+    """Processor seconds of all threads that a process has now."""
+    spent = (task.joinpath("schedstat").read_text().split()[0] for task in Path(f"/proc/{pid}/task").iterdir())
+    return sum(map(int, spent)) / _NS_PER_S
+
+
+class Process:
+    """A child that is talked to line by line."""
+
+    def __init__(self, *command: str) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, *command], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
+        )
+
+    def __enter__(self) -> Process:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for stream in (self._process.stdin, self._process.stdout):
+            assert stream is not None  # noqa: S101  # pipes were asked for
+            stream.close()
+        self._process.terminate()
+        self._process.wait()
+
+    def cpu_s(self) -> float:
+        return cpu_s_of(self._process.pid)
+
+    def line(self) -> str:
+        assert self._process.stdout is not None  # noqa: S101
+        too_late = threading.Timer(_ANSWER_TIMEOUT_S, self._process.kill)
+        too_late.start()
+        try:
+            line = self._process.stdout.readline()
+        finally:
+            too_late.cancel()
+        if not line:
+            raise InvalidRequest(
+                f"a process of the benchmark has ended, or has not answered within {_ANSWER_TIMEOUT_S:g} s; it needs "
+                "kt-expert[client]"
+            )
+        return line
+
+    def ask(self, **asked: object) -> dict[str, Any]:
+        assert self._process.stdin is not None  # noqa: S101
+        self._process.stdin.write(json.dumps(asked) + "\n")
+        return cast("dict[str, Any]", json.loads(self.line()))
+
+
+@contextmanager
+def serve(model: Path, threads: int) -> Iterator[tuple[Process, str]]:
+    """A server on free ports, and its address."""
+    arguments = ("--model", str(model), "--listen", "127.0.0.1:0", "--metrics-listen", "127.0.0.1:0", "--threads", str(threads))
+    with Process("-m", "kt_expert_server", *arguments) as server:
+        yield server, server.line().split()[1].removeprefix("grpc=")
