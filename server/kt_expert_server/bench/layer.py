@@ -72,18 +72,29 @@ class LayerBench:
     def bytes_per_expert(self) -> float:
         return self.weights.nbytes / self.shape.experts
 
-    def run(self, batch: Batch, rank: int, *, backward: bool) -> tuple[float, float | None]:
-        """Seconds of one forward and, where asked for, of its backward with LoRA gradients."""
+    def run(
+        self, batch: Batch, rank: int, *, backward: bool, tile_tokens: int | None = None
+    ) -> tuple[float, float | None]:  # fmt: skip
+        """Seconds of one forward and, where asked for, of its backward with LoRA gradients. In parts of so many tokens, or
+        whole."""
         adapter, gradients = self._adapter(rank)
         y, dx, d_weights = np.empty_like(batch.x), np.empty_like(batch.x), np.empty_like(batch.weights)
         save = "activations" if backward else "nothing"
+        tokens = len(batch.x)
+        step = tile_tokens or max(tokens, 1)
+        tiles = [slice(first, first + step) for first in range(0, tokens, step)]
         begun = time.perf_counter()
-        ticket = self.engine.forward(self.weights, adapter, batch.x, batch.ids, batch.weights, y, save)
+        tickets = [
+            self.engine.forward(self.weights, adapter, batch.x[at], batch.ids[at], batch.weights[at], y[at], save)
+            for at in tiles
+        ]
         forward = time.perf_counter() - begun
-        if ticket is None:
+        if not backward:
             return forward, None
         begun = time.perf_counter()
-        self.engine.backward(self.weights, adapter, gradients, ticket, batch.dy, dx, d_weights)
+        for at, ticket in zip(tiles, tickets, strict=True):
+            assert ticket is not None  # noqa: S101  # activations were asked for
+            self.engine.backward(self.weights, adapter, gradients, ticket, batch.dy[at], dx[at], d_weights[at])
         return forward, time.perf_counter() - begun
 
     def output(self, batch: Batch) -> NDArray[np.float32]:

@@ -27,12 +27,12 @@ from kt_expert_server.bench.layer import LayerBench
 from kt_expert_server.bench.processes import Process, cpu_s_of, serve
 from kt_expert_server.bench.remote import TRANSPORTS, write_model
 from kt_expert_server.bench.shapes import LayerShape
+from kt_expert_server.engine.passes import TILE_TOKENS
 
 RAW = ("tcp", "unix", "memcpy")
 _HIDDEN, _TOP_K, _EXPERTS = 4096, 2, 8
 _SHAPE = LayerShape("echo", _EXPERTS, _HIDDEN, 64, _TOP_K)
 _BF16_BYTES = 2
-_TILE_TOKENS = 1024
 _SIZES = (8 * 1024, 1024 * 1024, 8 * 1024 * 1024, 32 * 1024 * 1024)
 _SMALL, _LARGE = _SIZES[0], _SIZES[-1]
 _LEAST_ROUND_S = 0.05  # so that small messages are timed in hundreds
@@ -111,8 +111,8 @@ def _compute_s(local: LayerBench, size: int) -> Round:
     begun_cpu, times = time.process_time(), []
     for _ in range(5):
         begun = time.perf_counter()
-        for tile in range(0, tokens, _TILE_TOKENS):  # as the server does
-            part = slice(tile, tile + _TILE_TOKENS)
+        for tile in range(0, tokens, TILE_TOKENS):  # as the server does
+            part = slice(tile, tile + TILE_TOKENS)
             local.engine.forward(local.weights, None, x[part], ids[part], weights[part], y[part])
         times.append(time.perf_counter() - begun)
     return Round(statistics.median(times), (time.process_time() - begun_cpu) / len(times))

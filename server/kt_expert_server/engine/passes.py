@@ -29,6 +29,9 @@ from kt_expert_server.model.loader import LoadedLayer
 from kt_expert_server.observe.observer import Observer
 
 _DTYPE_NAMES = {Dtype.BF16: "bf16", Dtype.FP32: "fp32"}
+# A pass is computed in parts of so many tokens, between which others get the engine. Enough that reading weights does not
+# count: half of it costs a layer of 128 experts a tenth, and twice as much gains nothing.
+TILE_TOKENS = 1024
 _PRODUCT_FLOP = 6.0  # three products of H x I per route, two flop per multiply-add; LoRA is left out on purpose
 _BACKWARD_COST = 1.3  # of a forward's time, measured over batch sizes
 
@@ -41,9 +44,7 @@ class Tools:
     budget: MemoryBudget
     pool: BufferPool
     observer: Observer
-    # A pass is computed in parts of so many tokens, between which others get the engine: enough that weights are read for many
-    # tokens each time.
-    tile_tokens: int = 1024
+    tile_tokens: int = TILE_TOKENS
 
     def parts(self, tokens: int) -> int:
         return max(1, -(-tokens // self.tile_tokens))
