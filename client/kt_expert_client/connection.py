@@ -167,9 +167,9 @@ def connect(
 
     `credentials` default to those the environment names (Credentials.from_environment). `transport` of tensors: "same-host"
     shares memory with a server on this host, "stream" sends them over gRPC, "auto" shares memory where that is possible; by
-    default what KT_EXPERT_TRANSPORT says, or "auto". Raises InvalidRequest for an address
-    or a variable that makes no sense, ServerUnavailable where nothing answers or the model is not loaded within `timeout_s`,
-    NotAuthenticated, and WrongPhase for another protocol version.
+    default what KT_EXPERT_TRANSPORT says, or "auto". Raises InvalidRequest for an address, a transport or a variable that makes
+    no sense, ServerUnavailable where nothing answers or the model is not loaded within `timeout_s`, NotAuthenticated, and
+    WrongPhase for another protocol version.
     """
     unknown = unknown_variable(os.environ)
     if unknown is not None:

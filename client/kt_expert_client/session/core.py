@@ -167,7 +167,7 @@ class SessionCore:
                 f"tensor {header.tensor.name} of {header.tensor_bytes} bytes came for request {header.request_id}, which "
                 f"expects {'nothing' if call is None else _named(call.expects)}"
             )
-        return offered or self._memory(header.tensor_bytes, call)
+        return self._memory(header.tensor_bytes, call) if offered is None else offered
 
     def received(self, header: Header, payload: bytes | Buffer, now: float) -> None:
         """A whole frame. Raises FrameError for one that may not come now; the transport is then of no more use."""

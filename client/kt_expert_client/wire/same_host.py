@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import queue
 import secrets
 import select
@@ -70,6 +71,8 @@ def _shake_hands(connection: socket.socket, offer: SameHostOffer) -> SharedMemor
     if not answer:
         raise ConnectionResetError("the server closed the connection in the middle of the handshake")
     if answer[:1] != ACCEPTED or len(answer) != 1 + PROOF_BYTES or not descriptors:
+        for each in descriptors:
+            os.close(each)
         raise NotThisHostError(f"the server refused: {answer[1:].decode(errors='replace')}")
     try:
         memory = SharedMemory(descriptors[0])

@@ -49,6 +49,7 @@ _MOST_OFFERS = 4096  # of all callers; each takes a few hundred bytes
 _MOST_GREETINGS = 64  # connections that have not proved anything yet
 _GREETING_S = 5.0  # for both messages of the handshake
 _BACKLOG = 64
+_PROBE_S = 1.0  # for a server of another process to take a connection
 _CREDENTIALS = struct.Struct("3i")  # of SO_PEERCRED: process, user, group
 _ROOT = 0
 _FULL_REGION_BYTES = 128 * 1024 * 1024  # each way: two large batches in flight and the outcomes of two more
@@ -262,6 +263,7 @@ def _prepare(directory: Path) -> Path:
         )
     for left in directory.glob("*.sock"):
         with suppress(OSError), socket.socket(socket.AF_UNIX) as probe:
+            probe.settimeout(_PROBE_S)
             try:
                 probe.connect(str(left))
             except ConnectionRefusedError:

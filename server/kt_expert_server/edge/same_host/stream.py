@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import socket
 import time
 from collections.abc import Iterator
@@ -17,10 +18,11 @@ from kt_expert_server.edge.outgoing import LAST_WORDS_S, Outgoing, is_refusal
 from kt_expert_server.edge.pace import Pace
 from kt_expert_server.edge.same_host.memory import SharedMemory, SharedTensors
 from kt_expert_server.engine.buffers import BufferPool, PooledBuffer
-from kt_expert_server.errors import ServerError
+from kt_expert_server.errors import InternalError, ServerError
 from kt_expert_server.members.requests import error_detail
 from kt_expert_server.observe.metrics import Metrics
 
+_log = logging.getLogger(__name__)
 _PASSES = (Op.FORWARD, Op.BACKWARD)
 
 
@@ -48,8 +50,13 @@ class SameHostStream:
         self._over: asyncio.Future[None] = self._loop.create_future()  # nothing more is read or written
 
     async def run(self) -> None:
-        """Returns when either side has ended the stream. Raises OutOfCapacity where there are too many streams."""
-        self._stream = self._driver.open_stream(self, self._caller.identity, self._tensors)
+        """Returns when either side has ended the stream."""
+        try:
+            self._stream = self._driver.open_stream(self, self._caller.identity, self._tensors)
+        except ServerError as error:  # there are too many
+            self.end(error)
+            await self._over
+            return
         self._decoder: Decoder[PooledBuffer] = Decoder(StreamReceiver(self._driver, self._stream), self)
         self._loop.add_reader(self._socket, self._readable)
         try:
@@ -120,10 +127,14 @@ class SameHostStream:
             return
         except OSError:
             size = 0
-        if size:
-            self._take(size)
-        else:
+        if not size:
             self._finish()
+            return
+        try:
+            self._take(size)
+        except Exception:  # nobody else would tell of it, and the trainer would wait
+            _log.exception("a fault in a stream of a trainer on this host")
+            self.end(InternalError("internal fault; see the server's log"))
 
     def _take(self, size: int) -> None:
         """Passes on what has come, at the pace of its sender."""
