@@ -196,7 +196,7 @@ class SameHostTransport:
             return b""
 
     def _write(self, connection: socket.socket) -> None:
-        while (batch := self._outgoing.get()) is not None:
+        while (batch := self._outgoing.get()) is not None and not self._closed:
             try:
                 for message in (batch,) if isinstance(batch, bytes) else self._encode(batch):
                     connection.sendall(message)
