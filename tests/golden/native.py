@@ -55,28 +55,26 @@ def as_float64(values: np.ndarray) -> torch.Tensor:
 
 
 def run(
-    engine: native.Engine, case: Case, dtype: str = "bf16", weight_format: str = "bf16", save: str = "activations"
-) -> Golden:
-    """One forward and backward; what the reference's golden() returns, as computed by the engine."""
+    engine: native.Engine, case: Case, dtype: str = "bf16", weight_format: str = "bf16", save: str = "activations",
+    tile_tokens: int | None = None,
+) -> Golden:  # fmt: skip
+    """One forward and backward, in parts of so many tokens: what the reference's golden() returns, computed by the engine."""
     weights, adapter = load_weights(case, weight_format, engine.nodes), load_adapter(case)
     gradients = native.AdapterTensors(layer_spec(case), lora_spec(case)) if adapter is not None else None
     y, dx = empty_tokens(case, dtype), empty_tokens(case, dtype)
     d_weights = np.empty((case.shape.tokens, case.shape.top_k), np.float32)
-    ids = case.ids.to(torch.int32).numpy()
-    ticket = engine.forward(
-        weights,
-        adapter,
-        tokens(case.x, dtype),
-        ids,
-        case.routing_weights.float().numpy(),
-        y,
-        save,
-        None,
-        case.dropout_seed,
-        case.dropout_layer,
-    )
-    assert ticket is not None
-    engine.backward(weights, adapter, gradients, ticket, tokens(case.dy, dtype), dx, d_weights)
+    x, dy, ids = tokens(case.x, dtype), tokens(case.dy, dtype), case.ids.to(torch.int32).numpy()
+    routing = case.routing_weights.float().numpy()
+    step = tile_tokens or max(case.shape.tokens, 1)
+    tiles = [slice(first, first + step) for first in range(0, max(case.shape.tokens, 1), step)]
+    dropout = case.dropout_seed, case.dropout_layer
+    tickets = [
+        engine.forward(weights, adapter, x[at], ids[at], routing[at], y[at], save, None, *dropout, None, at.start)
+        for at in tiles
+    ]
+    for at, ticket in zip(tiles, tickets, strict=True):
+        assert ticket is not None
+        engine.backward(weights, adapter, gradients, ticket, dy[at], dx[at], d_weights[at])
     names = gradients.names() if gradients is not None else []
     return Golden(
         as_float64(y),

@@ -28,9 +28,10 @@ struct Routing {
 };
 
 // ids and weights are [tokens, top_k]. An id equal to `experts` is the expert-parallel sentinel and dropped.
-// Throws InvalidArgument for any other id outside [0, experts), or for sizes that differ.
-// A weight that is not finite makes its token's row so, as it does in process.
-Routing build_routing(Span<const std::int32_t> ids, Span<const float> weights, int tokens, int top_k, int experts);
+// Throws InvalidArgument for any other id outside [0, experts), or for sizes that differ; `first_token` of the batch
+// they are a part of is for its text. A weight that is not finite makes its token's row so, as it does in process.
+Routing build_routing(Span<const std::int32_t> ids, Span<const float> weights, int tokens, int top_k, int experts,
+                      std::uint32_t first_token = 0);
 
 // Upper bound of the bytes a Routing of this many routes holds.
 std::int64_t routing_bytes(std::int64_t tokens, int top_k, int experts);

@@ -81,7 +81,7 @@ std::unique_ptr<Ticket> forward(Engine& engine, const LayerWeights& weights, con
   const Span<const float> route_weights{routing_weights.data(), static_cast<std::size_t>(routing_weights.size())};
   const int top_k = static_cast<int>(expert_ids.shape(1));
   py::gil_scoped_release release;
-  args.routing = build_routing(ids, route_weights, static_cast<int>(tokens), top_k, spec.experts);
+  args.routing = build_routing(ids, route_weights, static_cast<int>(tokens), top_k, spec.experts, first_token);
   return engine.forward(args);
 }
 

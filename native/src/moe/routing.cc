@@ -7,12 +7,13 @@
 namespace kt_expert {
 namespace {
 
-std::string place(std::size_t slot, int top_k) {
+std::string place(std::size_t slot, int top_k, std::uint32_t first_token) {
   const std::size_t k = static_cast<std::size_t>(top_k);
-  return "token " + std::to_string(slot / k) + ", slot " + std::to_string(slot % k);
+  return "token " + std::to_string(first_token + slot / k) + ", slot " + std::to_string(slot % k);
 }
 
-void validate(Span<const std::int32_t> ids, Span<const float> weights, int tokens, int top_k, int experts) {
+void validate(Span<const std::int32_t> ids, Span<const float> weights, int tokens, int top_k, int experts,
+              std::uint32_t first_token) {
   const std::int64_t slots = static_cast<std::int64_t>(tokens) * top_k;
   if (tokens < 0 || top_k < 1 || static_cast<std::int64_t>(ids.size()) != slots || weights.size() != ids.size()) {
     throw InvalidArgument("routing of " + std::to_string(tokens) + " tokens and top-k " + std::to_string(top_k) +
@@ -21,7 +22,7 @@ void validate(Span<const std::int32_t> ids, Span<const float> weights, int token
   }
   for (std::size_t slot = 0; slot < ids.size(); ++slot) {
     if (ids[slot] < 0 || ids[slot] > experts) {
-      throw InvalidArgument("expert id " + std::to_string(ids[slot]) + " at " + place(slot, top_k) +
+      throw InvalidArgument("expert id " + std::to_string(ids[slot]) + " at " + place(slot, top_k, first_token) +
                             " is outside [0, " + std::to_string(experts) + "); " + std::to_string(experts) +
                             " itself is the sentinel for a route to skip");
     }
@@ -30,8 +31,9 @@ void validate(Span<const std::int32_t> ids, Span<const float> weights, int token
 
 }  // namespace
 
-Routing build_routing(Span<const std::int32_t> ids, Span<const float> weights, int tokens, int top_k, int experts) {
-  validate(ids, weights, tokens, top_k, experts);
+Routing build_routing(Span<const std::int32_t> ids, Span<const float> weights, int tokens, int top_k, int experts,
+                      std::uint32_t first_token) {
+  validate(ids, weights, tokens, top_k, experts, first_token);
   Routing routing;
   routing.tokens = tokens;
   routing.top_k = top_k;

@@ -132,7 +132,7 @@ class Driver:
                     transport.end(action.error)
             case StartWork():
                 work, part, begun = action.work, action.part, time.monotonic()
-                self._engine.submit(lambda: work.run_part(part), lambda error: self._work_done(work, error, begun))
+                self._engine.submit(lambda: work.run_part(part), lambda error: self._work_done(work, part, error, begun))
             case StartDisk():
                 job_id = action.job_id
                 self._disk.submit(action.job).add_done_callback(lambda done: self._later(self._disk_done, job_id, done))
@@ -145,12 +145,14 @@ class Driver:
         if not self._loop.is_closed():
             self._loop.call_soon_threadsafe(function, *arguments)
 
-    def _work_done(self, work: Work, error: BaseException | None, begun: float) -> None:
+    def _work_done(self, work: Work, part: int, error: BaseException | None, begun: float) -> None:
         now = time.monotonic()
-        if work.kind in PASSES:
-            self._observer.stage(work.kind, "compute", now - begun)
-        elif work.kind == "step":
-            self._observer.step(now - begun)
+        work.spent_s += now - begun
+        has_ended = error is not None or part + 1 == work.parts
+        if has_ended and work.kind in PASSES:
+            self._observer.stage(work.kind, "compute", work.spent_s)
+        elif has_ended and work.kind == "step":
+            self._observer.step(work.spent_s)
         self.core.work_done(_plain(error), now, _fault(error, "a piece of work"))
         # An error's traceback holds what the work held, until the collector comes.
         del error

@@ -48,6 +48,7 @@ class Work(ABC):
     def __init__(self) -> None:
         self.held = Holdings()  # released by `end`, whatever became of the work
         self.token: native.CancelToken | None = None
+        self.spent_s = 0.0  # by the engine, on parts that have ended
 
     def prepare(self) -> None:  # noqa: B027  # most work has nothing to prepare
         """Checks and reserves. Raises ServerError; nothing has changed then."""

@@ -70,6 +70,25 @@ def test_matches_autograd(engine: native.Engine, name: str, dtype: str, bound: f
     assert all(error <= bound for error in errors.values()), errors
 
 
+@pytest.mark.parametrize("save", ["activations", "inputs"])
+@pytest.mark.parametrize("name", CASES)
+def test_parts_are_the_whole(engine: native.Engine, name: str, save: str) -> None:
+    """To the bit, but for gradients of LoRA, which are added part by part."""
+    case = case_named(name)
+    whole, parts = (on_engine.run(engine, case, "fp32", save=save, tile_tokens=tile) for tile in (None, 7))
+    for each in ("y", "dx", "d_weights"):
+        assert torch.equal(getattr(whole, each), getattr(parts, each)), each
+    errors = {key: relative_error(parts.adapter[key], value) for key, value in whole.adapter.items()}
+    assert all(error <= FP32_BOUND for error in errors.values()), errors
+
+
+def test_a_wrong_id_in_a_part_is_named_by_its_place_in_the_batch(engine: native.Engine) -> None:
+    case = case_named("ragged")
+    case.ids[15, 1] = case.shape.experts + 1
+    with pytest.raises(native.InvalidArgument, match=f"expert id {case.shape.experts + 1} at token 15, slot 1 is outside"):
+        on_engine.run(engine, case, tile_tokens=7)
+
+
 def test_sentinel_routes_are_skipped(engine: native.Engine) -> None:
     case = case_named("ragged")
     case.ids[::2, 0] = case.shape.experts
