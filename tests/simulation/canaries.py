@@ -18,7 +18,8 @@ from kt_expert_server.adapters.adapter import Adapter, AdapterLayer
 from kt_expert_server.adapters.window import GradientWindow
 from kt_expert_server.checkpoints import work as checkpoint_work
 from kt_expert_server.checkpoints.store import CheckpointStore
-from kt_expert_server.engine.passes import BackwardWork, ForwardWork
+from kt_expert_server.engine.backward import BackwardWork
+from kt_expert_server.engine.passes import ForwardWork
 from kt_expert_server.engine.tickets import Tickets
 from kt_expert_server.engine.transfers import ReadWork
 from kt_expert_server.members import saving

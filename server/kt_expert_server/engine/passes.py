@@ -1,4 +1,4 @@
-"""Forward and backward of one layer for one member."""
+"""Forward of one layer for one member, and what it shares with the backward (backward.py)."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ import kt_expert_native as native
 import numpy as np
 from kt_expert_proto.dtypes import Dtype
 from kt_expert_proto.header import FrameType, Header, Op, Tensor
-from kt_expert_proto.lora import LayerLora, tensor_names
+from kt_expert_proto.lora import LayerLora
 from kt_expert_proto.v1.session_pb2 import ResultHead
 from numpy.typing import NDArray
 
-from kt_expert_server.adapters.adapter import Adapter, AdapterLayer
+from kt_expert_server.adapters.adapter import Adapter
 from kt_expert_server.adapters.sizes import TrainingBytes
-from kt_expert_server.adapters.stacking import Active, Scales, add_gradients, stack, stacked_spec
+from kt_expert_server.adapters.stacking import Active, Scales, stack, stacked_spec
 from kt_expert_server.adapters.tensor_sets import find_adapter
-from kt_expert_server.adapters.window import Windows, present_bits
+from kt_expert_server.adapters.window import Windows
 from kt_expert_server.engine.budget import MemoryBudget, Reservation
 from kt_expert_server.engine.buffers import BufferPool, PooledBuffer, TensorMemory
 from kt_expert_server.engine.kinds import Kind
 from kt_expert_server.engine.tickets import SavedTicket, Tickets, UsedAdapter, UsedWeights
 from kt_expert_server.engine.training_memory import reserve_training
 from kt_expert_server.engine.work import Outcome, Work
-from kt_expert_server.errors import InvalidRequest, WrongPhase
+from kt_expert_server.errors import InvalidRequest
 from kt_expert_server.model.loader import LoadedLayer
 from kt_expert_server.observe.observer import Observer
 
@@ -33,7 +33,6 @@ _DTYPE_NAMES = {Dtype.BF16: "bf16", Dtype.FP32: "fp32"}
 # count: half of it costs a layer of 128 experts a tenth, and twice as much gains nothing.
 TILE_TOKENS = 1024
 _PRODUCT_FLOP = 6.0  # three products of H x I per route, two flop per multiply-add; LoRA is left out on purpose
-_BACKWARD_COST = 1.3  # of a forward's time, measured over batch sizes
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,16 +83,6 @@ class AskedAdapter:
 
     name: str
     scales: tuple[float | None, float | None, float | None]
-
-
-@dataclass(frozen=True, slots=True)
-class Target:
-    """Which gradients of an adapter a backward adds to, and which of these first forget what they held. Bits of tensors."""
-
-    adapter: str
-    wanted: int
-    replaced: int = 0
-    continued: int = 0  # those that go on from what a step has taken
 
 
 class ForwardWork(Work):
@@ -214,7 +203,7 @@ class ForwardWork(Work):
             saved = SavedTicket(tickets, self._header.layer, self._used, self._replaced, self._stacked, self._saved)
             self._trained.tickets.add(self._header.request_id, saved)
             self._saved, self._tickets = None, []
-        _report(self._tools.observer, self.kind, self._layer, self._header.rows, self._top_k)
+        report(self._tools.observer, self.kind, self._layer, self._header.rows, self._top_k)
         _report_imbalance(self._tools.observer, self._layer, self._ids)
         y, self._y = self._y, None
         about = Header(
@@ -238,197 +227,7 @@ def weights_of(layer: LoadedLayer, used: UsedWeights | None) -> native.LayerWeig
     return layer.weights if trained is None else trained.weights
 
 
-@dataclass(frozen=True, slots=True)
-class _Into:
-    """Where a target's gradients go, which, and which in place of what is there."""
-
-    gradients: native.AdapterTensors
-    wanted: list[str]
-    replaced: list[str]
-
-
-class BackwardWork(Work):
-    """dx and d(routing weights) from a ticket and dy [T, H]; adds LoRA's and weights' gradients to the member's windows.
-
-    Consumes the ticket unless it is kept. Where anything fails or is cancelled, windows and ticket are as they were.
-    """
-
-    kind = "backward"
-
-    def __init__(
-        self, tools: Tools, trained: Trained, layer: LoadedLayer, header: Header, dy: PooledBuffer,
-        *, ticket: int, keep_ticket: bool, targets: Sequence[Target], top_k: int, token: native.CancelToken,
-    ) -> None:  # fmt: skip
-        super().__init__()
-        self.token = token
-        self._tools, self._trained, self._layer, self._header = tools, trained, layer, header
-        self._ticket_id, self._keeps, self._targets, self._top_k = ticket, keep_ticket, targets, top_k
-        self._dy = dy.array(header.dtype, header.rows, header.columns)
-        self._saved: SavedTicket | None = None
-        self._dx: PooledBuffer | None = None
-        self._d_weights: PooledBuffer | None = None
-        self.parts = tools.parts(header.rows)
-        self.cost = _BACKWARD_COST * (header.rows * top_k / self.parts + layer.plan.num_experts)
-        self._into: dict[str, _Into] = {}
-        self._into_weights: _Into | None = None
-        self._together: _Into | None = None  # of several adapters, as one
-
-    def prepare(self) -> None:
-        # Looked up here and not on arrival: meanwhile the ticket may have been used and an adapter replaced.
-        tools, header, trained = self._tools, self._header, self._trained
-        self._saved = saved = trained.tickets.find(self._ticket_id, header.layer, trained.adapters)
-        top_k = saved.tickets[0].top_k
-        if top_k != self._top_k:
-            raise InvalidRequest(
-                f"the forward of ticket {self._ticket_id} routed each token to {top_k} experts, its backward says {self._top_k}"
-            )
-        tokens = sum(ticket.tokens for ticket in saved.tickets)
-        if tokens != header.rows:
-            raise InvalidRequest(f"the forward of ticket {self._ticket_id} had {tokens} tokens, its backward has {header.rows}")
-        for target in self._targets:
-            self._check_target(saved, target)
-        lora, scratch = native.AdapterSpec(), 0
-        if saved.stacked is not None:
-            lora = stacked_spec([each.active for each in saved.used])
-            scratch = saved.stacked.nbytes if self._targets else 0
-        elif saved.used:
-            lora = saved.used[0].active.layer.spec
-        trains_weights = any(map(self._is_of_weights, self._targets))
-        rows = min(header.rows, tools.tile_tokens)
-        scratch += tools.engine.scratch_bytes(self._layer.spec, lora, rows, self._top_k, trains_weights)
-        self.held.add(tools.budget.reserve(Kind.SCRATCH, scratch, trained.owner, f"a backward of {header.rows} tokens"))
-        self._dx = trained.take(tools, header.tensor_bytes)
-        self._d_weights = trained.take(tools, header.rows * self._top_k * 4)
-
-    def _is_of_weights(self, target: Target) -> bool:
-        adapter = self._trained.adapters.get(target.adapter)
-        layer = None if adapter is None else adapter.layers.get(self._header.layer)
-        return layer is not None and layer.trained is not None
-
-    def _layer_of(self, saved: SavedTicket, target: Target) -> AdapterLayer | None:
-        """What the forward used of the adapter. Weights that nothing has changed yet are the base model's: with them a forward
-        was made before the adapter was."""
-        used = next((each for each in saved.used if each.name == target.adapter), None)
-        if used is not None:
-            return used.active.layer
-        if not self._is_of_weights(target):
-            return None
-        layer = self._trained.adapters[target.adapter].layers[self._header.layer]
-        if saved.weights is None:
-            return layer if layer.version == 0 else None
-        return layer if saved.weights.name == target.adapter else None
-
-    def _check_target(self, saved: SavedTicket, target: Target) -> None:
-        """Raises InvalidRequest for gradients the forward has none of."""
-        layer = self._layer_of(saved, target)
-        there = 0 if layer is None else present_bits(layer)
-        if target.wanted & ~there or (target.replaced | target.continued) & ~target.wanted:
-            raise InvalidRequest(
-                f"gradients {target.wanted:#x} of adapter {target.adapter!r} are wanted, {target.replaced:#x} of them anew; "
-                f"the forward of ticket {self._ticket_id} can give {there:#x} of it"
-            )
-        missing = target.continued & ~self._trained.windows.of(target.adapter).there(self._header.layer)
-        if missing:
-            raise WrongPhase(
-                f"{', '.join(tensor_names(missing))} of adapter {target.adapter!r} in layer {self._header.layer} are to go on "
-                "from gradients that are not there any more: the server was started again since; clear the gradients first"
-            )
-        if target.wanted:
-            self._trained.reserve_training(self._tools, self._trained.adapters[target.adapter])
-            self._trained.windows.begin(target.adapter)
-
-    def run_part(self, part: int) -> None:
-        saved = self._saved
-        assert saved is not None  # noqa: S101
-        if not part:
-            self._find_gradients(saved)
-        if saved.stacked is not None:
-            self._backward(saved, part, saved.stacked, self._together)
-            if part == self.parts - 1:
-                self._add_together(saved)
-            return
-        parameters = saved.used[0].active.layer.parameters if saved.used else None
-        self._backward(saved, part, parameters, next(iter(self._into.values()), None))
-
-    def _find_gradients(self, saved: SavedTicket) -> None:
-        """All memory first: what comes after the first part cannot fail."""
-        self._into = {each.adapter: self._gradients_of(saved, each) for each in self._targets if each.wanted}
-        of_weights = [each.adapter for each in self._targets if each.wanted and self._is_of_weights(each)]
-        self._into_weights = self._into.pop(of_weights[0]) if of_weights else None
-        if saved.stacked is not None and self._into:
-            gradients = native.AdapterTensors(self._layer.spec, stacked_spec([each.active for each in saved.used]))
-            self._together = _Into(gradients, gradients.names(), gradients.names())
-
-    def _gradients_of(self, saved: SavedTicket, target: Target) -> _Into:
-        window, index = self._trained.windows.of(target.adapter), self._header.layer
-        layer = self._layer_of(saved, target)
-        assert layer is not None  # noqa: S101  # prepare has looked
-        replaced = target.replaced | target.wanted & ~(window.open(index) | target.continued)
-        return _Into(window.accumulator(index, layer), tensor_names(target.wanted), tensor_names(replaced))
-
-    def _add_together(self, saved: SavedTicket) -> None:
-        if self._together is None:
-            return
-        active, names = [each.active for each in saved.used], [each.name for each in saved.used]
-        for name, each in self._into.items():
-            add_gradients(active, self._together.gradients, names.index(name), each.gradients, each.wanted, each.replaced)
-
-    def _backward(
-        self, saved: SavedTicket, part: int, parameters: native.AdapterTensors | None, lora: _Into | None
-    ) -> None:  # fmt: skip
-        header, weights = self._header, self._into_weights
-        both = [each for each in (lora, weights) if each is not None]
-        assert self._dx is not None and self._d_weights is not None  # noqa: S101, PT018
-        tile = self._tools.tile(part)
-        self._tools.engine.backward(
-            weights_of(self._layer, saved.weights),
-            parameters,
-            None if lora is None else lora.gradients,
-            saved.tickets[part],
-            self._dy[tile],
-            self._dx.array(header.dtype, header.rows, header.columns)[tile],
-            self._d_weights.array(Dtype.FP32, header.rows, self._top_k)[tile],
-            self._token_of(part, adds=bool(both)),
-            [name for each in both for name in each.wanted],
-            [name for each in both for name in each.replaced] if not part else [],
-            None if weights is None else weights.gradients,
-        )
-
-    def _token_of(self, part: int, *, adds: bool) -> native.CancelToken | None:
-        """What has been added to a window cannot be taken out: from then on a backward counts whole."""
-        return None if part and adds else self.token
-
-    def commit(self) -> Outcome:
-        saved, header, trained = self._saved, self._header, self._trained
-        assert saved is not None and self._dx is not None and self._d_weights is not None  # noqa: S101, PT018
-        for target in self._targets:
-            trained.windows.of(target.adapter).add(header.layer, target.wanted)
-        if not self._keeps:
-            trained.tickets.drop(self._ticket_id, f"consumed by backward request {header.request_id}")
-        _report(self._tools.observer, self.kind, self._layer, header.rows, self._top_k)
-        weights = Header(
-            FrameType.TENSOR, layer=header.layer, op=Op.BACKWARD, tensor=Tensor.GRAD_ROUTING_WEIGHTS, dtype=Dtype.FP32,
-            rows=header.rows, columns=self._top_k,
-        )  # fmt: skip
-        hidden = Header(
-            FrameType.TENSOR, layer=header.layer, op=Op.BACKWARD, tensor=Tensor.GRAD_HIDDEN_STATES, dtype=header.dtype,
-            rows=header.rows, columns=header.columns,
-        )  # fmt: skip
-        outcome = Outcome(ResultHead(), [(weights, self._d_weights), (hidden, self._dx)])
-        self._dx = self._d_weights = None
-        return outcome
-
-    def end(self) -> None:
-        super().end()
-        self._saved = self._into_weights = self._together = None
-        self._into = {}
-        for buffer in (self._dx, self._d_weights):
-            if buffer is not None:
-                buffer.release()
-        self._dx = self._d_weights = None
-
-
-def _report(observer: Observer, direction: str, layer: LoadedLayer, tokens: int, top_k: int) -> None:
+def report(observer: Observer, direction: str, layer: LoadedLayer, tokens: int, top_k: int) -> None:
     flops = _PRODUCT_FLOP * tokens * top_k * layer.plan.hidden_size * layer.plan.intermediate_size
     observer.computed(direction, tokens, flops)
 

@@ -13,7 +13,8 @@ from kt_expert_proto.v1.session_pb2 import ErrorDetail, ResultHead, TensorName
 from kt_expert_server.adapters.window import Windows
 from kt_expert_server.checkpoints.manifest import MemberMark
 from kt_expert_server.engine.adapter_work import CreateAdapterWork, DeleteAdapterWork, EditWork, Owner
-from kt_expert_server.engine.passes import BackwardWork, ForwardWork, Tools
+from kt_expert_server.engine.backward import BackwardWork
+from kt_expert_server.engine.passes import ForwardWork, Tools
 from kt_expert_server.engine.step import Collective, NormWork, StepWork
 from kt_expert_server.engine.transfers import ListWork, ReadWork, WriteWork
 from kt_expert_server.engine.work import PASSES, Outcome, Work

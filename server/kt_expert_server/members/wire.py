@@ -16,7 +16,8 @@ from kt_expert_server.adapters.step_params import ParamGroup, StepParams
 from kt_expert_server.adapters.tensor_sets import TensorSet
 from kt_expert_server.adapters.transfer import TensorId
 from kt_expert_server.engine.adapter_work import AdapterRequest, Edit
-from kt_expert_server.engine.passes import AskedAdapter, Target
+from kt_expert_server.engine.backward import Target
+from kt_expert_server.engine.passes import AskedAdapter
 from kt_expert_server.errors import InvalidRequest, NotFound, StreamReplaced
 from kt_expert_server.names import check_name
 
