@@ -133,6 +133,29 @@ def test_memory_is_counted_and_given_back(server: ServerProcess) -> None:
     wait_until(lambda: shared() <= before)
 
 
+def _mappings(pid: int) -> int:
+    """Of shared memory in a process."""
+    return Path(f"/proc/{pid}/maps").read_text().count("memfd:kt-expert")
+
+
+def test_memory_goes_with_its_connection_and_not_with_the_collector(qwen3_checkpoint: Path, tmp_path: Path) -> None:
+    gc.collect()
+    before = _mappings(os.getpid())
+    gc.disable()
+    try:
+        with ServerProcess(qwen3_checkpoint, tmp_path / "log") as server:
+            for _ in range(3):
+                with kt.connect(server.address, transport="same-host") as client:
+                    run = _open(client)
+                    _pass(run, 1)
+                    assert _mappings(server.process.pid) == 1
+                    del run
+                wait_until(lambda: _mappings(server.process.pid) == 0, 5.0)
+                wait_until(lambda: _mappings(os.getpid()) == before, 5.0)
+    finally:
+        gc.enable()
+
+
 def test_a_server_without_it_is_reached_by_a_stream(
     qwen3_checkpoint: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

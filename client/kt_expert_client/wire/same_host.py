@@ -234,6 +234,8 @@ class SameHostTransport:
         self.close()
         if self._socket is not None:
             self._socket.close()
+        with self._lock:
+            self._memory = None  # but for what tensors have of it
         self._receiver.on_end(self._end or end)
 
     def _open(self) -> socket.socket:

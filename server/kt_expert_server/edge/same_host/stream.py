@@ -6,7 +6,8 @@ import asyncio
 import logging
 import socket
 import time
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
 
 from kt_expert_proto.codec import Decoder, Encoder, Messages
 from kt_expert_proto.header import FrameError, FrameType, Header, Op
@@ -26,8 +27,29 @@ _log = logging.getLogger(__name__)
 _PASSES = (Op.FORWARD, Op.BACKWARD)
 
 
+class _FromTrainer:
+    """Implements ConnectionReceiver."""
+
+    def __init__(self, tensors: SharedTensors, receiver: StreamReceiver) -> None:
+        self._tensors, self._receiver = tensors, receiver
+
+    def show(self, header: Header, place: Place) -> PooledBuffer | None:
+        return self._tensors.show(header, place, self._receiver.admit)
+
+    def freed(self, place: Place) -> None:
+        self._tensors.freed(place)
+
+    def ended(self, payload: bytes) -> None:
+        raise FrameError("END only travels from the server")
+
+
+def _call(function: Callable[[Place], None] | None, place: Place) -> None:
+    if function is not None:
+        function(place)
+
+
 class SameHostStream:
-    """Implements Transport and ConnectionReceiver. Reading and writing happen in callbacks of the event loop: tasks between the
+    """Implements Transport. Reading and writing happen in callbacks of the event loop: tasks between the
     socket and the core would cost a small request a turn of the loop each way."""
 
     def __init__(
@@ -36,7 +58,9 @@ class SameHostStream:
     ) -> None:  # fmt: skip
         self._driver, self._metrics, self._pace, self._caller = driver, metrics, pace, caller
         self._socket, self._loop = connection, asyncio.get_running_loop()
-        self._tensors = SharedTensors(memory, pool, self._free)
+        # Nothing of this may keep the stream once it is over: its memory would stay until the garbage collector comes.
+        free = weakref.WeakMethod(self._free)
+        self._tensors = SharedTensors(memory, pool, lambda place: _call(free(), place))
         self._outgoing = Outgoing(self._tensors.lend)
         self._messages = Messages()
         self._encoder = Encoder(checksum=False)  # memory of one machine is not a network
@@ -57,7 +81,8 @@ class SameHostStream:
             self.end(error)
             await self._over
             return
-        self._decoder: Decoder[PooledBuffer] = Decoder(StreamReceiver(self._driver, self._stream), self)
+        receiver = StreamReceiver(self._driver, self._stream)
+        self._decoder: Decoder[PooledBuffer] = Decoder(receiver, _FromTrainer(self._tensors, receiver))
         self._loop.add_reader(self._socket, self._readable)
         try:
             await self._over
@@ -94,17 +119,6 @@ class SameHostStream:
         self._is_ending = True
         self._flush_soon()
         self._loop.call_later(LAST_WORDS_S, self._finish)
-
-    # ConnectionReceiver
-
-    def show(self, header: Header, place: Place) -> PooledBuffer | None:
-        return self._tensors.show(header, place, StreamReceiver(self._driver, self._stream).admit)
-
-    def freed(self, place: Place) -> None:
-        self._tensors.freed(place)
-
-    def ended(self, payload: bytes) -> None:
-        raise FrameError("END only travels from the server")
 
     def _free(self, place: Place) -> None:
         if not self._is_ending and not self._over.done():
