@@ -10,11 +10,11 @@ from typing import Any
 import grpc
 from kt_expert_proto.channel import SESSION_METHOD
 from kt_expert_proto.codec import Decoder, Encoder
-from kt_expert_proto.header import Header, Op
+from kt_expert_proto.header import Header
 
 from kt_expert_server.edge.driver import Driver, StreamReceiver
 from kt_expert_server.edge.entrance import Caller, Entrance
-from kt_expert_server.edge.outgoing import LAST_WORDS_S, Outgoing, is_refusal
+from kt_expert_server.edge.outgoing import LAST_WORDS_S, Outgoing
 from kt_expert_server.edge.pace import Pace
 from kt_expert_server.edge.status import abort, abort_fault
 from kt_expert_server.engine.buffers import PooledBuffer
@@ -23,7 +23,6 @@ from kt_expert_server.observe.metrics import Metrics
 
 Context = grpc.aio.ServicerContext[bytes, bytes]
 _METHOD = "Exchange"
-_PASSES = (Op.FORWARD, Op.BACKWARD)
 
 
 class SessionStreams(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # generic in the stubs only
@@ -60,22 +59,17 @@ class GrpcStream:
     """Implements Transport: a reader that feeds the decoder and a writer that drains what the core has to say."""
 
     def __init__(self, driver: Driver, metrics: Metrics, pace: Pace, caller: Caller) -> None:
-        self._driver, self._metrics, self._pace, self._caller = driver, metrics, pace, caller
-        self._was_refused = False  # a request, since the reader last waited
-        self._outgoing = Outgoing()
+        self._driver, self._metrics, self._caller = driver, metrics, caller
+        self._outgoing = Outgoing(pace, caller.paced_as)
         self._has_outgoing = asyncio.Event()
         self._ended: asyncio.Future[ServerError | None] = asyncio.get_running_loop().create_future()
 
     def send(self, header: Header, payload: bytes | PooledBuffer) -> None:
         if self._ended.done():
             return
-        if self._outgoing.is_full:
-            self.end(self._outgoing.too_many())
-            return
-        if is_refusal(header, payload):
-            self._pace.charge(self._caller.paced_as)
-            self._was_refused = True
-        self._outgoing.add(header, payload)
+        too_many = self._outgoing.say(header, payload)
+        if too_many is not None:
+            self.end(too_many)
         self._has_outgoing.set()
 
     def end(self, error: ServerError | None) -> None:
@@ -124,9 +118,8 @@ class GrpcStream:
 
     async def _read(self, stream: int, decoder: Decoder[PooledBuffer], messages: AsyncIterator[bytes]) -> None:
         async for message in messages:
-            if self._was_refused:
-                self._was_refused = False
-                await self._pace.settle(self._caller.paced_as)
+            if self._outgoing.was_refused:
+                await self._outgoing.settle()
             self._driver.feed(stream, lambda message=message: decoder.feed(message))  # type: ignore[misc]
             if self._ended.done():
                 return
@@ -137,13 +130,13 @@ class GrpcStream:
             await self._has_outgoing.wait()
             if self._is_broken():
                 return
-            begun, first = time.monotonic(), self._outgoing.first()
+            begun, direction = time.monotonic(), self._outgoing.first_pass()
             for message in encoder.messages(self._outgoing):
                 self._outgoing.release_copied()
                 await context.write(message)
                 if self._is_broken():
                     return  # in the middle of a tensor whose memory may be another's by now
-            if first is not None and first.op in _PASSES:
-                self._metrics.stage(first.op.name.lower(), "send", time.monotonic() - begun)
+            if direction is not None:
+                self._metrics.stage(direction, "send", time.monotonic() - begun)
             if not self._outgoing:
                 self._has_outgoing.clear()

@@ -6,11 +6,12 @@ from collections import deque
 from collections.abc import Callable
 
 from kt_expert_proto.codec import Memory, Outbound
-from kt_expert_proto.header import FrameType, Header
+from kt_expert_proto.header import FrameType, Header, Op
 from kt_expert_proto.shared import Place
 from kt_expert_proto.status import STATUS_NUMBERS
 from kt_expert_proto.v1.session_pb2 import ErrorDetail
 
+from kt_expert_server.edge.pace import Pace
 from kt_expert_server.engine.buffers import PooledBuffer
 from kt_expert_server.errors import OutOfCapacity
 
@@ -26,8 +27,11 @@ class Outgoing:
     """Frames that wait to be sent, an iterator over them. Their buffers are held until the encoder has copied them. `lend`
     gives the place of a buffer that the trainer sees, which is sent in its stead."""
 
-    def __init__(self, lend: Callable[[PooledBuffer], Place | None] = lambda _: None) -> None:
-        self._lend = lend
+    def __init__(
+        self, pace: Pace, paced_as: str, lend: Callable[[PooledBuffer], Place | None] = lambda _: None
+    ) -> None:  # fmt: skip
+        self._pace, self._paced_as, self._lend = pace, paced_as, lend
+        self.was_refused = False  # a request, since the reader last waited
         self._frames: deque[tuple[Header, bytes | PooledBuffer]] = deque()
         self._copying: PooledBuffer | None = None  # the encoder may still read it
         self._copied: list[PooledBuffer] = []
@@ -35,12 +39,21 @@ class Outgoing:
     def __len__(self) -> int:
         return len(self._frames)
 
-    @property
-    def is_full(self) -> bool:
-        return len(self._frames) >= _MAX_QUEUED_FRAMES
+    def say(self, header: Header, payload: bytes | PooledBuffer) -> OutOfCapacity | None:
+        """Adds what the core says, and counts refusals in the trainer's pace. The error to end the stream with, where too many
+        frames wait."""
+        if len(self._frames) >= _MAX_QUEUED_FRAMES:
+            return OutOfCapacity(f"{len(self._frames)} frames wait to be read by this trainer; read them as they come")
+        if _is_refusal(header, payload):
+            self._pace.charge(self._paced_as)
+            self.was_refused = True
+        self.add(header, payload)
+        return None
 
-    def too_many(self) -> OutOfCapacity:
-        return OutOfCapacity(f"{len(self._frames)} frames wait to be read by this trainer; read them as they come")
+    async def settle(self) -> None:
+        """Returns when the trainer's refused requests are within its pace."""
+        self.was_refused = False
+        await self._pace.settle(self._paced_as)
 
     def __iter__(self) -> Outgoing:
         return self
@@ -62,8 +75,10 @@ class Outgoing:
             payload.hold()
         self._frames.append((header, payload))
 
-    def first(self) -> Header | None:
-        return self._frames[0][0] if self._frames else None
+    def first_pass(self) -> str | None:
+        """The direction of the pass whose frame is the first, if it is one's."""
+        op = self._frames[0][0].op if self._frames else Op.NONE
+        return op.name.lower() if op in (Op.FORWARD, Op.BACKWARD) else None
 
     def release_copied(self) -> None:
         """To be called with each message that the encoder yields, before it is sent: its trainer may acknowledge at once."""
@@ -83,7 +98,7 @@ class Outgoing:
         self.release_copied()
 
 
-def is_refusal(header: Header, payload: bytes | PooledBuffer) -> bool:
+def _is_refusal(header: Header, payload: bytes | PooledBuffer) -> bool:
     """Whether a frame tells its trainer of a mistake."""
     if header.type is not FrameType.ERROR or not isinstance(payload, bytes):
         return False

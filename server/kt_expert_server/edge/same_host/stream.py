@@ -10,12 +10,12 @@ import weakref
 from collections.abc import Callable, Iterator
 
 from kt_expert_proto.codec import Decoder, Encoder, Messages
-from kt_expert_proto.header import FrameError, FrameType, Header, Op
+from kt_expert_proto.header import FrameError, FrameType, Header
 from kt_expert_proto.shared import Place
 
 from kt_expert_server.edge.driver import Driver, StreamReceiver
 from kt_expert_server.edge.entrance import Caller
-from kt_expert_server.edge.outgoing import LAST_WORDS_S, Outgoing, is_refusal
+from kt_expert_server.edge.outgoing import LAST_WORDS_S, Outgoing
 from kt_expert_server.edge.pace import Pace
 from kt_expert_server.edge.same_host.memory import SharedMemory, SharedTensors
 from kt_expert_server.engine.buffers import BufferPool, PooledBuffer
@@ -24,7 +24,6 @@ from kt_expert_server.members.requests import error_detail
 from kt_expert_server.observe.metrics import Metrics
 
 _log = logging.getLogger(__name__)
-_PASSES = (Op.FORWARD, Op.BACKWARD)
 
 
 class _FromTrainer:
@@ -49,26 +48,25 @@ def _call(function: Callable[[Place], None] | None, place: Place) -> None:
 
 
 class SameHostStream:
-    """Implements Transport. Reading and writing happen in callbacks of the event loop: tasks between the
-    socket and the core would cost a small request a turn of the loop each way."""
+    """Implements Transport. Reading and writing happen in callbacks of the event loop: tasks between the socket and the core
+    would cost a small request a turn of the loop each way."""
 
     def __init__(
         self, driver: Driver, metrics: Metrics, pace: Pace, caller: Caller, connection: socket.socket, memory: SharedMemory,
         pool: BufferPool,
     ) -> None:  # fmt: skip
-        self._driver, self._metrics, self._pace, self._caller = driver, metrics, pace, caller
+        self._driver, self._metrics, self._caller = driver, metrics, caller
         self._socket, self._loop = connection, asyncio.get_running_loop()
         # Nothing of this may keep the stream once it is over: its memory would stay until the garbage collector comes.
         free = weakref.WeakMethod(self._free)
         self._tensors = SharedTensors(memory, pool, lambda place: _call(free(), place))
-        self._outgoing = Outgoing(self._tensors.lend)
+        self._outgoing = Outgoing(pace, caller.paced_as, self._tensors.lend)
         self._messages = Messages()
         self._encoder = Encoder(checksum=False)  # memory of one machine is not a network
         self._writing: Iterator[bytes] | None = None  # the encoder's messages of what is queued
         self._unsent = memoryview(b"")  # of a message that has been begun
         self._begun: tuple[str, float] | None = None  # a pass whose outcome leaves, and since when
         self._flushes = self._waits_to_write = False
-        self._was_refused = False  # a request, since the reader last waited
         self._pause: asyncio.Task[None] | None = None
         self._is_ending = False
         self._over: asyncio.Future[None] = self._loop.create_future()  # nothing more is read or written
@@ -101,13 +99,10 @@ class SameHostStream:
     def send(self, header: Header, payload: bytes | PooledBuffer) -> None:
         if self._is_ending:
             return
-        if self._outgoing.is_full:
-            self.end(self._outgoing.too_many())
-            return
-        if is_refusal(header, payload):
-            self._pace.charge(self._caller.paced_as)
-            self._was_refused = True
-        self._add(header, payload)
+        too_many = self._outgoing.say(header, payload)
+        if too_many is not None:
+            self.end(too_many)
+        self._flush_soon()
 
     def end(self, error: ServerError | None) -> None:
         if self._is_ending:
@@ -153,7 +148,7 @@ class SameHostStream:
     def _take(self, size: int) -> None:
         """Passes on what has come, at the pace of its sender."""
         self._driver.feed(self._stream, lambda: self._feed(size))
-        if self._was_refused and self._pause is None and not self._over.done():
+        if self._outgoing.was_refused and self._pause is None and not self._over.done():
             self._loop.remove_reader(self._socket)
             self._pause = self._loop.create_task(self._wait_for_pace())
 
@@ -162,12 +157,12 @@ class SameHostStream:
             if self._is_ending:
                 return
             self._decoder.feed(message)
-            if self._was_refused:
+            if self._outgoing.was_refused:
                 return  # the rest comes after the pause
 
     async def _wait_for_pace(self) -> None:
-        await self._pace.settle(self._caller.paced_as)
-        self._was_refused, self._pause = False, None
+        await self._outgoing.settle()
+        self._pause = None
         if not self._over.done():
             self._loop.add_reader(self._socket, self._readable)
             self._take(0)
@@ -198,9 +193,8 @@ class SameHostStream:
     def _next_message(self) -> bool:
         """Whether there is one; it is what is to be sent next."""
         if self._writing is None and self._outgoing:
-            first = self._outgoing.first()
-            if first is not None and first.op in _PASSES:
-                self._begun = first.op.name.lower(), time.monotonic()
+            direction = self._outgoing.first_pass()
+            self._begun = None if direction is None else (direction, time.monotonic())
             self._writing = self._encoder.messages(self._outgoing)
         message = next(self._writing, None) if self._writing is not None else None
         self._outgoing.release_copied()
