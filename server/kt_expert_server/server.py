@@ -96,10 +96,10 @@ class Server:
         """Serves until SIGTERM or SIGINT, then drains. Raises ListenError or ModelError before it is ready."""
         self._install_signals()
         metrics_address = await self._observe.start(self._config.metrics_listen)
-        if self._same_host is not None:
-            self._same_host.start()
         grpc_server, grpc_address = await self._start_grpc()
         try:
+            if self._same_host is not None:
+                self._same_host.start()
             model = await self._load(on_loaded_bytes)
             if model is not None:
                 _warn_of_misplaced(model)

@@ -13,7 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 import grpc
-from kt_expert_proto.codec import Buffer, Decoder, Encoder, Messages, Outbound, Source
+from kt_expert_proto.codec import Buffer, Decoder, Encoder, Messages, Outbound
 from kt_expert_proto.header import FrameError, FrameType, Header
 from kt_expert_proto.same_host import (
     ACCEPTED,
@@ -266,8 +266,4 @@ class SameHostTransport:
 def _is_small(frames: Sequence[Outbound]) -> bool:
     """Whether sending them takes about as long as waking a thread."""
     sources = [(header, payload) for header, payload in frames if not isinstance(payload, bytes | Place)]
-    return sum(header.tensor_bytes for header, _ in sources) <= _AT_ONCE_BYTES and all(_is_there(each) for _, each in sources)
-
-
-def _is_there(source: Source) -> bool:
-    return source.is_ready
+    return sum(header.tensor_bytes for header, _ in sources) <= _AT_ONCE_BYTES and all(each.is_ready for _, each in sources)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import socket
 import sys
 
-_LENGTH_BYTES = 8
+LENGTH_BYTES = 8
 
 
 def main() -> None:
@@ -16,7 +16,7 @@ def main() -> None:
     if connection.family == socket.AF_INET:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     memory = memoryview(bytearray(0))
-    while header := connection.recv(_LENGTH_BYTES, socket.MSG_WAITALL):
+    while header := connection.recv(LENGTH_BYTES, socket.MSG_WAITALL):
         size = int.from_bytes(header, "little")
         if len(memory) < size:
             memory = memoryview(bytearray(size))

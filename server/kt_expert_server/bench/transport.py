@@ -23,6 +23,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from kt_expert_server.bench.echo import LENGTH_BYTES
 from kt_expert_server.bench.layer import LayerBench
 from kt_expert_server.bench.processes import Process, cpu_s_of, serve
 from kt_expert_server.bench.remote import TRANSPORTS, write_model
@@ -150,7 +151,7 @@ def _raw_round(connection: socket.socket, process: subprocess.Popen[bytes], size
     times: list[float] = []
     while sum(times) < _LEAST_ROUND_S and len(times) < _MOST_IN_ROUND:
         begun = time.perf_counter()
-        connection.sendall(size.to_bytes(8, "little"))
+        connection.sendall(size.to_bytes(LENGTH_BYTES, "little"))
         connection.sendall(content)
         received = 0
         while received < size:

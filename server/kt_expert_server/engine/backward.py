@@ -47,7 +47,8 @@ class _Into:
 class BackwardWork(Work):
     """dx and d(routing weights) from a ticket and dy [T, H]; adds LoRA's and weights' gradients to the member's windows.
 
-    Consumes the ticket unless it is kept. Where anything fails or is cancelled, windows and ticket are as they were.
+    Consumes the ticket unless it is kept. Where anything fails or is cancelled, windows and ticket are as they were; after the
+    first part it is not cancelled any more, and all memory but the engine's scratch has been taken.
     """
 
     kind = "backward"
@@ -148,7 +149,7 @@ class BackwardWork(Work):
         self._backward(saved, part, parameters, next(iter(self._into.values()), None))
 
     def _find_gradients(self, saved: SavedTicket) -> None:
-        """All memory first: what comes after the first part cannot fail."""
+        """All memory first, so that what comes after the first part does not fail for want of it."""
         self._into = {each.adapter: self._gradients_of(saved, each) for each in self._targets if each.wanted}
         of_weights = [each.adapter for each in self._targets if each.wanted and self._is_of_weights(each)]
         self._into_weights = self._into.pop(of_weights[0]) if of_weights else None

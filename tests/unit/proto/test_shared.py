@@ -49,35 +49,34 @@ def test_a_region_that_is_full_says_so() -> None:
     assert [writer.take(SIZE // 2), writer.take(SIZE // 2), writer.take(1)] == [0, SIZE // 2, None]
 
 
-def test_a_place_is_lent_once_at_a_time() -> None:
+def _lent() -> tuple[Allocator, Place]:
+    """A writer that has lent one place."""
     writer = Allocator(SIZE)
     offset = writer.take(100)
     assert offset is not None
-    first = writer.lend(offset)
-    assert first is not None
-    assert writer.lend(offset) is None
+    place = writer.lend(offset)
+    assert place is not None
+    return writer, place
+
+
+def test_a_place_is_lent_once_at_a_time() -> None:
+    writer, first = _lent()
+    assert writer.lend(first.offset) is None
     writer.freed(first)
-    assert writer.lend(offset) == Place(offset, 2)
+    assert writer.lend(first.offset) == Place(first.offset, 2)
 
 
 @pytest.mark.parametrize(
     "place", [Place(0, 2), Place(GRANULE_BYTES, 1), Place(0, 0)], ids=["a later generation", "elsewhere", "not lent"]
 )
 def test_what_was_not_lent_cannot_be_given_back(place: Place) -> None:
-    writer = Allocator(SIZE)
-    offset = writer.take(100)
-    assert offset is not None
-    assert writer.lend(offset) is not None
+    writer, _ = _lent()
     with pytest.raises(FrameError, match="is not lent"):
         writer.freed(place)
 
 
 def test_a_place_is_given_back_once() -> None:
-    writer = Allocator(SIZE)
-    offset = writer.take(100)
-    assert offset is not None
-    place = writer.lend(offset)
-    assert place is not None
+    writer, place = _lent()
     writer.freed(place)
     with pytest.raises(FrameError, match="is not lent"):
         writer.freed(place)

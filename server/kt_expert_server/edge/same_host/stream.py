@@ -136,18 +136,18 @@ class SameHostStream:
             return
         except OSError:
             size = 0
-        if not size:
-            self._finish()
-            return
-        try:
+        if size:
             self._take(size)
-        except Exception:  # nobody else would tell of it, and the trainer would wait
-            _log.exception("a fault in a stream of a trainer on this host")
-            self.end(InternalError("internal fault; see the server's log"))
+        else:
+            self._finish()
 
     def _take(self, size: int) -> None:
         """Passes on what has come, at the pace of its sender."""
-        self._driver.feed(self._stream, lambda: self._feed(size))
+        try:
+            self._driver.feed(self._stream, lambda: self._feed(size))
+        except Exception:  # nobody else would tell of it, and the trainer would wait
+            _log.exception("a fault in a stream of a trainer on this host")
+            self.end(InternalError("internal fault; see the server's log"))
         if self._outgoing.was_refused and self._pause is None and not self._over.done():
             self._loop.remove_reader(self._socket)
             self._pause = self._loop.create_task(self._wait_for_pace())
