@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 
 import prometheus_client
+from kt_expert_proto.malloc import bytes_in_use
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from kt_expert_server.engine.budget import MemoryBudget
@@ -40,6 +41,9 @@ class Metrics:
         )
         self._memory = self._gauge("memory_bytes", "Memory reserved", ["kind"])
         self._limit = self._gauge("memory_budget_bytes", "The limit all reservations share", [])
+        self._heap: Gauge | None = None  # where the C library says it
+        if bytes_in_use() is not None:
+            self._heap = self._gauge("heap_bytes", "What the process has taken from malloc and not given back", [])
         self._runs = self._gauge("run_active", "Runs that are open", [])
         self._sessions = self._gauge("session_active", "Members with an attached stream", [])
         self._tickets = self._gauge("tickets", "Tickets that wait for their backward", [])
@@ -124,6 +128,8 @@ class Metrics:
         for kind in Kind:
             self._memory.labels(kind.value).set(budget.reserved(kind))
         self._limit.set(budget.limit_bytes)
+        if self._heap is not None:
+            self._heap.set(bytes_in_use() or 0)
         self._runs.set(len(core.runs.by_name))
         self._sessions.set(sum(member.stream is not None for member in members))
         self._tickets.set(sum(len(member.tickets) for member in members))
