@@ -1,3 +1,4 @@
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -152,11 +153,11 @@ class Engine:
         routing_weights: NDArray[np.float32],
         y: NDArray[Any],
         save: str = "nothing",
-        token: CancelToken | None = None,
         dropout_seed: int = 0,
         dropout_layer: int = 0,
         scales: tuple[float, float, float] | None = None,
         first_token: int = 0,
+        token: CancelToken | None = None,
     ) -> Ticket | None: ...
     def backward(
         self,
@@ -167,11 +168,14 @@ class Engine:
         dy: NDArray[Any],
         dx: NDArray[Any],
         d_weights: NDArray[np.float32],
-        token: CancelToken | None = None,
         wanted: list[str] | None = None,
         replaced: list[str] = ...,
         weight_gradients: AdapterTensors | None = None,
+        token: CancelToken | None = None,
     ) -> None: ...
+    # The arguments of forward and backward, of each; none has a token.
+    def forward_together(self, batches: Sequence[tuple[Any, ...]]) -> list[Ticket | None]: ...
+    def backward_together(self, batches: Sequence[tuple[Any, ...]]) -> None: ...
     def step(
         self, layers: list[tuple[LayerStep, list[AdapterTensors], AdapterTensors, OptimizerState, LayerWeights | None]]
     ) -> None: ...

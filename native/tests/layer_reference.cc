@@ -294,45 +294,100 @@ AdapterTensors load_adapter(const LayerInputs& inputs) {
   return adapter;
 }
 
-LayerResult run_engine(Engine& engine, const LayerInputs& inputs, FloatType type, SavePolicy policy) {
-  const LayerCase& spec = inputs.spec;
-  const LayerWeights weights = load_weights(inputs, engine.nodes());
-  const AdapterTensors adapter = load_adapter(inputs);
-  AdapterTensors gradients(spec.layer, spec.lora), weight_gradients(spec.layer, full_weights());
-  const std::vector<std::uint8_t> x = token_bytes(inputs.x, type), dy = token_bytes(inputs.dy, type);
-  std::vector<std::uint8_t> y(x.size()), dx(x.size());
-  std::vector<float> d_weights(inputs.ids.size());
-  ForwardArgs forward;
-  forward.weights = &weights;
-  forward.lora = spec.lora.any() ? &adapter : nullptr;
-  forward.x = {x.data(), type};
-  forward.routing =
-      build_routing({inputs.ids.data(), inputs.ids.size()}, {inputs.route_weights.data(), inputs.route_weights.size()},
-                    spec.tokens, spec.top_k, spec.layer.experts);
-  forward.y = {y.data(), type};
-  forward.save = policy;
-  forward.dropout = {5, 2};  // seed and layer; nothing is drawn but for a LoRA with dropout
-  const std::unique_ptr<Ticket> ticket = engine.forward(forward);
-  BackwardArgs backward;
-  backward.weights = &weights;
-  backward.lora = forward.lora;
-  backward.gradients = forward.lora != nullptr ? &gradients : nullptr;
-  backward.weight_gradients = &weight_gradients;
-  backward.ticket = ticket.get();
-  backward.dy = {dy.data(), type};
-  backward.dx = {dx.data(), type};
-  backward.d_weights = d_weights.data();
-  engine.backward(backward);
-  LayerResult result;
-  result.y = widened(y, type);
-  result.dx = widened(dx, type);
-  result.d_weights.assign(d_weights.begin(), d_weights.end());
-  for (int t = 0; t < kAdapterTensors; ++t) {
-    const AlignedBuffer<float>& tensor =
-        (t < kLoraTensors ? gradients : weight_gradients).tensor(static_cast<AdapterTensor>(t));
-    result.gradients[t].assign(tensor.data(), tensor.data() + tensor.size());
+namespace {
+
+// What one batch brings to the engine and gets from it.
+class BatchRun {
+ public:
+  BatchRun(const LayerInputs& inputs, const LayerWeights& weights, FloatType type, SavePolicy policy)
+      : inputs_(inputs),
+        weights_(weights),
+        type_(type),
+        policy_(policy),
+        adapter_(load_adapter(inputs)),
+        gradients_(inputs.spec.layer, inputs.spec.lora),
+        weight_gradients_(inputs.spec.layer, full_weights()),
+        x_(token_bytes(inputs.x, type)),
+        dy_(token_bytes(inputs.dy, type)),
+        y_(x_.size()),
+        dx_(x_.size()),
+        d_weights_(inputs.ids.size()) {}
+
+  ForwardArgs forward() {
+    const LayerCase& spec = inputs_.spec;
+    ForwardArgs args;
+    args.weights = &weights_;
+    args.lora = spec.lora.any() ? &adapter_ : nullptr;
+    args.x = {x_.data(), type_};
+    args.routing = build_routing({inputs_.ids.data(), inputs_.ids.size()},
+                                 {inputs_.route_weights.data(), inputs_.route_weights.size()}, spec.tokens, spec.top_k,
+                                 spec.layer.experts);
+    args.y = {y_.data(), type_};
+    args.save = policy_;
+    args.dropout = {5, 2};  // seed and layer; nothing is drawn but for a LoRA with dropout
+    return args;
   }
-  return result;
+  BackwardArgs backward(const Ticket& ticket) {
+    BackwardArgs args;
+    args.weights = &weights_;
+    args.lora = inputs_.spec.lora.any() ? &adapter_ : nullptr;
+    args.gradients = args.lora != nullptr ? &gradients_ : nullptr;
+    args.weight_gradients = &weight_gradients_;
+    args.ticket = &ticket;
+    args.dy = {dy_.data(), type_};
+    args.dx = {dx_.data(), type_};
+    args.d_weights = d_weights_.data();
+    return args;
+  }
+  LayerResult result() const {
+    LayerResult result;
+    result.y = widened(y_, type_);
+    result.dx = widened(dx_, type_);
+    result.d_weights.assign(d_weights_.begin(), d_weights_.end());
+    for (int t = 0; t < kAdapterTensors; ++t) {
+      const AlignedBuffer<float>& tensor =
+          (t < kLoraTensors ? gradients_ : weight_gradients_).tensor(static_cast<AdapterTensor>(t));
+      result.gradients[t].assign(tensor.data(), tensor.data() + tensor.size());
+    }
+    return result;
+  }
+
+ private:
+  const LayerInputs& inputs_;
+  const LayerWeights& weights_;
+  FloatType type_;
+  SavePolicy policy_;
+  AdapterTensors adapter_, gradients_, weight_gradients_;
+  std::vector<std::uint8_t> x_, dy_, y_, dx_;
+  std::vector<float> d_weights_;
+};
+
+}  // namespace
+
+LayerResult run_engine(Engine& engine, const LayerInputs& inputs, FloatType type, SavePolicy policy) {
+  const LayerWeights weights = load_weights(inputs, engine.nodes());
+  BatchRun run(inputs, weights, type, policy);
+  const std::unique_ptr<Ticket> ticket = engine.forward(run.forward());
+  engine.backward(run.backward(*ticket));
+  return run.result();
+}
+
+std::vector<LayerResult> run_together(Engine& engine, const std::vector<LayerInputs>& batches, FloatType type,
+                                      SavePolicy policy) {
+  const LayerWeights weights = load_weights(batches.front(), engine.nodes());
+  std::vector<std::unique_ptr<BatchRun>> runs;
+  std::vector<ForwardArgs> forwards;
+  for (const LayerInputs& inputs : batches) {
+    runs.push_back(std::make_unique<BatchRun>(inputs, weights, type, policy));
+    forwards.push_back(runs.back()->forward());
+  }
+  const std::vector<std::unique_ptr<Ticket>> tickets = engine.forward_together({forwards.data(), forwards.size()});
+  std::vector<BackwardArgs> backwards;
+  for (std::size_t b = 0; b < runs.size(); ++b) backwards.push_back(runs[b]->backward(*tickets[b]));
+  engine.backward_together({backwards.data(), backwards.size()});
+  std::vector<LayerResult> results;
+  for (const std::unique_ptr<BatchRun>& run : runs) results.push_back(run->result());
+  return results;
 }
 
 double relative_error(const Matrix& got, const Matrix& expected) {

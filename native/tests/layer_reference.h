@@ -46,6 +46,9 @@ LayerResult reference(const LayerInputs& inputs, const LayerWeights& weights, bo
 LayerWeights load_weights(const LayerInputs& inputs, int nodes);
 AdapterTensors load_adapter(const LayerInputs& inputs);
 LayerResult run_engine(Engine& engine, const LayerInputs& inputs, FloatType type, SavePolicy policy);
+// Batches of the first one's layer, in one pass.
+std::vector<LayerResult> run_together(Engine& engine, const std::vector<LayerInputs>& batches, FloatType type,
+                                      SavePolicy policy);
 
 // Relative L2; the absolute norm where nothing is expected.
 double relative_error(const Matrix& got, const Matrix& expected);

@@ -3,6 +3,8 @@
 
 #include <cmath>
 #include <string>
+#include <utility>
+#include <vector>
 
 #include "isas.h"
 #include "kt_expert/error.h"
@@ -227,6 +229,117 @@ TEST_CASE("nor do they where there are several tasks of everything") {
       CHECK(std::equal(alone.dx.begin(), alone.dx.end(), expected.dx.begin() + kFirst * kHidden));
     }
   });
+}
+
+// Batches of one layer that differ in everything else. One more has rows enough that its neighbours' lie in several
+// tasks, and one uses each expert that it names twice for a token.
+std::vector<LayerInputs> strangers(const LayerSpec& spec, WeightFormat format) {
+  AdapterSpec dropping = kTied;
+  dropping.dropout = 0.3f;
+  const AdapterSpec none;
+  std::vector<LayerInputs> batches;
+  unsigned seed = 40;
+  for (const auto& [lora, tokens] : std::vector<std::pair<AdapterSpec, int>>{
+           {kSplit, 5}, {none, 1}, {dropping, 7}, {kDownOnly, 0}, {kWide, 33}, {kSplit, 2}}) {
+    LayerInputs inputs = make_inputs({"together", spec, lora, tokens, 2, format}, seed++);
+    if (!batches.empty()) {
+      for (int p = 0; p < kProjections; ++p) {
+        inputs.weights[p] = batches.front().weights[p];
+        inputs.biases[p] = batches.front().biases[p];
+      }
+    }
+    batches.push_back(std::move(inputs));
+  }
+  for (std::size_t slot = 0; slot < batches.back().ids.size(); ++slot) batches.back().ids[slot] = 1;
+  return batches;
+}
+
+TEST_CASE("nor does another's batch in the same pass over the weights") {
+  for_each_isa([](Isa isa) {
+    for (const LayerSpec& spec : {layer(3, 40, 33), layer(3, 45, 30, {Activation::kGptOss, 1.702f, 1.0f}, true)}) {
+      for (const WeightFormat format : {WeightFormat::kBf16, WeightFormat::kInt8, WeightFormat::kInt4G32}) {
+        for (const FloatType type : {FloatType::kBf16, FloatType::kF32}) {
+          if (runs_elsewhere(isa, format, type)) continue;
+          CAPTURE(std::string(weight_format_name(format)));
+          const std::vector<LayerInputs> batches = strangers(spec, format);
+          for (const int nodes : {1, 2}) {
+            Engine engine(3, isa_name(isa), nodes);
+            for (const SavePolicy policy : {SavePolicy::kActivations, SavePolicy::kInputs}) {
+              const std::vector<LayerResult> together = run_together(engine, batches, type, policy);
+              for (std::size_t b = 0; b < batches.size(); ++b) {
+                CAPTURE(b);
+                CHECK(same_bits(together[b], run_engine(engine, batches[b], type, policy)));
+              }
+            }
+          }
+        }
+      }
+    }
+  });
+}
+
+TEST_CASE("many strangers' rows of one expert are cut into several tasks") {
+  for_each_isa([](Isa isa) {
+    std::vector<LayerInputs> batches;
+    for (const int tokens : {150, 3, 130, 1}) {
+      LayerInputs inputs = make_inputs({"long", layer(2, 70, 45), kTied, tokens, 1, WeightFormat::kBf16, 1}, 50);
+      batches.push_back(std::move(inputs));
+    }
+    Engine engine(2, isa_name(isa), 1);
+    const std::vector<LayerResult> together = run_together(engine, batches, FloatType::kBf16, SavePolicy::kActivations);
+    for (std::size_t b = 0; b < batches.size(); ++b) {
+      CAPTURE(b);
+      LayerInputs own = batches[b];
+      for (int p = 0; p < kProjections; ++p) own.weights[p] = batches.front().weights[p];
+      CHECK(same_bits(together[b], run_engine(engine, own, FloatType::kBf16, SavePolicy::kActivations)));
+    }
+  });
+}
+
+TEST_CASE("batches that do not fit together are refused") {
+  const LayerInputs inputs = make_inputs({"refused", layer(2, 40, 33), kSplit, 3, 1}, 60);
+  Engine engine(1, "", 1);
+  const LayerWeights weights = load_weights(inputs, 1), others = load_weights(inputs, 1);
+  const AdapterTensors adapter = load_adapter(inputs);
+  AdapterTensors gradients(inputs.spec.layer, inputs.spec.lora);
+  std::vector<float> y(inputs.x.size()), dx(inputs.x.size()), d_weights(inputs.ids.size());
+  ForwardArgs forward;
+  forward.weights = &weights;
+  forward.lora = &adapter;
+  forward.x = {inputs.x.data(), FloatType::kF32};
+  forward.y = {y.data(), FloatType::kF32};
+  forward.save = SavePolicy::kActivations;
+  forward.routing = build_routing({inputs.ids.data(), inputs.ids.size()},
+                                  {inputs.route_weights.data(), inputs.route_weights.size()}, inputs.spec.tokens, 1, 2);
+  const CancelToken token;
+  std::vector<ForwardArgs> pair = {forward, forward};
+  const auto refused = [&] {
+    CHECK_THROWS_AS(engine.forward_together({pair.data(), pair.size()}), InvalidArgument);
+    pair[1] = forward;
+  };
+  pair[1].weights = &others;
+  refused();
+  pair[1].token = &token;
+  refused();
+  pair[1].y.type = FloatType::kBf16;
+  refused();
+  CHECK(engine.forward_together({}).empty());
+  const std::unique_ptr<Ticket> first = engine.forward(forward);
+  forward.save = SavePolicy::kInputs;
+  const std::unique_ptr<Ticket> other = engine.forward(forward);
+  BackwardArgs backward;
+  backward.weights = &weights;
+  backward.lora = &adapter;
+  backward.gradients = &gradients;
+  backward.ticket = first.get();
+  backward.dy = {inputs.dy.data(), FloatType::kF32};
+  backward.dx = {dx.data(), FloatType::kF32};
+  backward.d_weights = d_weights.data();
+  std::vector<BackwardArgs> backwards = {backward, backward};
+  CHECK_THROWS_AS(engine.backward_together({backwards.data(), backwards.size()}), InvalidArgument);  // one's gradients
+  backwards[1].gradients = nullptr;
+  backwards[1].ticket = other.get();
+  CHECK_THROWS_AS(engine.backward_together({backwards.data(), backwards.size()}), InvalidArgument);  // policies
 }
 
 TEST_CASE("memory nodes agree, and each number of them with itself to the bit") {

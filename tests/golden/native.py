@@ -69,8 +69,7 @@ def run(
     tiles = [slice(first, first + step) for first in range(0, max(case.shape.tokens, 1), step)]
     dropout = case.dropout_seed, case.dropout_layer
     tickets = [
-        engine.forward(weights, adapter, x[at], ids[at], routing[at], y[at], save, None, *dropout, None, at.start)
-        for at in tiles
+        engine.forward(weights, adapter, x[at], ids[at], routing[at], y[at], save, *dropout, None, at.start) for at in tiles
     ]
     for at, ticket in zip(tiles, tickets, strict=True):
         assert ticket is not None

@@ -19,6 +19,7 @@
 #include "kt_expert/layer.h"
 #include "kt_expert/optimizer.h"
 #include "kt_expert/routing.h"
+#include "kt_expert/span.h"
 #include "kt_expert/thread_pool.h"
 #include "kt_expert/ticket_memory.h"
 
@@ -161,6 +162,12 @@ class Engine {
   std::unique_ptr<Ticket> forward(const ForwardArgs& args);
   // Adds to gradients only after every step that can fail or be cancelled: a backward counts whole or not at all.
   void backward(const BackwardArgs& args);
+  // The same for several batches that share one reading of the weights: each gets the bits it would get alone. Their
+  // tokens are of one type, and backwards' tickets of one save policy. None has a cancel token: either all count or
+  // none. Memory: no more than the sum of what each would take. Throws InvalidArgument for batches that do not fit
+  // together.
+  std::vector<std::unique_ptr<Ticket>> forward_together(Span<const ForwardArgs> batches);
+  void backward_together(Span<const BackwardArgs> batches);
   // Of every layer, gradients are summed in rank order, scaled, and applied. Throws InvalidArgument where shapes differ
   // or a tensor's update is of another kind than the state. Everything is checked and all memory taken before the first
   // write: a step counts whole or not at all.

@@ -56,33 +56,77 @@ TokensOut tokens_out(py::array& array, const char* name, py::ssize_t tokens, py:
   return {array.mutable_data(), type};
 }
 
-std::unique_ptr<Ticket> forward(Engine& engine, const LayerWeights& weights, const AdapterTensors* adapter,
-                                const py::array& x, const IdArray& expert_ids, const FloatArray& routing_weights,
-                                py::array y, const std::string& save, const CancelToken* token,
-                                std::uint64_t dropout_seed, std::uint32_t dropout_layer,
-                                const std::optional<std::array<float, 3>>& scales, std::uint32_t first_token) {
-  if (expert_ids.ndim() != 2 || routing_weights.ndim() != 2 || routing_weights.shape(0) != expert_ids.shape(0) ||
-      routing_weights.shape(1) != expert_ids.shape(1)) {
-    throw InvalidArgument("expert_ids has shape " + shape_text(expert_ids) + " and routing_weights " +
-                          shape_text(routing_weights) + ", expected one (tokens, top_k) for both");
+// One batch's forward: arguments whose memory the caller holds, and the routes, which are built without the GIL.
+class ForwardCall {
+ public:
+  ForwardCall(const LayerWeights& weights, const AdapterTensors* adapter, const py::array& x,
+              const py::array& expert_ids, const py::array& routing_weights, py::array& y, const std::string& save,
+              std::uint64_t dropout_seed, std::uint32_t dropout_layer,
+              const std::optional<std::array<float, 3>>& scales, std::uint32_t first_token, const CancelToken* token) {
+    if (!py::isinstance<IdArray>(expert_ids) || !py::isinstance<FloatArray>(routing_weights)) {
+      throw InvalidArgument("expert_ids must be C-contiguous int32 and routing_weights float32");
+    }
+    if (expert_ids.ndim() != 2 || routing_weights.ndim() != 2 || routing_weights.shape(0) != expert_ids.shape(0) ||
+        routing_weights.shape(1) != expert_ids.shape(1)) {
+      throw InvalidArgument("expert_ids has shape " + shape_text(expert_ids) + " and routing_weights " +
+                            shape_text(routing_weights) + ", expected one (tokens, top_k) for both");
+    }
+    const py::ssize_t tokens = expert_ids.shape(0);
+    args_.weights = &weights;
+    args_.lora = adapter;
+    if (scales) args_.scales = AdapterScales{(*scales)[0], (*scales)[1], (*scales)[2]};
+    args_.x = tokens_in(x, "x", tokens, weights.spec().hidden);
+    args_.y = tokens_out(y, "y", tokens, weights.spec().hidden);
+    args_.save = save_policy_from(save);
+    args_.token = token;
+    args_.dropout = {dropout_seed, dropout_layer, first_token};
+    const std::size_t slots = static_cast<std::size_t>(expert_ids.size());
+    ids_ = {static_cast<const std::int32_t*>(expert_ids.data()), slots};
+    route_weights_ = {static_cast<const float*>(routing_weights.data()), slots};
+    tokens_ = static_cast<int>(tokens);
+    top_k_ = static_cast<int>(expert_ids.shape(1));
   }
-  const py::ssize_t tokens = expert_ids.shape(0);
-  const LayerSpec& spec = weights.spec();
-  ForwardArgs args;
-  args.weights = &weights;
-  args.lora = adapter;
-  if (scales) args.scales = AdapterScales{(*scales)[0], (*scales)[1], (*scales)[2]};
-  args.x = tokens_in(x, "x", tokens, spec.hidden);
-  args.y = tokens_out(y, "y", tokens, spec.hidden);
-  args.save = save_policy_from(save);
-  args.dropout = {dropout_seed, dropout_layer, first_token};
-  args.token = token;
-  const Span<const std::int32_t> ids{expert_ids.data(), static_cast<std::size_t>(expert_ids.size())};
-  const Span<const float> route_weights{routing_weights.data(), static_cast<std::size_t>(routing_weights.size())};
-  const int top_k = static_cast<int>(expert_ids.shape(1));
+
+  ForwardArgs args() const {
+    ForwardArgs args = args_;
+    args.routing =
+        build_routing(ids_, route_weights_, tokens_, top_k_, args.weights->spec().experts, args.dropout.first_token);
+    return args;
+  }
+
+ private:
+  ForwardArgs args_;
+  Span<const std::int32_t> ids_;
+  Span<const float> route_weights_;
+  int tokens_ = 0;
+  int top_k_ = 0;
+};
+
+std::unique_ptr<Ticket> forward(Engine& engine, const LayerWeights& weights, const AdapterTensors* adapter,
+                                const py::array& x, const py::array& expert_ids, const py::array& routing_weights,
+                                py::array y, const std::string& save, std::uint64_t dropout_seed,
+                                std::uint32_t dropout_layer, const std::optional<std::array<float, 3>>& scales,
+                                std::uint32_t first_token, const CancelToken* token) {
+  const ForwardCall call(weights, adapter, x, expert_ids, routing_weights, y, save, dropout_seed, dropout_layer, scales,
+                         first_token, token);
   py::gil_scoped_release release;
-  args.routing = build_routing(ids, route_weights, static_cast<int>(tokens), top_k, spec.experts, first_token);
-  return engine.forward(args);
+  return engine.forward(call.args());
+}
+
+// The arguments of forward().
+using ForwardTuple =
+    std::tuple<const LayerWeights*, const AdapterTensors*, py::array, py::array, py::array, py::array, std::string,
+               std::uint64_t, std::uint32_t, std::optional<std::array<float, 3>>, std::uint32_t, const CancelToken*>;
+
+std::vector<std::unique_ptr<Ticket>> forward_together(Engine& engine, std::vector<ForwardTuple> batches) {
+  std::vector<ForwardCall> calls;
+  for (auto& [weights, adapter, x, ids, route_weights, y, save, seed, layer, scales, first_token, token] : batches) {
+    calls.emplace_back(*weights, adapter, x, ids, route_weights, y, save, seed, layer, scales, first_token, token);
+  }
+  py::gil_scoped_release release;
+  std::vector<ForwardArgs> args;
+  for (const ForwardCall& call : calls) args.push_back(call.args());
+  return engine.forward_together({args.data(), args.size()});
 }
 
 AdapterTensorSet tensor_set(const std::vector<std::string>& names) {
@@ -91,10 +135,11 @@ AdapterTensorSet tensor_set(const std::vector<std::string>& names) {
   return set;
 }
 
-void backward(Engine& engine, const LayerWeights& weights, const AdapterTensors* adapter, AdapterTensors* gradients,
-              const Ticket& ticket, const py::array& dy, py::array dx, FloatArray d_weights, const CancelToken* token,
-              const std::optional<std::vector<std::string>>& wanted, const std::vector<std::string>& replaced,
-              AdapterTensors* weight_gradients) {
+BackwardArgs backward_args(const LayerWeights& weights, const AdapterTensors* adapter, AdapterTensors* gradients,
+                           const Ticket& ticket, const py::array& dy, py::array& dx, py::array& d_weights,
+                           const std::optional<std::vector<std::string>>& wanted,
+                           const std::vector<std::string>& replaced, AdapterTensors* weight_gradients,
+                           const CancelToken* token) {
   const py::ssize_t tokens = ticket.routing().tokens;
   const py::ssize_t top_k = ticket.routing().top_k;
   BackwardArgs args;
@@ -105,16 +150,42 @@ void backward(Engine& engine, const LayerWeights& weights, const AdapterTensors*
   args.ticket = &ticket;
   args.dy = tokens_in(dy, "dy", tokens, weights.spec().hidden);
   args.dx = tokens_out(dx, "dx", tokens, weights.spec().hidden);
+  if (!py::isinstance<FloatArray>(d_weights)) throw InvalidArgument("d_weights must be C-contiguous float32");
   if (d_weights.ndim() != 2 || d_weights.shape(0) != tokens || d_weights.shape(1) != top_k) {
     throw InvalidArgument("d_weights has shape " + shape_text(d_weights) + ", expected (" + std::to_string(tokens) +
                           ", " + std::to_string(top_k) + ")");
   }
-  args.d_weights = d_weights.mutable_data();
-  args.token = token;
+  args.d_weights = static_cast<float*>(d_weights.mutable_data());
   if (wanted) args.wanted = tensor_set(*wanted);
   args.replaced = tensor_set(replaced);
+  args.token = token;
+  return args;
+}
+
+void backward(Engine& engine, const LayerWeights& weights, const AdapterTensors* adapter, AdapterTensors* gradients,
+              const Ticket& ticket, const py::array& dy, py::array dx, py::array d_weights,
+              const std::optional<std::vector<std::string>>& wanted, const std::vector<std::string>& replaced,
+              AdapterTensors* weight_gradients, const CancelToken* token) {
+  const BackwardArgs args =
+      backward_args(weights, adapter, gradients, ticket, dy, dx, d_weights, wanted, replaced, weight_gradients, token);
   py::gil_scoped_release release;
   engine.backward(args);
+}
+
+// The arguments of backward().
+using BackwardTuple = std::tuple<const LayerWeights*, const AdapterTensors*, AdapterTensors*, const Ticket*, py::array,
+                                 py::array, py::array, std::optional<std::vector<std::string>>,
+                                 std::vector<std::string>, AdapterTensors*, const CancelToken*>;
+
+void backward_together(Engine& engine, std::vector<BackwardTuple> batches) {
+  std::vector<BackwardArgs> args;
+  for (auto& [weights, adapter, gradients, ticket, dy, dx, d_weights, wanted, replaced, weight_gradients, token] :
+       batches) {
+    args.push_back(backward_args(*weights, adapter, gradients, *ticket, dy, dx, d_weights, wanted, replaced,
+                                 weight_gradients, token));
+  }
+  py::gil_scoped_release release;
+  engine.backward_together({args.data(), args.size()});
 }
 
 using LayerTuple =
@@ -182,14 +253,16 @@ void bind_engine(py::module_& module) {
       .def("measure_update_bandwidth", &Engine::measure_update_bandwidth, py::call_guard<py::gil_scoped_release>())
       .def_property_readonly("kept_bytes", &Engine::kept_bytes)
       .def("drop_kept", &Engine::drop_kept)
-      .def("forward", &forward, py::arg("weights"), py::arg("adapter").none(true), py::arg("x"),
-           py::arg("expert_ids").noconvert(), py::arg("routing_weights").noconvert(), py::arg("y"),
-           py::arg("save") = "nothing", py::arg("token").none(true) = nullptr, py::arg("dropout_seed") = 0,
-           py::arg("dropout_layer") = 0, py::arg("scales") = py::none(), py::arg("first_token") = 0)
+      .def("forward", &forward, py::arg("weights"), py::arg("adapter").none(true), py::arg("x"), py::arg("expert_ids"),
+           py::arg("routing_weights"), py::arg("y"), py::arg("save") = "nothing", py::arg("dropout_seed") = 0,
+           py::arg("dropout_layer") = 0, py::arg("scales") = py::none(), py::arg("first_token") = 0,
+           py::arg("token").none(true) = nullptr)
       .def("backward", &backward, py::arg("weights"), py::arg("adapter").none(true), py::arg("gradients").none(true),
-           py::arg("ticket"), py::arg("dy"), py::arg("dx"), py::arg("d_weights").noconvert(),
-           py::arg("token").none(true) = nullptr, py::arg("wanted") = py::none(),
-           py::arg("replaced") = std::vector<std::string>{}, py::arg("weight_gradients").none(true) = nullptr)
+           py::arg("ticket"), py::arg("dy"), py::arg("dx"), py::arg("d_weights"), py::arg("wanted") = py::none(),
+           py::arg("replaced") = std::vector<std::string>{}, py::arg("weight_gradients").none(true) = nullptr,
+           py::arg("token").none(true) = nullptr)
+      .def("forward_together", &forward_together, py::arg("batches"))
+      .def("backward_together", &backward_together, py::arg("batches"))
       .def("step", &take_step, py::arg("layers"))
       .def("decode_weights", &Engine::decode_weights, py::arg("weights"), py::arg("into"),
            py::call_guard<py::gil_scoped_release>())

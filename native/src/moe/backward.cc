@@ -2,95 +2,117 @@
 // nothing is rounded for its sake: with p = W_down^T dy (+ LoRA), d_w = <h, p> (+ <bias_down, dy>) and d_h = w * p.
 #include "moe/backward.h"
 
+#include <algorithm>
+#include <utility>
+
 namespace kt_expert {
 namespace {
 
 // Columns of one partial sum of <h, p>: the partials do not depend on how columns are cut into tasks.
 constexpr int kDotColumns = kLeastColumns;
 
+std::vector<Batch> batches_of(Span<const BackwardArgs> args) {
+  std::vector<Batch> batches;
+  for (const BackwardArgs& each : args) {
+    batches.push_back({each.lora, each.ticket->lora(), &each.ticket->routing(), each.ticket->dropout()});
+  }
+  return batches;
+}
+
 }  // namespace
 
 Engine::BackwardPass::Buffers Engine::BackwardPass::take(Carver& carver, const KernelTable& kernels,
-                                                         const LayerSpec& layer, const AdapterSpec& lora,
-                                                         std::int64_t tokens, std::int64_t routes, int nodes,
-                                                         SavePolicy policy, FloatType output, bool trains_weights) {
+                                                         const LayerSpec& layer, const std::vector<BatchSize>& batches,
+                                                         int nodes, SavePolicy policy, FloatType output,
+                                                         bool trains_weights) {
   Buffers buffers;
-  const std::int64_t hidden = routes * layer.intermediate;
-  const bool fp32_operands = kernels.operand == OperandType::kF32;
-  if (policy == SavePolicy::kInputs) {
-    if (has_gate(layer.activation.kind)) buffers.recomputed.gate = carver.take<float>(hidden);
-    buffers.recomputed.up = carver.take<float>(hidden);
-  }
-  buffers.dy = TokenOperands::take(carver, kernels, tokens, routes, layer.hidden);
+  const BatchSize all = sum_of(batches);
+  buffers.dy = TokenOperands::take(carver, kernels, all.tokens, all.routes, layer.hidden);
   if (has_gate(layer.activation.kind)) {
-    buffers.d_gate = OperandRows::take(carver, kernels, routes, layer.intermediate);
-    if (!fp32_operands) buffers.d_gate_f32 = carver.take<float>(hidden);
+    buffers.d_gate = OperandRows::take(carver, kernels, all.routes, layer.intermediate);
   }
-  buffers.d_up = OperandRows::take(carver, kernels, routes, layer.intermediate);
-  if (!fp32_operands) buffers.d_up_f32 = carver.take<float>(hidden);
-  if (reads_x(lora)) buffers.x_f32 = carver.take<float>(tokens * layer.hidden);
-  if (!fp32_operands && (lora.rank_down > 0 || trains_weights)) {
-    buffers.dy_f32 = carver.take<float>(tokens * layer.hidden);
+  buffers.d_up = OperandRows::take(carver, kernels, all.routes, layer.intermediate);
+  for (const BatchSize& batch : batches) {
+    buffers.own.push_back(take_own(carver, kernels, layer, batch, policy, trains_weights));
   }
-  if (trains_weights) {
-    buffers.whole_x_f32 = carver.take<float>(tokens * layer.hidden);
-    buffers.weighted_h = carver.take<float>(hidden);
-  }
-  if (lora.rank_down > 0) {
-    buffers.h_f32 = carver.take<float>(hidden);
-    buffers.dy_b_down = LoraRows::take(carver, kernels, routes, lora.rank_down, nullptr);
-    buffers.weighted_h_a = carver.take<float>(routes * rank_stride(lora.rank_down));
-  }
-  buffers.d_gate_b = LoraRows::take(carver, kernels, routes, lora.rank_gate, nullptr);
-  buffers.d_up_b = LoraRows::take(carver, kernels, routes, lora.tied ? 0 : lora.rank_up, nullptr);
-  buffers.d_weight_parts = carver.take<float>(routes * ceil_div(layer.intermediate, kDotColumns));
-  buffers.d_weight_rows = carver.take<float>(routes);
-  buffers.dx = TokenSums::take(carver, tokens, layer.hidden, nodes, output);
+  buffers.dx = TokenSums::take(carver, all.tokens, layer.hidden, nodes, output);
   return buffers;
 }
 
+Engine::BackwardPass::OwnBuffers Engine::BackwardPass::take_own(Carver& carver, const KernelTable& kernels,
+                                                                const LayerSpec& layer, const BatchSize& batch,
+                                                                SavePolicy policy, bool trains_weights) {
+  OwnBuffers own;
+  const AdapterSpec& lora = batch.lora;
+  const std::int64_t tokens = batch.tokens * layer.hidden, hidden = batch.routes * layer.intermediate;
+  const bool fp32_operands = kernels.operand == OperandType::kF32, gated = has_gate(layer.activation.kind);
+  if (policy == SavePolicy::kInputs) {
+    if (gated) own.recomputed.gate = carver.take<float>(hidden);
+    own.recomputed.up = carver.take<float>(hidden);
+  }
+  if (gated && !fp32_operands) own.d_gate_f32 = carver.take<float>(hidden);
+  if (!fp32_operands) own.d_up_f32 = carver.take<float>(hidden);
+  if (batch.reads_x()) own.x_f32 = carver.take<float>(tokens);
+  if (!fp32_operands && (lora.rank_down > 0 || trains_weights)) own.dy_f32 = carver.take<float>(tokens);
+  if (trains_weights) {
+    own.whole_x_f32 = carver.take<float>(tokens);
+    own.weighted_h = carver.take<float>(hidden);
+  }
+  if (lora.rank_down > 0) {
+    own.h_f32 = carver.take<float>(hidden);
+    own.dy_b_down = LoraRows::take(carver, kernels, batch.routes, lora.rank_down, nullptr);
+    own.weighted_h_a = carver.take<float>(batch.routes * rank_stride(lora.rank_down));
+  }
+  own.d_gate_b = LoraRows::take(carver, kernels, batch.routes, lora.rank_gate, nullptr);
+  own.d_up_b = LoraRows::take(carver, kernels, batch.routes, lora.tied ? 0 : lora.rank_up, nullptr);
+  own.d_weight_parts = carver.take<float>(batch.routes * ceil_div(layer.intermediate, kDotColumns));
+  own.d_weight_rows = carver.take<float>(batch.routes);
+  return own;
+}
+
 std::int64_t Engine::BackwardPass::scratch_bytes(const KernelTable& kernels, const LayerSpec& layer,
-                                                 const AdapterSpec& lora, std::int64_t tokens, std::int64_t routes,
-                                                 int nodes, int workers, bool trains_weights) {
+                                                 const std::vector<BatchSize>& batches, int nodes, int workers,
+                                                 bool trains_weights) {
   // The larger of both ticket policies: a run may use either.
   Carver carver(nullptr);
-  take(carver, kernels, layer, lora, tokens, routes, nodes, SavePolicy::kInputs, FloatType::kBf16, trains_weights);
-  HiddenPass::reserve(carver, kernels, layer, lora, tokens, routes, workers);
+  take(carver, kernels, layer, batches, nodes, SavePolicy::kInputs, FloatType::kBf16, trains_weights);
+  HiddenPass::reserve(carver, kernels, layer, batches, workers);
   return carver.used();
 }
 
-void Engine::BackwardPass::run(Engine& engine, const BackwardArgs& args) {
-  const Ticket& ticket = *args.ticket;
-  const Routing& routing = ticket.routing();
-  const LayerSpec& layer = ticket.layer();
-  const int nodes = static_cast<int>(args.weights->slices().size());
-  const bool trains_weights = args.weight_gradients != nullptr;
-  const KernelTable& kernels = engine.kernels_for_tokens(ticket.type());
-  const Arena::Lease lease(*engine.arena_, scratch_bytes(kernels, layer, ticket.lora(), routing.tokens, routing.routes,
-                                                         nodes, engine.threads(), trains_weights));
+void Engine::BackwardPass::run(Engine& engine, Span<const BackwardArgs> args) {
+  const Ticket& first = *args[0].ticket;
+  const LayerSpec& layer = first.layer();
+  const int nodes = static_cast<int>(args[0].weights->slices().size());
+  const bool trains_weights =
+      std::any_of(args.begin(), args.end(), [](const BackwardArgs& each) { return each.weight_gradients != nullptr; });
+  const KernelTable& kernels = engine.kernels_for_tokens(first.type());
+  std::vector<Batch> batches = batches_of(args);
+  const std::vector<BatchSize> sizes = sizes_of(batches);
+  const Arena::Lease lease(*engine.arena_,
+                           scratch_bytes(kernels, layer, sizes, nodes, engine.threads(), trains_weights));
   Carver carver(lease.data());
-  const Buffers buffers = take(carver, kernels, layer, ticket.lora(), routing.tokens, routing.routes, nodes,
-                               ticket.policy(), args.dx.type, trains_weights);
-  HiddenStore saved = ticket.store();
-  if (ticket.policy() == SavePolicy::kInputs) {
-    saved = buffers.recomputed;
-    HiddenPass hidden(engine, ticket.type(), *args.weights, args.lora, ticket.lora(), routing, args.token,
-                      ticket.dropout(), carver, saved);
-    hidden.run(ticket.x());
-    saved = hidden.kept();
-    BackwardPass(engine, args, saved, buffers).run_phases();
-    return;
+  Buffers buffers = take(carver, kernels, layer, sizes, nodes, first.policy(), args[0].dx.type, trains_weights);
+  for (std::size_t b = 0; b < args.size(); ++b) buffers.own[b].saved = args[b].ticket->store();
+  if (first.policy() == SavePolicy::kInputs) {
+    std::vector<HiddenStore> stores;
+    std::vector<TokensIn> x;
+    for (std::size_t b = 0; b < args.size(); ++b) {
+      stores.push_back(buffers.own[b].recomputed);
+      x.push_back(args[b].ticket->x());
+    }
+    HiddenPass hidden(engine, first.type(), *args[0].weights, batches, args[0].token, carver, std::move(stores));
+    hidden.run(x);
+    for (std::size_t b = 0; b < args.size(); ++b) buffers.own[b].saved = hidden.kept(b);
   }
-  BackwardPass(engine, args, saved, buffers).run_phases();
+  BackwardPass(engine, args, std::move(batches), std::move(buffers)).run_phases();
 }
 
-Engine::BackwardPass::BackwardPass(Engine& engine, const BackwardArgs& args, const HiddenStore& saved,
-                                   const Buffers& buffers)
-    : Pass(engine, args.ticket->type(), *args.weights, args.lora, args.ticket->lora(), args.ticket->routing(),
-           args.token, args.ticket->dropout()),
+Engine::BackwardPass::BackwardPass(Engine& engine, Span<const BackwardArgs> args, std::vector<Batch> batches,
+                                   Buffers buffers)
+    : Pass(engine, args[0].ticket->type(), *args[0].weights, std::move(batches), args[0].token),
       args_(args),
-      saved_(saved),
-      buffers_(buffers),
+      buffers_(std::move(buffers)),
       parts_per_row_(ceil_div(layer_.intermediate, kDotColumns)) {}
 
 void Engine::BackwardPass::run_phases() {
@@ -102,37 +124,52 @@ void Engine::BackwardPass::run_phases() {
   input_gradients();
   if (token_ != nullptr) token_->check();
   // Nothing below can fail or be cancelled.
-  write_d_weights();
-  clear_gradients();
+  for (std::size_t b = 0; b < batches_.size(); ++b) {
+    write_d_weights(b);
+    clear_gradients(b);
+  }
   lora_gradients();
-  weight_gradients();
+  for (std::size_t b = 0; b < batches_.size(); ++b) weight_gradients(b);
 }
 
 void Engine::BackwardPass::load() {
-  load_operands(args_.dy, buffers_.dy);
-  if (reads_x(lora_) && drops()) {
-    load_dropped_x(args_.ticket->x(), buffers_.x_f32);
-    x_ = {buffers_.x_f32, layer_.hidden, nullptr};
-  } else if (reads_x(lora_)) {
-    x_ = {load_f32(args_.ticket->x(), buffers_.x_f32), layer_.hidden, nullptr};
+  std::vector<TokensIn> dy;
+  for (const BackwardArgs& each : args_) dy.push_back(each.dy);
+  load_operands(dy, buffers_.dy);
+  for (std::size_t b = 0; b < batches_.size(); ++b) load_batch(b);
+}
+
+// What its gradients are made of.
+void Engine::BackwardPass::load_batch(std::size_t index) {
+  const Batch& batch = batches_[index];
+  const BackwardArgs& args = args_[index];
+  OwnBuffers& own = buffers_.own[index];
+  if (batch.reads_x() && batch.drops()) {
+    load_dropped_x(index, args.ticket->x(), own.x_f32);
+    own.x = {own.x_f32, layer_.hidden, nullptr};
+  } else if (batch.reads_x()) {
+    own.x = {load_f32(index, args.ticket->x(), own.x_f32), layer_.hidden, nullptr};
   }
-  if (trains_weights()) whole_x_ = {load_f32(args_.ticket->x(), buffers_.whole_x_f32), layer_.hidden, nullptr};
-  if (lora_.rank_down == 0 && !trains_weights()) return;
+  if (trains_weights(index)) {
+    own.whole_x = {load_f32(index, args.ticket->x(), own.whole_x_f32), layer_.hidden, nullptr};
+  }
+  if (batch.lora.rank_down == 0 && !trains_weights(index)) return;
   const OperandRows& dy = buffers_.dy.tokens;
   if (kernels_.operand == OperandType::kF32) {
-    dy_ = {dy.f32(), dy.stride, nullptr};
+    own.dy = {dy.f32() + plan_.first_token(index) * dy.stride, dy.stride, nullptr};
   } else {
-    dy_ = {load_f32(args_.dy, buffers_.dy_f32), layer_.hidden, nullptr};
+    own.dy = {load_f32(index, args.dy, own.dy_f32), layer_.hidden, nullptr};
   }
 }
 
 void Engine::BackwardPass::project_dy() {
-  const int rank = lora_.rank_down;
-  if (rank == 0) return;
-  for_each_row_task([&](const RowTask& task, int worker) {
-    const F32Matrix b{adapter_->expert(AdapterTensor::kBDown, task.expert), rank, RightLayout::kKN};
-    const LoraInput input{kernels_, buffers_.dy.of(task, routing_), b, layer_.hidden};
-    project_lora(task, &input, 1, lora_.scale_down, buffers_.dy_b_down, worker);
+  for_each_batch_rows([&](const BatchRows& rows, int worker) {
+    const Batch& batch = batches_[rows.batch];
+    const int rank = batch.lora.rank_down;
+    if (rank == 0) return;
+    const F32Matrix b{batch.adapter->expert(AdapterTensor::kBDown, rows.expert), rank, RightLayout::kKN};
+    const LoraInput input{kernels_, buffers_.dy.of(rows.shared, plan_.row_token()), b, layer_.hidden};
+    project_lora(rows, &input, 1, batch.lora.scale_down, buffers_.own[rows.batch].dy_b_down, worker);
   });
 }
 
@@ -143,80 +180,91 @@ void Engine::BackwardPass::hidden_block(const BlockTask& at) {
   float* h = scratch.blocks[1];
   const int first = at.intermediate_column(), padded = at.depth_blocks() * kBlockDepth;
   clear_block(d_h, task.count, padded);
-  multiply_backward(kernels_, buffers_.dy.of(task, routing_), task.count,
+  multiply_backward(kernels_, buffers_.dy.of(task.first, plan_.row_token()), task.count,
                     at.slice.matrix(Projection::kDown, task.expert), at.first_column / kBlockDepth, at.depth_blocks(),
                     d_h, block_stride_, scratch.panels);
-  if (lora_.rank_down > 0) {
-    const float* a = adapter_->expert(AdapterTensor::kADown, task.expert) + first;
+  for (const BatchRows& rows : task.batches) {
+    const Batch& batch = batches_[rows.batch];
+    const LoraRows& dy_b = buffers_.own[rows.batch].dy_b_down;
+    if (batch.lora.rank_down == 0) continue;
+    const float* a = batch.adapter->expert(AdapterTensor::kADown, task.expert) + first;
     const F32Matrix matrix{a, layer_.intermediate, RightLayout::kKN};
-    if (drops()) {
-      multiply_dropped_lora(task, buffers_.dy_b_down, matrix, first, at.columns, d_h, at.worker,
-                            [&](std::int64_t row) { return h_dropout(task.expert, row); });
+    if (batch.drops()) {
+      add_dropped_lora(at, rows, dy_b, matrix, first, d_h,
+                       [&](std::int64_t row) { return h_dropout(batch, task.expert, row); });
     } else {
-      multiply_lora(task, buffers_.dy_b_down, matrix, at.columns, d_h, at.worker);
+      add_lora(at, rows, dy_b, matrix, d_h);
     }
   }
-  for (int m = 0; m < task.count; ++m) {
-    const std::int64_t in_block = std::int64_t{m} * block_stride_;
-    finish_hidden_row(task.expert, task.first + m, first, at.columns, padded, d_h + in_block, h + in_block);
+  for (const BatchRows& rows : task.batches) {
+    for (int m = 0; m < rows.count; ++m) {
+      const std::int64_t in_block = std::int64_t{rows.shared - task.first + m} * block_stride_;
+      finish_hidden_row(rows, m, first, at.columns, padded, d_h + in_block, h + in_block);
+    }
   }
 }
 
-void Engine::BackwardPass::finish_hidden_row(int expert, std::int64_t row, int first_column, int columns,
+void Engine::BackwardPass::finish_hidden_row(const BatchRows& rows, int m, int first_column, int columns,
                                              std::int64_t padded, float* d_h, float* h) {
+  const Batch& batch = batches_[rows.batch];
+  const OwnBuffers& own = buffers_.own[rows.batch];
+  const std::int64_t row = std::int64_t{rows.first} + m, shared = std::int64_t{rows.shared} + m;
   const std::int64_t at = row * layer_.intermediate + first_column;
+  const float weight = batch.routing->row_weight[static_cast<std::size_t>(row)];
   const bool gated = has_gate(layer_.activation.kind);
-  const float* gate = gated ? saved_.gate + at : nullptr;
-  kernels_.activate(layer_.activation, gate, saved_.up + at, h, columns);
-  float* parts = buffers_.d_weight_parts + row * parts_per_row_ + first_column / kDotColumns;
+  const float* gate = gated ? own.saved.gate + at : nullptr;
+  kernels_.activate(layer_.activation, gate, own.saved.up + at, h, columns);
+  float* parts = own.d_weight_parts + row * parts_per_row_ + first_column / kDotColumns;
   for (int c = 0; c < columns; c += kDotColumns) {
     parts[c / kDotColumns] = kernels_.dot(h + c, d_h + c, std::min(kDotColumns, columns - c));
   }
-  if (buffers_.h_f32 != nullptr) {
-    std::copy_n(h, columns, buffers_.h_f32 + at);
-    if (drops()) drop_row(h_dropout(expert, row), first_column, buffers_.h_f32 + at, columns);
+  if (own.h_f32 != nullptr) {
+    std::copy_n(h, columns, own.h_f32 + at);
+    if (batch.drops()) drop_row(h_dropout(batch, rows.expert, row), first_column, own.h_f32 + at, columns);
   }
-  if (buffers_.weighted_h != nullptr) {
-    std::copy_n(h, columns, buffers_.weighted_h + at);
-    kernels_.scale(routing_.row_weight[static_cast<std::size_t>(row)], buffers_.weighted_h + at, columns);
+  if (own.weighted_h != nullptr) {
+    std::copy_n(h, columns, own.weighted_h + at);
+    kernels_.scale(weight, own.weighted_h + at, columns);
   }
-  kernels_.scale(routing_.row_weight[static_cast<std::size_t>(row)], d_h, columns);
+  kernels_.scale(weight, d_h, columns);
   float* d_gate = h;  // h is not needed any more
-  kernels_.activate_backward(layer_.activation, gate, saved_.up + at, d_h, d_gate, d_h, columns);
+  kernels_.activate_backward(layer_.activation, gate, own.saved.up + at, d_h, d_gate, d_h, columns);
   const std::int64_t offset = static_cast<std::int64_t>(first_column) * operand_bytes(kernels_.operand);
-  if (gated) store_operands(kernels_, d_gate, columns, padded, buffers_.d_gate.row(row) + offset);
-  store_operands(kernels_, d_h, columns, padded, buffers_.d_up.row(row) + offset);
-  if (buffers_.d_gate_f32 != nullptr) std::copy_n(d_gate, columns, buffers_.d_gate_f32 + at);
-  if (buffers_.d_up_f32 != nullptr) std::copy_n(d_h, columns, buffers_.d_up_f32 + at);
+  if (gated) store_operands(kernels_, d_gate, columns, padded, buffers_.d_gate.row(shared) + offset);
+  store_operands(kernels_, d_h, columns, padded, buffers_.d_up.row(shared) + offset);
+  if (own.d_gate_f32 != nullptr) std::copy_n(d_gate, columns, own.d_gate_f32 + at);
+  if (own.d_up_f32 != nullptr) std::copy_n(d_h, columns, own.d_up_f32 + at);
 }
 
 // Sums the partials, and gives the LoRA intermediates of down the routing weight too.
 void Engine::BackwardPass::finish_route_gradients() {
-  const int rank = lora_.rank_down;
-  const std::int64_t stride = rank_stride(rank);
-  for_each_row_task([&](const RowTask& task, int) {
-    const float* bias = weights_.bias(Projection::kDown, task.expert);
-    for (std::int64_t row = task.first; row < task.first + task.count; ++row) {
-      const std::int64_t token = routing_.row_token[static_cast<std::size_t>(row)];
-      const float weight = routing_.row_weight[static_cast<std::size_t>(row)];
+  for_each_batch_rows([&](const BatchRows& rows, int) {
+    const Batch& batch = batches_[rows.batch];
+    const OwnBuffers& own = buffers_.own[rows.batch];
+    const int rank = batch.lora.rank_down;
+    const std::int64_t stride = rank_stride(rank);
+    const float* bias = weights_.bias(Projection::kDown, rows.expert);
+    for (std::int64_t row = rows.first; row < rows.first + rows.count; ++row) {
+      const std::int64_t token = batch.routing->row_token[static_cast<std::size_t>(row)];
+      const float weight = batch.routing->row_weight[static_cast<std::size_t>(row)];
       float sum = 0.0f;
-      for (std::int64_t p = 0; p < parts_per_row_; ++p) sum += buffers_.d_weight_parts[row * parts_per_row_ + p];
-      if (bias != nullptr) sum += dot_with_dy(bias, token);
-      buffers_.d_weight_rows[row] = sum;
+      for (std::int64_t p = 0; p < parts_per_row_; ++p) sum += own.d_weight_parts[row * parts_per_row_ + p];
+      if (bias != nullptr) sum += dot_with_dy(args_[rows.batch].dy, bias, token);
+      own.d_weight_rows[row] = sum;
       if (rank == 0) continue;
-      std::copy_n(saved_.h_a_down + row * stride, rank, buffers_.weighted_h_a + row * stride);
-      kernels_.scale(weight, buffers_.weighted_h_a + row * stride, rank);
-      kernels_.scale(weight, buffers_.dy_b_down.f32 + row * stride, rank);
+      std::copy_n(own.saved.h_a_down + row * stride, rank, own.weighted_h_a + row * stride);
+      kernels_.scale(weight, own.weighted_h_a + row * stride, rank);
+      kernels_.scale(weight, own.dy_b_down.f32 + row * stride, rank);
     }
   });
 }
 
-float Engine::BackwardPass::dot_with_dy(const float* bias, std::int64_t token) const {
+float Engine::BackwardPass::dot_with_dy(TokensIn dy, const float* bias, std::int64_t token) const {
   const std::int64_t width = layer_.hidden;
-  if (args_.dy.type == FloatType::kF32) {
-    return kernels_.dot(bias, static_cast<const float*>(args_.dy.data) + token * width, width);
+  if (dy.type == FloatType::kF32) {
+    return kernels_.dot(bias, static_cast<const float*>(dy.data) + token * width, width);
   }
-  const bf16_t* row = static_cast<const bf16_t*>(args_.dy.data) + token * width;
+  const bf16_t* row = static_cast<const bf16_t*>(dy.data) + token * width;
   float sum = 0.0f;
   float piece[kDotColumns];
   for (std::int64_t c = 0; c < width; c += kDotColumns) {
@@ -227,41 +275,47 @@ float Engine::BackwardPass::dot_with_dy(const float* bias, std::int64_t token) c
   return sum;
 }
 
-// In fp32 on every ISA: these few products make the gradients of A, where a rounded d_gate would show.
 void Engine::BackwardPass::project_hidden() {
-  if (lora_.rank_gate == 0 && lora_.rank_up == 0) return;
-  for_each_row_task([&](const RowTask& task, int worker) {
-    const auto input = [&](AdapterTensor b, int rank, const OperandRows& operands, const float* f32) {
-      const OuterRows rows = d_hidden_rows(operands, f32, task.first);
-      return LoraInput{engine_.fp32_kernels_,
-                       {rows.base, rows.stride, nullptr},
-                       {adapter_->expert(b, task.expert), rank, RightLayout::kKN},
-                       layer_.intermediate};
-    };
-    const auto gate = [&] {
-      return input(AdapterTensor::kBGate, lora_.rank_gate, buffers_.d_gate, buffers_.d_gate_f32);
-    };
-    const auto up = [&] { return input(AdapterTensor::kBUp, lora_.rank_up, buffers_.d_up, buffers_.d_up_f32); };
-    if (lora_.tied) {
-      const LoraInput both[] = {gate(), up()};
-      project_lora(task, both, 2, lora_.scale_gate, buffers_.d_gate_b, worker);
-      return;
-    }
-    if (lora_.rank_gate > 0) {
-      const LoraInput one = gate();
-      project_lora(task, &one, 1, lora_.scale_gate, buffers_.d_gate_b, worker);
-    }
-    if (lora_.rank_up > 0) {
-      const LoraInput one = up();
-      project_lora(task, &one, 1, lora_.scale_up, buffers_.d_up_b, worker);
-    }
+  for_each_batch_rows([&](const BatchRows& rows, int worker) {
+    if (batches_[rows.batch].reads_x()) project_hidden_rows(rows, worker);
   });
 }
 
+// In fp32 on every ISA: these few products make the gradients of A, where a rounded d_gate would show.
+void Engine::BackwardPass::project_hidden_rows(const BatchRows& rows, int worker) {
+  const Batch& batch = batches_[rows.batch];
+  const AdapterSpec& lora = batch.lora;
+  const OwnBuffers& own = buffers_.own[rows.batch];
+  const auto input = [&](AdapterTensor b, int rank, const OperandRows& operands, const float* f32) {
+    const OuterRows from = d_hidden_rows(operands, f32, rows.first, rows.shared);
+    return LoraInput{engine_.fp32_kernels_,
+                     {from.base, from.stride, nullptr},
+                     {batch.adapter->expert(b, rows.expert), rank, RightLayout::kKN},
+                     layer_.intermediate};
+  };
+  const auto gate = [&] { return input(AdapterTensor::kBGate, lora.rank_gate, buffers_.d_gate, own.d_gate_f32); };
+  const auto up = [&] { return input(AdapterTensor::kBUp, lora.rank_up, buffers_.d_up, own.d_up_f32); };
+  if (lora.tied) {
+    const LoraInput both[] = {gate(), up()};
+    project_lora(rows, both, 2, lora.scale_gate, own.d_gate_b, worker);
+    return;
+  }
+  if (lora.rank_gate > 0) {
+    const LoraInput one = gate();
+    project_lora(rows, &one, 1, lora.scale_gate, own.d_gate_b, worker);
+  }
+  if (lora.rank_up > 0) {
+    const LoraInput one = up();
+    project_lora(rows, &one, 1, lora.scale_up, own.d_up_b, worker);
+  }
+}
+
 void Engine::BackwardPass::input_gradients() {
+  std::vector<TokensOut> dx;
+  for (const BackwardArgs& each : args_) dx.push_back(each.dx);
   sum_over_routes(
-      buffers_.dx, args_.dx, [&](const BlockTask& at, float* block) { input_block(at, block); },
-      [](std::size_t) { return 1.0f; });
+      buffers_.dx, dx, [&](const BlockTask& at, float* block) { input_block(at, block); },
+      [](const BatchRows&, std::size_t) { return 1.0f; });
 }
 
 void Engine::BackwardPass::input_block(const BlockTask& at, float* block) const {
@@ -271,27 +325,32 @@ void Engine::BackwardPass::input_block(const BlockTask& at, float* block) const 
                       at.slice.matrix(projection, task.expert), at.first_column / kBlockDepth, at.depth_blocks(), block,
                       block_stride_, scratch_of(at.worker).panels);
   };
-  const auto lora = [&](AdapterTensor a, const LoraRows& rows) {
-    if (!is_first(at.slice) || rows.rank == 0) return;
-    const F32Matrix matrix{adapter_->expert(a, task.expert) + at.first_column, layer_.hidden, RightLayout::kKN};
-    if (drops()) {
-      multiply_dropped_lora(task, rows, matrix, at.first_column, at.columns, block, at.worker, [&](std::int64_t row) {
-        return x_dropout(routing_.row_token[static_cast<std::size_t>(row)]);
-      });
-    } else {
-      multiply_lora(task, rows, matrix, at.columns, block, at.worker);
-    }
-  };
   if (has_gate(layer_.activation.kind)) base(Projection::kGate, buffers_.d_gate);
   base(Projection::kUp, buffers_.d_up);
-  lora(AdapterTensor::kAGate, buffers_.d_gate_b);
-  lora(AdapterTensor::kAUp, buffers_.d_up_b);
+  if (!is_first(at.slice)) return;
+  for (const BatchRows& rows : task.batches) {
+    const Batch& batch = batches_[rows.batch];
+    const auto lora = [&](AdapterTensor a, const LoraRows& left) {
+      if (left.rank == 0) return;
+      const F32Matrix matrix{batch.adapter->expert(a, task.expert) + at.first_column, layer_.hidden, RightLayout::kKN};
+      if (batch.drops()) {
+        add_dropped_lora(at, rows, left, matrix, at.first_column, block, [&](std::int64_t row) {
+          return x_dropout(batch, batch.routing->row_token[static_cast<std::size_t>(row)]);
+        });
+      } else {
+        add_lora(at, rows, left, matrix, block);
+      }
+    };
+    lora(AdapterTensor::kAGate, buffers_.own[rows.batch].d_gate_b);
+    lora(AdapterTensor::kAUp, buffers_.own[rows.batch].d_up_b);
+  }
 }
 
-void Engine::BackwardPass::write_d_weights() const {
-  for (std::size_t slot = 0; slot < routing_.slot_row.size(); ++slot) {
-    const std::int32_t row = routing_.slot_row[slot];
-    args_.d_weights[slot] = row == Routing::kDropped ? 0.0f : buffers_.d_weight_rows[row];
+void Engine::BackwardPass::write_d_weights(std::size_t batch) const {
+  const Routing& routing = *batches_[batch].routing;
+  for (std::size_t slot = 0; slot < routing.slot_row.size(); ++slot) {
+    const std::int32_t row = routing.slot_row[slot];
+    args_[batch].d_weights[slot] = row == Routing::kDropped ? 0.0f : buffers_.own[batch].d_weight_rows[row];
   }
 }
 

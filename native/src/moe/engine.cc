@@ -133,13 +133,17 @@ WorkerScratch Engine::worker_scratch(int worker) {
   return WorkerScratch::at(worker_scratch_.data() + worker * worker_bytes_);
 }
 
-std::unique_ptr<Ticket> Engine::forward(const ForwardArgs& args) {
-  if (args.lora != nullptr) require_same_layer(args.weights->spec(), args.lora->layer(), "the adapter");
-  std::lock_guard<std::mutex> lock(mutex_);
-  return ForwardPass::run(*this, args);
+namespace {
+
+void require_one(bool is_one, const char* what) {
+  if (!is_one) throw InvalidArgument(std::string("batches that are computed together have ") + what);
 }
 
-void Engine::backward(const BackwardArgs& args) {
+void require_valid(const ForwardArgs& args) {
+  if (args.lora != nullptr) require_same_layer(args.weights->spec(), args.lora->layer(), "the adapter");
+}
+
+void require_valid(const BackwardArgs& args) {
   require_same_layer(args.weights->spec(), args.ticket->layer(), "the ticket");
   if (args.lora != nullptr) {
     require_same_layer(args.weights->spec(), args.lora->layer(), "the adapter");
@@ -157,8 +161,55 @@ void Engine::backward(const BackwardArgs& args) {
     require_same_layer(args.weights->spec(), args.weight_gradients->layer(), "the gradients' set");
     if (!args.weight_gradients->spec().full) throw InvalidArgument("gradients of weights go to a set of weights");
   }
+}
+
+// Where a set of gradients would be written twice, the order would be nobody's.
+void require_own_gradients(const BackwardArgs& one, const BackwardArgs& other) {
+  require_one(one.gradients == nullptr || one.gradients != other.gradients, "the same gradients");
+  require_one(one.weight_gradients == nullptr || one.weight_gradients != other.weight_gradients, "the same gradients");
+}
+
+}  // namespace
+
+std::unique_ptr<Ticket> Engine::forward(const ForwardArgs& args) {
+  require_valid(args);
   std::lock_guard<std::mutex> lock(mutex_);
-  BackwardPass::run(*this, args);
+  return std::move(ForwardPass::run(*this, {&args, 1}).front());
+}
+
+void Engine::backward(const BackwardArgs& args) {
+  require_valid(args);
+  std::lock_guard<std::mutex> lock(mutex_);
+  BackwardPass::run(*this, {&args, 1});
+}
+
+std::vector<std::unique_ptr<Ticket>> Engine::forward_together(Span<const ForwardArgs> batches) {
+  if (batches.empty()) return {};
+  for (const ForwardArgs& each : batches) {
+    require_valid(each);
+    require_one(each.weights == batches[0].weights, "different weights");
+    require_one(each.x.type == batches[0].x.type && each.y.type == batches[0].y.type, "tokens of different types");
+    require_one(each.token == nullptr, "a cancel token");
+  }
+  std::lock_guard<std::mutex> lock(mutex_);
+  return ForwardPass::run(*this, batches);
+}
+
+void Engine::backward_together(Span<const BackwardArgs> batches) {
+  for (std::size_t b = 0; b < batches.size(); ++b) {
+    const BackwardArgs& each = batches[b];
+    require_valid(each);
+    require_one(each.weights == batches[0].weights, "different weights");
+    require_one(each.ticket->type() == batches[0].ticket->type() && each.dy.type == batches[0].dy.type &&
+                    each.dx.type == batches[0].dx.type,
+                "tokens of different types");
+    require_one(each.ticket->policy() == batches[0].ticket->policy(), "tickets of different policies");
+    require_one(each.token == nullptr, "a cancel token");
+    for (std::size_t before = 0; before < b; ++before) require_own_gradients(each, batches[before]);
+  }
+  if (batches.empty()) return;
+  std::lock_guard<std::mutex> lock(mutex_);
+  BackwardPass::run(*this, batches);
 }
 
 std::int64_t Engine::ticket_bytes(const LayerSpec& layer, const AdapterSpec& lora, std::int64_t tokens, int top_k,
@@ -170,12 +221,11 @@ std::int64_t Engine::ticket_bytes(const LayerSpec& layer, const AdapterSpec& lor
 
 std::int64_t Engine::scratch_bytes(const LayerSpec& layer, const AdapterSpec& lora, std::int64_t tokens, int top_k,
                                    bool trains_weights) const {
-  const std::int64_t routes = tokens * top_k;
+  const std::vector<BatchSize> one = {{lora, tokens, tokens * top_k}};
   std::int64_t most = 0;
   for (const KernelTable* kernels : {&kernels_, &fp32_kernels_}) {
-    most = std::max(
-        {most, ForwardPass::scratch_bytes(*kernels, layer, lora, tokens, routes, nodes(), threads()),
-         BackwardPass::scratch_bytes(*kernels, layer, lora, tokens, routes, nodes(), threads(), trains_weights)});
+    most = std::max({most, ForwardPass::scratch_bytes(*kernels, layer, one, nodes(), threads()),
+                     BackwardPass::scratch_bytes(*kernels, layer, one, nodes(), threads(), trains_weights)});
   }
   return most;
 }

@@ -1,53 +1,71 @@
 // y = sum over routes of w * down(act(gate(x)) * up(x)), LoRA added into each projection's accumulator.
 #include "moe/forward.h"
 
+#include <utility>
+
 namespace kt_expert {
 
-Engine::ForwardPass::ForwardPass(Engine& engine, const ForwardArgs& args, const AdapterSpec& lora, Carver& carver,
-                                 const HiddenStore& store)
-    : HiddenPass(engine, args.x.type, *args.weights, args.lora, lora, args.routing, args.token, args.dropout, carver,
-                 store),
-      args_(args) {
-  sums_ =
-      TokenSums::take(carver, routing_.tokens, layer_.hidden, static_cast<int>(weights_.slices().size()), args.y.type);
+namespace {
+
+std::vector<Batch> batches_of(Span<const ForwardArgs> args) {
+  std::vector<Batch> batches;
+  for (const ForwardArgs& each : args) {
+    AdapterSpec lora;
+    if (each.lora != nullptr) lora = each.scales ? each.lora->spec().scaled(*each.scales) : each.lora->spec();
+    batches.push_back({each.lora, lora, &each.routing, each.dropout});
+  }
+  return batches;
+}
+
+}  // namespace
+
+Engine::ForwardPass::ForwardPass(Engine& engine, Span<const ForwardArgs> args, std::vector<Batch> batches,
+                                 Carver& carver, std::vector<HiddenStore> stores)
+    : HiddenPass(engine, args[0].x.type, *args[0].weights, std::move(batches), args[0].token, carver,
+                 std::move(stores)) {
+  sums_ = TokenSums::take(carver, plan_.tokens(), layer_.hidden, static_cast<int>(weights_.slices().size()),
+                          args[0].y.type);
 }
 
 std::int64_t Engine::ForwardPass::scratch_bytes(const KernelTable& kernels, const LayerSpec& layer,
-                                                const AdapterSpec& lora, std::int64_t tokens, std::int64_t routes,
-                                                int nodes, int workers) {
+                                                const std::vector<BatchSize>& batches, int nodes, int workers) {
   Carver carver(nullptr);
-  HiddenPass::reserve(carver, kernels, layer, lora, tokens, routes, workers);
-  TokenSums::take(carver, tokens, layer.hidden, nodes, FloatType::kBf16);
+  HiddenPass::reserve(carver, kernels, layer, batches, workers);
+  TokenSums::take(carver, sum_of(batches).tokens, layer.hidden, nodes, FloatType::kBf16);
   return carver.used();
 }
 
-std::unique_ptr<Ticket> Engine::ForwardPass::run(Engine& engine, const ForwardArgs& args) {
-  const LayerSpec& layer = args.weights->spec();
-  AdapterSpec lora;
-  if (args.lora != nullptr) lora = args.scales ? args.lora->spec().scaled(*args.scales) : args.lora->spec();
-  const std::int64_t needed =
-      scratch_bytes(engine.kernels_for_tokens(args.x.type), layer, lora, args.routing.tokens, args.routing.routes,
-                    static_cast<int>(args.weights->slices().size()), engine.threads());
-  const Arena::Lease lease(*engine.arena_, needed);
+std::vector<std::unique_ptr<Ticket>> Engine::ForwardPass::run(Engine& engine, Span<const ForwardArgs> args) {
+  const LayerWeights& weights = *args[0].weights;
+  std::vector<Batch> batches = batches_of(args);
+  const Arena::Lease lease(*engine.arena_,
+                           scratch_bytes(engine.kernels_for_tokens(args[0].x.type), weights.spec(), sizes_of(batches),
+                                         static_cast<int>(weights.slices().size()), engine.threads()));
   Carver carver(lease.data());
-  std::unique_ptr<Ticket> ticket;
-  HiddenStore store;
-  if (args.save != SavePolicy::kNothing) {
-    ticket = std::make_unique<Ticket>(layer, lora, args.routing, args.x.type, args.save, args.dropout,
-                                      engine.ticket_memory_);
-    store = ticket->store();
-    std::copy_n(static_cast<const std::uint8_t*>(args.x.data), ticket->x_.size(), ticket->x_.data());
+  std::vector<std::unique_ptr<Ticket>> tickets(args.size());
+  std::vector<HiddenStore> stores(args.size());
+  std::vector<TokensIn> x;
+  std::vector<TokensOut> y;
+  for (std::size_t b = 0; b < args.size(); ++b) {
+    const ForwardArgs& each = args[b];
+    x.push_back(each.x);
+    y.push_back(each.y);
+    if (each.save == SavePolicy::kNothing) continue;
+    tickets[b] = std::make_unique<Ticket>(weights.spec(), batches[b].lora, each.routing, each.x.type, each.save,
+                                          each.dropout, engine.ticket_memory_);
+    stores[b] = tickets[b]->store();
+    std::copy_n(static_cast<const std::uint8_t*>(each.x.data), tickets[b]->x_.size(), tickets[b]->x_.data());
   }
-  ForwardPass pass(engine, args, lora, carver, store);
-  pass.HiddenPass::run(args.x);
-  pass.down();
-  return ticket;
+  ForwardPass pass(engine, args, std::move(batches), carver, std::move(stores));
+  pass.HiddenPass::run(x);
+  pass.down(y);
+  return tickets;
 }
 
-void Engine::ForwardPass::down() {
+void Engine::ForwardPass::down(const std::vector<TokensOut>& y) {
   sum_over_routes(
-      sums_, args_.y, [&](const BlockTask& at, float* block) { down_block(at, block); },
-      [&](std::size_t row) { return routing_.row_weight[row]; });
+      sums_, y, [&](const BlockTask& at, float* block) { down_block(at, block); },
+      [&](const BatchRows& rows, std::size_t row) { return batches_[rows.batch].routing->row_weight[row]; });
 }
 
 void Engine::ForwardPass::down_block(const BlockTask& at, float* block) const {
@@ -58,10 +76,14 @@ void Engine::ForwardPass::down_block(const BlockTask& at, float* block) const {
     std::copy_n(bias + at.first_column, at.columns, block_row(block, m));
   }
   multiply_hidden(at, block);
-  const int rank = lora_.rank_down;
-  if (!first_slice || rank == 0) return;
-  const float* b = adapter_->expert(AdapterTensor::kBDown, task.expert) + std::int64_t{at.first_column} * rank;
-  multiply_lora(task, h_a_down(), {b, rank, RightLayout::kNK}, at.columns, block, at.worker);
+  if (!first_slice) return;
+  for (const BatchRows& rows : task.batches) {
+    const Batch& batch = batches_[rows.batch];
+    const int rank = batch.lora.rank_down;
+    if (rank == 0) continue;
+    const float* b = batch.adapter->expert(AdapterTensor::kBDown, task.expert) + std::int64_t{at.first_column} * rank;
+    add_lora(at, rows, h_a_down(rows.batch), {b, rank, RightLayout::kNK}, block);
+  }
 }
 
 }  // namespace kt_expert

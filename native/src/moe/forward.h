@@ -1,4 +1,4 @@
-// One forward in progress.
+// One forward in progress, of one batch or several.
 #pragma once
 
 #include "moe/hidden.h"
@@ -7,17 +7,17 @@ namespace kt_expert {
 
 class Engine::ForwardPass : private Engine::HiddenPass {
  public:
-  static std::unique_ptr<Ticket> run(Engine& engine, const ForwardArgs& args);
-  static std::int64_t scratch_bytes(const KernelTable& kernels, const LayerSpec& layer, const AdapterSpec& lora,
-                                    std::int64_t tokens, std::int64_t routes, int nodes, int workers);
+  // All of one layer's weights and one type of tokens.
+  static std::vector<std::unique_ptr<Ticket>> run(Engine& engine, Span<const ForwardArgs> args);
+  static std::int64_t scratch_bytes(const KernelTable& kernels, const LayerSpec& layer,
+                                    const std::vector<BatchSize>& batches, int nodes, int workers);
 
  private:
-  ForwardPass(Engine& engine, const ForwardArgs& args, const AdapterSpec& lora, Carver& carver,
-              const HiddenStore& store);
-  void down();
+  ForwardPass(Engine& engine, Span<const ForwardArgs> args, std::vector<Batch> batches, Carver& carver,
+              std::vector<HiddenStore> stores);
+  void down(const std::vector<TokensOut>& y);
   void down_block(const BlockTask& at, float* block) const;
 
-  const ForwardArgs& args_;
   TokenSums sums_;
 };
 

@@ -1,46 +1,57 @@
 #include "moe/hidden.h"
 
+#include <utility>
+
 namespace kt_expert {
 
-Engine::HiddenPass::HiddenPass(Engine& engine, FloatType type, const LayerWeights& weights,
-                               const AdapterTensors* adapter, const AdapterSpec& lora, const Routing& routing,
-                               const CancelToken* token, DropoutSeed dropout, Carver& carver, const HiddenStore& store)
-    : Pass(engine, type, weights, adapter, lora, routing, token, dropout), store_(store) {
-  buffers_ = take(carver, kernels_, layer_, lora_, routing.tokens, routing.routes, pool_.size(), store);
+Engine::HiddenPass::HiddenPass(Engine& engine, FloatType type, const LayerWeights& weights, std::vector<Batch> batches,
+                               const CancelToken* token, Carver& carver, std::vector<HiddenStore> stores)
+    : Pass(engine, type, weights, std::move(batches), token), stores_(std::move(stores)) {
+  buffers_ = take(carver, kernels_, layer_, sizes_of(batches_), pool_.size(), stores_);
 }
 
 Engine::HiddenPass::Buffers Engine::HiddenPass::take(Carver& carver, const KernelTable& kernels, const LayerSpec& layer,
-                                                     const AdapterSpec& lora, std::int64_t tokens, std::int64_t routes,
-                                                     int workers, const HiddenStore& store) {
+                                                     const std::vector<BatchSize>& batches, int workers,
+                                                     const std::vector<HiddenStore>& stores) {
   Buffers buffers;
-  buffers.x = TokenOperands::take(carver, kernels, tokens, routes, layer.hidden);
-  buffers.h = OperandRows::take(carver, kernels, routes, layer.intermediate);
-  if (lora.dropout > 0.0f && reads_x(lora)) {
-    buffers.dropped_x = TokenOperands::take(carver, kernels, tokens, routes, layer.hidden);
+  const BatchSize all = sum_of(batches);
+  buffers.x = TokenOperands::take(carver, kernels, all.tokens, all.routes, layer.hidden);
+  buffers.h = OperandRows::take(carver, kernels, all.routes, layer.intermediate);
+  for (std::size_t b = 0; b < batches.size(); ++b) {
+    const BatchSize& batch = batches[b];
+    const AdapterSpec& lora = batch.lora;
+    OwnBuffers own;
+    if (lora.dropout > 0.0f && batch.reads_x()) {
+      own.dropped_x = TokenOperands::take(carver, kernels, batch.tokens, batch.routes, layer.hidden);
+    }
+    if (lora.dropout > 0.0f && lora.rank_down > 0) {
+      own.dropped_h = OperandRows::take(carver, kernels, batch.routes, layer.intermediate);
+    }
+    own.x_a_gate = LoraRows::take(carver, kernels, batch.routes, lora.rank_gate, stores[b].x_a_gate);
+    own.x_a_up =
+        lora.tied ? own.x_a_gate : LoraRows::take(carver, kernels, batch.routes, lora.rank_up, stores[b].x_a_up);
+    own.h_a_down = LoraRows::take(carver, kernels, batch.routes, lora.rank_down, stores[b].h_a_down);
+    buffers.own.push_back(own);
   }
-  if (lora.dropout > 0.0f && lora.rank_down > 0) {
-    buffers.dropped_h = OperandRows::take(carver, kernels, routes, layer.intermediate);
-  }
-  buffers.x_a_gate = LoraRows::take(carver, kernels, routes, lora.rank_gate, store.x_a_gate);
-  buffers.x_a_up = lora.tied ? buffers.x_a_gate : LoraRows::take(carver, kernels, routes, lora.rank_up, store.x_a_up);
-  buffers.h_a_down = LoraRows::take(carver, kernels, routes, lora.rank_down, store.h_a_down);
   if (kernels.integer != nullptr) {
-    buffers.x_codes = IntegerBuffer::take(carver, routes, layer.hidden);
-    buffers.h_codes = IntegerBuffer::take(carver, routes, layer.intermediate);
+    buffers.x_codes = IntegerBuffer::take(carver, all.routes, layer.hidden);
+    buffers.h_codes = IntegerBuffer::take(carver, all.routes, layer.intermediate);
     buffers.plain_rows = carver.take<float>(std::int64_t{workers} * std::max(layer.hidden, layer.intermediate));
   }
   return buffers;
 }
 
 void Engine::HiddenPass::reserve(Carver& carver, const KernelTable& kernels, const LayerSpec& layer,
-                                 const AdapterSpec& lora, std::int64_t tokens, std::int64_t routes, int workers) {
-  take(carver, kernels, layer, lora, tokens, routes, workers, HiddenStore{});
+                                 const std::vector<BatchSize>& batches, int workers) {
+  take(carver, kernels, layer, batches, workers, std::vector<HiddenStore>(batches.size()));
 }
 
-void Engine::HiddenPass::run(TokensIn x) {
+void Engine::HiddenPass::run(const std::vector<TokensIn>& x) {
   load_operands(x, buffers_.x);
-  if (in_integers()) quantise(buffers_.x.tokens, routing_.row_token.data(), layer_.hidden, buffers_.x_codes);
-  if (drops() && reads_x(lora_)) load_dropped_x(x, buffers_.dropped_x);
+  if (in_integers()) quantise(buffers_.x.tokens, plan_.row_token(), layer_.hidden, buffers_.x_codes);
+  for (std::size_t b = 0; b < batches_.size(); ++b) {
+    if (batches_[b].drops() && batches_[b].reads_x()) load_dropped_x(b, x[b], buffers_.own[b].dropped_x);
+  }
   project_x();
   for_each_hidden_block([&](const BlockTask& at) { gate_up_block(at); });
   if (in_integers()) quantise(buffers_.h, nullptr, layer_.intermediate, buffers_.h_codes);
@@ -51,7 +62,7 @@ void Engine::HiddenPass::quantise(const OperandRows& source, const std::int32_t*
                                   const IntegerBuffer& target) {
   const std::int64_t padded = align_up(width, kIntegerDepthAlign),
                      widest = std::max(layer_.hidden, layer_.intermediate);
-  for_each_piece(routing_.routes, [&](std::int64_t first, std::int64_t last, int worker) {
+  for_each_piece(plan_.routes(), [&](std::int64_t first, std::int64_t last, int worker) {
     for (std::int64_t row = first; row < last; ++row) {
       const std::uint8_t* from = source.row(row_of == nullptr ? row : row_of[row]);
       const float* values = reinterpret_cast<const float*>(from);
@@ -68,17 +79,21 @@ void Engine::HiddenPass::quantise(const OperandRows& source, const std::int32_t*
 }
 
 void Engine::HiddenPass::project_x() {
-  if (!reads_x(lora_)) return;
-  const TokenOperands& x = drops() ? buffers_.dropped_x : buffers_.x;
-  for_each_row_task([&](const RowTask& task, int worker) {
+  if (std::none_of(batches_.begin(), batches_.end(), [](const Batch& batch) { return batch.reads_x(); })) return;
+  for_each_batch_rows([&](const BatchRows& rows, int worker) {
+    const Batch& batch = batches_[rows.batch];
+    const OwnBuffers& own = buffers_.own[rows.batch];
+    if (!batch.reads_x()) return;
+    const LeftRows x = batch.drops() ? own.dropped_x.of(rows.first, batch.routing->row_token.data())
+                                     : buffers_.x.of(rows.shared, plan_.row_token());
     const auto project = [&](AdapterTensor a, float scale, const LoraRows& target) {
       if (target.rank == 0) return;
-      const F32Matrix matrix{adapter_->expert(a, task.expert), layer_.hidden, RightLayout::kNK};
-      const LoraInput input{kernels_, x.of(task, routing_), matrix, layer_.hidden};
-      project_lora(task, &input, 1, scale * kept_scale(), target, worker);
+      const F32Matrix matrix{batch.adapter->expert(a, rows.expert), layer_.hidden, RightLayout::kNK};
+      const LoraInput input{kernels_, x, matrix, layer_.hidden};
+      project_lora(rows, &input, 1, scale * batch.kept_scale(), target, worker);
     };
-    project(AdapterTensor::kAGate, lora_.scale_gate, buffers_.x_a_gate);
-    if (!lora_.tied) project(AdapterTensor::kAUp, lora_.scale_up, buffers_.x_a_up);
+    project(AdapterTensor::kAGate, batch.lora.scale_gate, own.x_a_gate);
+    if (!batch.lora.tied) project(AdapterTensor::kAUp, batch.lora.scale_up, own.x_a_up);
   });
 }
 
@@ -108,46 +123,66 @@ void Engine::HiddenPass::project_block(const BlockTask& at, Projection projectio
       std::copy_n(bias + at.intermediate_column(), at.columns, block_row(block, m));
     }
   }
-  multiply_base(at, projection, buffers_.x.of(task, routing_),
+  multiply_base(at, projection, buffers_.x.of(task.first, plan_.row_token()),
                 in_integers() ? buffers_.x_codes.from(task.first, 0) : IntegerRows{}, block);
   const bool is_gate = projection == Projection::kGate;
-  const LoraRows& x_a = is_gate ? buffers_.x_a_gate : buffers_.x_a_up;
-  if (x_a.rank == 0) return;
-  const float* b = adapter_->expert(is_gate ? AdapterTensor::kBGate : AdapterTensor::kBUp, task.expert);
-  b += static_cast<std::int64_t>(at.intermediate_column()) * x_a.rank;
-  multiply_lora(task, x_a, {b, x_a.rank, RightLayout::kNK}, at.columns, block, at.worker);
+  for (const BatchRows& rows : task.batches) {
+    const OwnBuffers& own = buffers_.own[rows.batch];
+    const LoraRows& x_a = is_gate ? own.x_a_gate : own.x_a_up;
+    if (x_a.rank == 0) continue;
+    const float* b =
+        batches_[rows.batch].adapter->expert(is_gate ? AdapterTensor::kBGate : AdapterTensor::kBUp, task.expert);
+    b += static_cast<std::int64_t>(at.intermediate_column()) * x_a.rank;
+    add_lora(at, rows, x_a, {b, x_a.rank, RightLayout::kNK}, block);
+  }
 }
 
 void Engine::HiddenPass::gate_up_block(const BlockTask& at) {
   const WorkerScratch scratch = scratch_of(at.worker);
   float* gate = scratch.blocks[0];
   float* up = scratch.blocks[1];
-  const bool gated = has_gate(layer_.activation.kind);
-  if (gated) project_block(at, Projection::kGate, gate);
+  if (has_gate(layer_.activation.kind)) project_block(at, Projection::kGate, gate);
   project_block(at, Projection::kUp, up);
+  for (const BatchRows& rows : at.rows.batches) {
+    const std::int64_t in_block = rows.shared - at.rows.first;
+    finish_rows(at, rows, block_row(gate, in_block), block_row(up, in_block));
+  }
+}
+
+// Keeps gate and up, and makes h of them.
+void Engine::HiddenPass::finish_rows(const BlockTask& at, const BatchRows& rows, float* gate, float* up) {
+  const Batch& batch = batches_[rows.batch];
+  const HiddenStore& store = stores_[rows.batch];
+  const bool gated = has_gate(layer_.activation.kind);
   const std::int64_t first = at.intermediate_column(), padded = align_up(at.columns, kBlockDepth);
-  for (int m = 0; m < at.rows.count; ++m) {
-    const std::int64_t in_block = std::int64_t{m} * block_stride_, row = std::int64_t{at.rows.first} + m;
+  for (int m = 0; m < rows.count; ++m) {
+    const std::int64_t in_block = std::int64_t{m} * block_stride_, row = std::int64_t{rows.first} + m;
     const std::int64_t kept = row * layer_.intermediate + first;
-    if (store_.gate != nullptr && gated) std::copy_n(gate + in_block, at.columns, store_.gate + kept);
-    if (store_.up != nullptr) std::copy_n(up + in_block, at.columns, store_.up + kept);
+    if (store.gate != nullptr && gated) std::copy_n(gate + in_block, at.columns, store.gate + kept);
+    if (store.up != nullptr) std::copy_n(up + in_block, at.columns, store.up + kept);
     kernels_.activate(layer_.activation, gate + in_block, up + in_block, up + in_block, at.columns);
-    std::uint8_t* target = buffers_.h.row(row) + first * operand_bytes(kernels_.operand);
+    std::uint8_t* target = buffers_.h.row(std::int64_t{rows.shared} + m) + first * operand_bytes(kernels_.operand);
     store_operands(kernels_, up + in_block, at.columns, padded, target);
-    if (!drops() || lora_.rank_down == 0) continue;
-    drop_row(mask_of(h_dropout(at.rows.expert, row)), first, up + in_block, at.columns);
-    target = buffers_.dropped_h.row(row) + first * operand_bytes(kernels_.operand);
+    if (!batch.drops() || batch.lora.rank_down == 0) continue;
+    drop_row(mask_of(h_dropout(batch, rows.expert, row)), first, up + in_block, at.columns);
+    target = buffers_.own[rows.batch].dropped_h.row(row) + first * operand_bytes(kernels_.operand);
     store_operands(kernels_, up + in_block, at.columns, padded, target);
   }
 }
 
 void Engine::HiddenPass::project_h() {
-  if (lora_.rank_down == 0) return;
-  for_each_row_task([&](const RowTask& task, int worker) {
-    const F32Matrix matrix{adapter_->expert(AdapterTensor::kADown, task.expert), layer_.intermediate, RightLayout::kNK};
-    const OperandRows& h = drops() ? buffers_.dropped_h : buffers_.h;
-    const LoraInput input{kernels_, h.from(task.first), matrix, layer_.intermediate};
-    project_lora(task, &input, 1, lora_.scale_down * kept_scale(), buffers_.h_a_down, worker);
+  if (std::none_of(batches_.begin(), batches_.end(), [](const Batch& batch) { return batch.lora.rank_down > 0; })) {
+    return;
+  }
+  for_each_batch_rows([&](const BatchRows& rows, int worker) {
+    const Batch& batch = batches_[rows.batch];
+    const OwnBuffers& own = buffers_.own[rows.batch];
+    if (batch.lora.rank_down == 0) return;
+    const F32Matrix matrix{batch.adapter->expert(AdapterTensor::kADown, rows.expert), layer_.intermediate,
+                           RightLayout::kNK};
+    const LeftRows h = batch.drops() ? own.dropped_h.from(rows.first) : buffers_.h.from(rows.shared);
+    const LoraInput input{kernels_, h, matrix, layer_.intermediate};
+    project_lora(rows, &input, 1, batch.lora.scale_down * batch.kept_scale(), own.h_a_down, worker);
   });
 }
 

@@ -14,16 +14,13 @@ struct TokenSums {
   std::int64_t tokens = 0;
   std::int64_t width = 0;
   int nodes = 1;
-  float* parts = nullptr;  // [nodes, tokens, width]; null where the output itself is summed into
+  float* parts = nullptr;  // [nodes, tokens of all batches, width]; null where the outputs themselves are summed into
 
   // One node and an fp32 output need no memory of their own.
   static TokenSums take(Carver& carver, std::int64_t tokens, std::int64_t width, int nodes, FloatType output) {
     TokenSums sums{tokens, width, nodes, nullptr};
     if (nodes > 1 || output == FloatType::kBf16) sums.parts = carver.take<float>(nodes * tokens * width);
     return sums;
-  }
-  float* part(int node, const TokensOut& out) const {
-    return parts == nullptr ? static_cast<float*>(out.data) : parts + node * tokens * width;
   }
 };
 

@@ -15,6 +15,7 @@ from kt_expert_proto.header import DamagedFrame, FrameError, Header
 from kt_expert_server.edge.lane import EngineLane
 from kt_expert_server.edge.transport import Transport
 from kt_expert_server.engine.buffers import PooledBuffer, TensorMemory
+from kt_expert_server.engine.together import SharedPass
 from kt_expert_server.engine.work import PASSES, Work, as_server_error
 from kt_expert_server.errors import InvalidRequest, StreamDamaged
 from kt_expert_server.members.actions import Action, EndStream, Note, Retire, Send, StartDisk, StartWork
@@ -145,14 +146,15 @@ class Driver:
         if not self._loop.is_closed():
             self._loop.call_soon_threadsafe(function, *arguments)
 
-    def _work_done(self, work: Work, part: int, error: BaseException | None, begun: float) -> None:
+    def _work_done(self, work: Work | SharedPass, part: int, error: BaseException | None, begun: float) -> None:
         now = time.monotonic()
-        work.spent_s += now - begun
-        has_ended = error is not None or part + 1 == work.parts
-        if has_ended and work.kind in PASSES:
-            self._observer.stage(work.kind, "compute", work.spent_s)
-        elif has_ended and work.kind == "step":
-            self._observer.step(work.spent_s)
+        for piece in work.pieces if isinstance(work, SharedPass) else (work,):
+            piece.spent_s += now - begun
+            has_ended = error is not None or part + 1 == piece.parts
+            if has_ended and piece.kind in PASSES:
+                self._observer.stage(piece.kind, "compute", piece.spent_s)
+            elif has_ended and piece.kind == "step":
+                self._observer.step(piece.spent_s)
         self.core.work_done(_plain(error), now, _fault(error, "a piece of work"))
         # An error's traceback holds what the work held, until the collector comes.
         del error

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import kt_expert_native as native
 from kt_expert_proto.dtypes import Dtype
@@ -16,9 +17,9 @@ from kt_expert_server.adapters.stacking import add_gradients, stacked_spec
 from kt_expert_server.adapters.window import present_bits
 from kt_expert_server.engine.buffers import PooledBuffer
 from kt_expert_server.engine.kinds import Kind
-from kt_expert_server.engine.passes import Tools, Trained, report, weights_of
+from kt_expert_server.engine.passes import PassWork, Tools, Trained, report, weights_of
 from kt_expert_server.engine.tickets import SavedTicket
-from kt_expert_server.engine.work import Outcome, Work
+from kt_expert_server.engine.work import Outcome
 from kt_expert_server.errors import InvalidRequest, WrongPhase
 from kt_expert_server.model.loader import LoadedLayer
 
@@ -44,7 +45,7 @@ class _Into:
     replaced: list[str]
 
 
-class BackwardWork(Work):
+class BackwardWork(PassWork):
     """dx and d(routing weights) from a ticket and dy [T, H]; adds LoRA's and weights' gradients to the member's windows.
 
     Consumes the ticket unless it is kept. Where anything fails or is cancelled, windows and ticket are as they were; after the
@@ -65,11 +66,18 @@ class BackwardWork(Work):
         self._saved: SavedTicket | None = None
         self._dx: PooledBuffer | None = None
         self._d_weights: PooledBuffer | None = None
-        self.parts = tools.parts(header.rows)
+        self.parts, self.tokens = tools.parts(header.rows), header.rows
         self.cost = _BACKWARD_COST * (header.rows * top_k / self.parts + layer.plan.num_experts)
         self._into: dict[str, _Into] = {}
         self._into_weights: _Into | None = None
         self._together: _Into | None = None  # of several adapters, as one
+        self._adds = False  # to gradients
+
+    def company(self) -> Hashable | None:
+        saved = self._trained.tickets.peek(self._ticket_id)
+        if saved is None or saved.weights is not None or self.parts > 1 or any(map(self._is_of_weights, self._targets)):
+            return None
+        return self.kind, self._header.layer, self._header.dtype, self._trained.ticket_policy
 
     def prepare(self) -> None:
         # Looked up here and not on arrival: meanwhile the ticket may have been used and an adapter replaced.
@@ -136,17 +144,13 @@ class BackwardWork(Work):
             self._trained.windows.begin(target.adapter)
 
     def run_part(self, part: int) -> None:
-        saved = self._saved
-        assert saved is not None  # noqa: S101
-        if not part:
-            self._find_gradients(saved)
-        if saved.stacked is not None:
-            self._backward(saved, part, saved.stacked, self._together)
-            if part == self.parts - 1:
-                self._add_together(saved)
-            return
-        parameters = saved.used[0].active.layer.parameters if saved.used else None
-        self._backward(saved, part, parameters, next(iter(self._into.values()), None))
+        self._tools.engine.backward(*self.arguments(part, self.token_of(part)))
+        self.take(part, None)
+
+    def take(self, part: int, result: native.Ticket | None) -> None:
+        del result
+        if self._together is not None and part == self.parts - 1:
+            self._add_together()
 
     def _find_gradients(self, saved: SavedTicket) -> None:
         """All memory first, so that what comes after the first part does not fail for want of it."""
@@ -164,21 +168,29 @@ class BackwardWork(Work):
         replaced = target.replaced | target.wanted & ~(window.open(index) | target.continued)
         return _Into(window.accumulator(index, layer), tensor_names(target.wanted), tensor_names(replaced))
 
-    def _add_together(self, saved: SavedTicket) -> None:
-        if self._together is None:
-            return
+    def _add_together(self) -> None:
+        saved, together = self._saved, self._together
+        assert saved is not None and together is not None  # noqa: S101, PT018
         active, names = [each.active for each in saved.used], [each.name for each in saved.used]
         for name, each in self._into.items():
-            add_gradients(active, self._together.gradients, names.index(name), each.gradients, each.wanted, each.replaced)
+            add_gradients(active, together.gradients, names.index(name), each.gradients, each.wanted, each.replaced)
 
-    def _backward(
-        self, saved: SavedTicket, part: int, parameters: native.AdapterTensors | None, lora: _Into | None
-    ) -> None:  # fmt: skip
+    def arguments(self, part: int, token: native.CancelToken | None) -> tuple[Any, ...]:
+        saved = self._saved
+        assert saved is not None and self._dx is not None and self._d_weights is not None  # noqa: S101, PT018
+        if not part:
+            self._find_gradients(saved)
         header, weights = self._header, self._into_weights
+        if saved.stacked is not None:
+            parameters: native.AdapterTensors | None = saved.stacked
+            lora = self._together
+        else:
+            parameters = saved.used[0].active.layer.parameters if saved.used else None
+            lora = next(iter(self._into.values()), None)
         both = [each for each in (lora, weights) if each is not None]
-        assert self._dx is not None and self._d_weights is not None  # noqa: S101, PT018
+        self._adds = bool(both)
         tile = self._tools.tile(part)
-        self._tools.engine.backward(
+        return (
             weights_of(self._layer, saved.weights),
             parameters,
             None if lora is None else lora.gradients,
@@ -186,15 +198,15 @@ class BackwardWork(Work):
             self._dy[tile],
             self._dx.array(header.dtype, header.rows, header.columns)[tile],
             self._d_weights.array(Dtype.FP32, header.rows, self._top_k)[tile],
-            self._token_of(part, adds=bool(both)),
             [name for each in both for name in each.wanted],
             [name for each in both for name in each.replaced] if not part else [],
             None if weights is None else weights.gradients,
+            token,
         )
 
-    def _token_of(self, part: int, *, adds: bool) -> native.CancelToken | None:
+    def token_of(self, part: int) -> native.CancelToken | None:
         """What has been added to a window cannot be taken out: from then on a backward counts whole."""
-        return None if part and adds else self.token
+        return None if part and self._adds else self.token
 
     def commit(self) -> Outcome:
         saved, header, trained = self._saved, self._header, self._trained

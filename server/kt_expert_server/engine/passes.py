@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from abc import abstractmethod
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import kt_expert_native as native
 import numpy as np
@@ -85,7 +87,22 @@ class AskedAdapter:
     scales: tuple[float | None, float | None, float | None]
 
 
-class ForwardWork(Work):
+class PassWork(Work):
+    """A pass over one layer's weights: alone, in parts, or as one part together with others'."""
+
+    @abstractmethod
+    def arguments(self, part: int, token: native.CancelToken | None) -> tuple[Any, ...]:
+        """Of the engine's function. On the engine's thread."""
+
+    @abstractmethod
+    def take(self, part: int, result: native.Ticket | None) -> None:
+        """What the engine gave. On its thread."""
+
+    @abstractmethod
+    def token_of(self, part: int) -> native.CancelToken | None: ...
+
+
+class ForwardWork(PassWork):
     """y = experts(x), and a ticket under the request's id if asked for.
 
     tensors: HIDDEN_STATES [T, H], EXPERT_IDS int32 [T, k], ROUTING_WEIGHTS fp32 [T, k].
@@ -113,8 +130,15 @@ class ForwardWork(Work):
         self._saved: Reservation | None = None
         self._tickets: list[native.Ticket] = []
         self._y: PooledBuffer | None = None
-        self.parts = tools.parts(header.rows)
+        self.parts, self.tokens = tools.parts(header.rows), header.rows
         self.cost = header.rows * top_k / self.parts + layer.plan.num_experts
+
+    def company(self) -> Hashable | None:
+        adapters, layer = self._trained.adapters, self._header.layer
+        asked = [adapters[each.name].layers.get(layer) for each in self._asked if each.name in adapters]
+        if self.parts > 1 or any(each is not None and each.trained is not None for each in asked):
+            return None
+        return self.kind, layer, self._header.dtype
 
     def prepare(self) -> None:
         tools, owner, rows = self._tools, self._trained.owner, self._header.rows
@@ -172,12 +196,19 @@ class ForwardWork(Work):
         return self._stacked, None
 
     def run_part(self, part: int) -> None:
+        self.take(part, self._tools.engine.forward(*self.arguments(part, self.token)))
+
+    def token_of(self, part: int) -> native.CancelToken | None:
+        del part
+        return self.token
+
+    def arguments(self, part: int, token: native.CancelToken | None) -> tuple[Any, ...]:
         assert self._y is not None  # noqa: S101
         if not part:
             self._active = self._parameters()
         parameters, scales = self._active
         tile = self._tools.tile(part)
-        ticket = self._tools.engine.forward(
+        return (
             weights_of(self._layer, self._replaced),
             parameters,
             self._x[tile],
@@ -185,14 +216,17 @@ class ForwardWork(Work):
             self._weights[tile],
             self._y.array(self._header.dtype, self._header.rows, self._header.columns)[tile],
             self._policy,
-            self.token,
             self._seed,
             self._header.layer,
             scales,
             tile.start,
+            token,
         )
-        if ticket is not None:
-            self._tickets.append(ticket)
+
+    def take(self, part: int, result: native.Ticket | None) -> None:
+        del part
+        if result is not None:
+            self._tickets.append(result)
 
     def commit(self) -> Outcome:
         assert self._y is not None  # noqa: S101

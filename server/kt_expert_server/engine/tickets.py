@@ -74,6 +74,9 @@ class Tickets:
     def add(self, ticket_id: int, saved: SavedTicket) -> None:
         self._saved[ticket_id] = saved
 
+    def peek(self, ticket_id: int) -> SavedTicket | None:
+        return self._saved.get(ticket_id)
+
     def find(self, ticket_id: int, layer: int, adapters: Mapping[str, Adapter]) -> SavedTicket:
         """For the backward of `layer`. Raises WrongPhase for one that was used or is stale, NotFound, InvalidRequest."""
         saved = self._saved.get(ticket_id)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 
 import kt_expert_native as native
@@ -39,16 +40,22 @@ PASSES = ("forward", "backward")
 
 class Work(ABC):
     """One piece for the engine. `prepare` and `commit` cannot be interrupted. Between them no other work of the same run is
-    done: the engine does one piece at a time, and between the parts of a long one only what other runs ask for."""
+    done, but passes of other members that share this one: the engine does one piece at a time, and between the parts of a long
+    one only what other runs ask for."""
 
     kind = "other"  # forward, backward, step: what is measured apart
     cost = 1.0  # of the engine's time, against other pieces; of one part
     parts = 1  # between which the engine may do others' work
+    tokens = 0  # of a pass
 
     def __init__(self) -> None:
         self.held = Holdings()  # released by `end`, whatever became of the work
         self.token: native.CancelToken | None = None
         self.spent_s = 0.0  # by the engine, on parts that have ended
+
+    def company(self) -> Hashable | None:
+        """What pieces have in common that may be computed in one pass over the weights. None: it is computed alone."""
+        return None
 
     def prepare(self) -> None:  # noqa: B027  # most work has nothing to prepare
         """Checks and reserves. Raises ServerError; nothing has changed then."""

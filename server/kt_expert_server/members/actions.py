@@ -9,6 +9,7 @@ import kt_expert_native as native
 from kt_expert_proto.header import Header
 
 from kt_expert_server.engine.buffers import PooledBuffer
+from kt_expert_server.engine.together import SharedPass
 from kt_expert_server.engine.work import Work
 from kt_expert_server.errors import ServerError
 
@@ -34,7 +35,7 @@ class EndStream:
 class StartWork:
     """For the engine's thread: work.run_part(part), then core.work_done(). There is one at a time."""
 
-    work: Work
+    work: Work | SharedPass
     part: int = 0
 
 

@@ -63,7 +63,7 @@ class ServerCore:
     def __init__(self, tools: Tools, limits: Limits, store: CheckpointStore | None) -> None:
         self.limits = limits
         self.model: BaseModel | None = None
-        self.dispatch = Dispatch(tools.observer)
+        self.dispatch = Dispatch(tools.observer, tools.engine)
         self._tools = tools
         self._saving = Saving(self.dispatch, tools.budget, store, limits, tools.observer, self._model_digest)
         self.runs = Runs(self.dispatch, tools.budget, limits, tools.engine, self._saving)
@@ -219,7 +219,11 @@ class ServerCore:
 
     def next_deadline(self) -> float | None:
         """When tick() is due, if nothing else happens."""
-        times = [self.runs.next_deadline(), None if self._stopping is None else self._stopping.next_deadline()]
+        times = [
+            self.runs.next_deadline(),
+            self.dispatch.next_deadline(),
+            None if self._stopping is None else self._stopping.next_deadline(),
+        ]
         for state in self._streams.values():
             if state.exchange is not None:
                 times.append(state.exchange.next_deadline())

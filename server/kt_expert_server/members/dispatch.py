@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import logging
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import kt_expert_native as native
 
-from kt_expert_server.engine.work import Outcome, as_server_error
+from kt_expert_server.engine.passes import PassWork
+from kt_expert_server.engine.together import SharedPass
+from kt_expert_server.engine.work import Outcome, Work, as_server_error
 from kt_expert_server.errors import InternalError, OutOfCapacity, OverQuota, ServerError
 from kt_expert_server.members.actions import Action, Note, Retire, StartDisk, StartWork
+from kt_expert_server.members.company import Company
 from kt_expert_server.members.scheduler import Job, Scheduler
 from kt_expert_server.observe.observer import Observer
 
@@ -18,14 +22,24 @@ _LARGE_TICKET_BYTES = 1 << 20  # below, giving memory back is quicker than handi
 DiskDone = Callable[[object | ServerError], None]
 
 
+@dataclass(slots=True)
+class _Running:
+    """What the engine computes: one job, or several as one."""
+
+    jobs: list[Job]
+    work: Work | SharedPass
+    begun: float  # the time
+
+
 class Dispatch:
     """One piece of work at a time on each lane. Actions wait here until the driver takes them."""
 
-    def __init__(self, observer: Observer) -> None:
-        self._observer = observer
+    def __init__(self, observer: Observer, engine: native.Engine) -> None:
+        self._observer, self._engine = observer, engine
+        self._company = Company()
         self._actions: list[Action] = []
         self._scheduler = Scheduler()
-        self._running: Job | None = None
+        self._running: _Running | None = None
         self._disk: dict[int, DiskDone] = {}
         self._next_disk = 1
         # Set by the core: what goes on when work has failed before it ran, and what gives up memory for it, if anything can.
@@ -55,7 +69,11 @@ class Dispatch:
     @property
     def depth(self) -> int:
         """Pieces that wait for the engine or run."""
-        return len(self._scheduler) + (self._running is not None)
+        return len(self._scheduler) + (0 if self._running is None else len(self._running.jobs))
+
+    def next_deadline(self) -> float | None:
+        """When a pass begins without those it waits for."""
+        return self._company.waits_until if self._running is None and len(self._scheduler) else None
 
     @property
     def is_idle(self) -> bool:
@@ -63,6 +81,7 @@ class Dispatch:
 
     def submit(self, job: Job) -> None:
         self._scheduler.add(job)
+        self._company.came(job, self.now)
 
     def withdraw(self, job: Job) -> bool:
         """False where it runs already."""
@@ -73,18 +92,33 @@ class Dispatch:
 
     def is_at_work(self, run: str, rank: int) -> bool:
         """Whether a piece of that rank's has been begun and has not ended: what it uses is not free when it is given back."""
-        running = self._running
-        return (running is not None and (running.run, running.rank) == (run, rank)) or self._scheduler.is_begun(run, rank)
+        running = () if self._running is None else self._running.jobs
+        return any(job.member == (run, rank) for job in running) or self._scheduler.is_begun(run, rank)
 
     def forget_run(self, run: str) -> None:
         self._scheduler.forget(run)
 
     def _start_next(self) -> None:
-        while self._running is None and (job := self._scheduler.take()) is not None:
+        while self._running is None and not self._company.is_awaited(self._scheduler.waiting, self.now):
+            job = self._scheduler.take()
+            if job is None:
+                return
             if not job.part and not self._begin(job):
                 continue
-            self._running = job
-            self.emit(StartWork(job.work, job.part))
+            self._running = running = _Running([job], job.work, self.now)  # known to be at work while others are prepared
+            if not job.part:
+                self._add_company(running)
+            self._company.begins()
+            self.emit(StartWork(running.work, job.part))
+
+    def _add_company(self, running: _Running) -> None:
+        while (other := self._scheduler.take_beside(running.jobs)) is not None:
+            if self._begin(other):
+                running.jobs.append(other)
+        pieces = [job.work for job in running.jobs if isinstance(job.work, PassWork)]
+        if len(pieces) > 1:
+            running.work = SharedPass(self._engine, pieces)
+            self._observer.shared(pieces[0].kind, len(pieces))
 
     def _begin(self, job: Job) -> bool:
         """False where it has failed before it ran."""
@@ -106,24 +140,41 @@ class Dispatch:
                 if isinstance(error, OverQuota) or not self.reclaim(job):
                     return self.explain(error, job.run)
             except Exception as error:  # the request's outcome all the same: an error that left here would lose the job
-                known = as_server_error(error)
-                if known is None:
-                    self.note("".join(traceback.format_exception(error)), logging.ERROR)
-                return known or InternalError("internal fault; see the server's log")
+                return self._known(error)
             else:
                 return None
 
     def work_done(self, error: Exception | None, fault: str) -> None:
         """The running part has ended. `fault` names an error in the log that is none of the server's own."""
-        job, self._running = self._running, None
-        assert job is not None  # noqa: S101
-        if error is None and job.part + 1 < job.work.parts:
-            job.part += 1
-            self._scheduler.add(job)
-        elif error is None:
-            self._end(job, job.work.commit())
-        else:
-            self._end(job, as_server_error(error) or InternalError(f"internal fault {fault}; see the server's log"))
+        running, self._running = self._running, None
+        assert running is not None  # noqa: S101
+        if isinstance(running.work, SharedPass) and error is None:
+            self._shared_done(running.jobs, running.work, self.now - running.begun)
+            return
+        for job in running.jobs:
+            if error is not None:
+                self._end(job, as_server_error(error) or InternalError(f"internal fault {fault}; see the server's log"))
+            elif job.part + 1 < job.work.parts:
+                job.part += 1
+                self._scheduler.add(job)
+            else:
+                self._end(job, job.work.commit())
+
+    def _shared_done(self, jobs: Sequence[Job], work: SharedPass, took_s: float) -> None:
+        if work.fault is not None and as_server_error(work.fault) is None:
+            self._known(work.fault)
+        self._company.shared(jobs, took_s)
+        for job in jobs:
+            assert isinstance(job.work, PassWork)  # noqa: S101
+            error = work.errors.get(job.work)
+            self._end(job, job.work.commit() if error is None else self._known(error))
+
+    def _known(self, error: Exception) -> ServerError:
+        """The server's error for it. One that is none of its own goes to the log."""
+        known = as_server_error(error)
+        if known is None:
+            self.note("".join(traceback.format_exception(error)), logging.ERROR)
+        return known or InternalError("internal fault; see the server's log")
 
     def _end(self, job: Job, outcome: Outcome | ServerError) -> None:
         job.work.end()

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from kt_expert_server.engine.work import Outcome, Work
 from kt_expert_server.errors import ServerError
+
+# Of passes that share one over the weights. A batch of more is bound by its products and not by reading weights: it gains
+# nothing, and the others would wait for it.
+SHARED_TOKENS_EACH = 64
+SHARED_TOKENS = 256
 
 
 @dataclass(eq=False, slots=True)
@@ -22,13 +27,17 @@ class Job:
     order: int = 0
     part: int = 0  # of its work, which comes next
 
+    @property
+    def member(self) -> tuple[str, int]:
+        return self.run, self.rank
+
 
 class Scheduler:
     """The run that has had least of the engine comes first; in it a backward, which frees memory, then the rank that has had
     least, then whoever came first.
 
     A run that was idle does not save up: it begins at the least that any waiting run has had. A piece that has been begun comes
-    back after each part; others of its run wait until it has ended.
+    back after each part; others of its run wait until it has ended. Small passes over the same layer are taken together.
     """
 
     def __init__(self) -> None:
@@ -57,22 +66,45 @@ class Scheduler:
         return True
 
     def take(self) -> Job | None:
-        begun = {job.run: job for job in self._waiting if job.part}
-        possible = [job for job in self._waiting if begun.get(job.run, job) is job]
-        if not possible:
+        job = min(self._possible(), key=self._key, default=None)
+        return None if job is None else self._take(job)
+
+    def take_beside(self, taken: Sequence[Job]) -> Job | None:
+        """One that may share a pass over the weights with those: another member's next one, of the same kind and layer."""
+        first, tokens = taken[0].work, sum(job.work.tokens for job in taken)
+        company = first.company()
+        if company is None or first.tokens > SHARED_TOKENS_EACH:
             return None
-        job = min(possible, key=self._key)
+        passed = {job.member for job in taken}
+        for job in sorted(self._possible(), key=self._key):
+            if job.member in passed:
+                continue
+            passed.add(job.member)  # what a member has to come later does not overtake
+            size = job.work.tokens
+            if size <= min(SHARED_TOKENS_EACH, SHARED_TOKENS - tokens) and job.work.company() == company:
+                return self._take(job)
+        return None
+
+    @property
+    def waiting(self) -> Sequence[Job]:
+        return self._waiting
+
+    def _possible(self) -> list[Job]:
+        begun = {job.run: job for job in self._waiting if job.part}
+        return [job for job in self._waiting if begun.get(job.run, job) is job]
+
+    def _take(self, job: Job) -> Job:
         self._waiting.remove(job)
         self._by_run[job.run] = self._by_run.get(job.run, 0.0) + job.work.cost
-        self._by_rank[job.run, job.rank] = self._by_rank.get((job.run, job.rank), 0.0) + job.work.cost
+        self._by_rank[job.member] = self._by_rank.get(job.member, 0.0) + job.work.cost
         return job
 
     def is_begun(self, run: str, rank: int) -> bool:
         """Whether a piece of that rank's waits for its next part."""
-        return any(job.part and (job.run, job.rank) == (run, rank) for job in self._waiting)
+        return any(job.part and job.member == (run, rank) for job in self._waiting)
 
     def _key(self, job: Job) -> tuple[bool, float, bool, float, int]:
-        had, by_rank = self._by_run.get(job.run, 0.0), self._by_rank.get((job.run, job.rank), 0.0)
+        had, by_rank = self._by_run.get(job.run, 0.0), self._by_rank.get(job.member, 0.0)
         return not job.is_urgent, had, job.work.kind != "backward", by_rank, job.order
 
     def forget(self, run: str) -> None:

@@ -30,6 +30,7 @@ class Metrics:
         self._flops = self._counter("gemm_flops", "Floating-point operations of the expert products", ["isa", "dtype"])
         self._stage = self._histogram("stage_seconds", "Time of a request by stage", ["pass", "stage"], SECONDS_BUCKETS)
         self._batch = self._histogram("batch_tokens", "Tokens of a request", ["pass"], TOKEN_BUCKETS)
+        self._shared_batches = self._counter("shared_batches", "Batches computed in one pass with others'", ["pass"])
         self._imbalance = self._gauge("load_imbalance_ratio", "Most tokens of an expert over the mean", ["layer"])
         self._queue_depth = self._gauge("queue_depth", "Operations waiting for the engine or running", [])
         self._inflight = self._gauge("inflight_requests", "Requests accepted and without an outcome", [])
@@ -69,6 +70,7 @@ class Metrics:
             for stage in ("receive", "queue", "compute", "send")
         }
         self._passes = {each: (self._tokens.labels(each), self._batch.labels(each)) for each in PASSES}
+        self._shared = {each: self._shared_batches.labels(each) for each in PASSES}
         self._all_flops = self._flops.labels(isa, weight_format)
         prometheus_client.ProcessCollector(registry=self.registry)
 
@@ -89,6 +91,9 @@ class Metrics:
         counted.inc(tokens)
         sizes.observe(tokens)
         self._all_flops.inc(flops)
+
+    def shared(self, direction: str, batches: int) -> None:
+        self._shared[direction].inc(batches)
 
     def imbalance(self, layer: int, ratio: float) -> None:
         self._imbalance.labels(str(layer)).set(ratio)

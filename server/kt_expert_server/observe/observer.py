@@ -13,6 +13,9 @@ class Observer(Protocol):
 
     def computed(self, direction: str, tokens: int, flops: float) -> None: ...
 
+    def shared(self, direction: str, batches: int) -> None:
+        """So many batches share a pass over the weights."""
+
     def imbalance(self, layer: int, ratio: float) -> None:
         """Most tokens of an expert over the mean of all experts."""
 
@@ -35,6 +38,9 @@ class NullObserver:
 
     def computed(self, direction: str, tokens: int, flops: float) -> None:
         del direction, tokens, flops
+
+    def shared(self, direction: str, batches: int) -> None:
+        del direction, batches
 
     def imbalance(self, layer: int, ratio: float) -> None:
         del layer, ratio

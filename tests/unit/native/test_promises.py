@@ -161,9 +161,9 @@ def test_a_cancelled_backward_leaves_the_gradients_alone() -> None:
     token = native.CancelToken()
     token.cancel()
     with pytest.raises(native.Cancelled):
-        engine.backward(weights, adapter, gradients, ticket, dy, dx, d_weights, token)
+        engine.backward(weights, adapter, gradients, ticket, dy, dx, d_weights, token=token)
     with pytest.raises(native.DeadlineExceeded):
-        engine.backward(weights, adapter, gradients, ticket, dy, dx, d_weights, native.CancelToken(0.0))
+        engine.backward(weights, adapter, gradients, ticket, dy, dx, d_weights, token=native.CancelToken(0.0))
     assert not any(gradients.tensor(name).any() for name in gradients.names())
     engine.backward(weights, adapter, gradients, ticket, dy, dx, d_weights)
     expected = golden(case).adapter

@@ -6,6 +6,7 @@ import numpy as np
 from kt_expert_proto.malloc import bytes_in_use
 
 KEPT_BYTES = 8 << 20
+OTHERS_BYTES = 1 << 20  # what else the process may have given back or taken meanwhile
 
 
 def test_memory_that_is_taken_and_given_back_is_counted() -> None:
@@ -17,5 +18,5 @@ def test_memory_that_is_taken_and_given_back_is_counted() -> None:
     after = bytes_in_use()
     assert during is not None
     assert after is not None
-    assert during - before >= KEPT_BYTES
-    assert during - after >= KEPT_BYTES
+    assert during - before >= KEPT_BYTES - OTHERS_BYTES
+    assert during - after >= KEPT_BYTES - OTHERS_BYTES
