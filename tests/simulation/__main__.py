@@ -78,7 +78,8 @@ def main(seeds: int, first: int) -> int:
         f"{sum(each.events for each in results)} events, {sum(each.connections for each in results)} connections, "
         f"{sum(each.server_kills for each in results)} deaths of the server, "
         f"{sum(each.server_stops for each in results)} stops of it, "
-        f"{sum(each.trainer_kills for each in results)} of trainers, {sum(each.losses for each in results)} losses told; "
+        f"{sum(each.trainer_kills for each in results)} of trainers, {sum(each.losses for each in results)} losses told, "
+        f"{sum(each.shared_batches for each in results)} batches computed with others'; "
         f"{virtual:.0f} s of virtual time in {spent:.0f} s ({virtual / max(spent, 1e-9):.0f} to 1)"
     )
     caught = sum(count > 0 for count in taken.values())

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 from unittest.mock import patch
 
+import kt_expert_native as native
 import kt_expert_proto.header as header_module
 from kt_expert_client.session.calls import Call
 from kt_expert_client.session.core import SessionCore
@@ -21,6 +22,7 @@ from kt_expert_server.checkpoints.store import CheckpointStore
 from kt_expert_server.engine.backward import BackwardWork
 from kt_expert_server.engine.passes import ForwardWork
 from kt_expert_server.engine.tickets import Tickets
+from kt_expert_server.engine.together import SharedPass
 from kt_expert_server.engine.transfers import ReadWork
 from kt_expert_server.members import saving
 from kt_expert_server.members.barrier import Barrier
@@ -240,9 +242,10 @@ def _oldest_kept(_: Any) -> Any:
 def _commits_failures(_: Any) -> Any:
     def done(self: Dispatch, error: Exception | None, fault: str) -> None:
         del error, fault
-        job, self._running = self._running, None
-        assert job is not None
-        self._end(job, job.work.commit())
+        running, self._running = self._running, None
+        assert running is not None
+        for job in running.jobs:
+            self._end(job, job.work.commit())
 
     return done
 
@@ -312,8 +315,8 @@ def _gradients_pile_up(original: Any) -> Any:
 
 
 def _cancelled_half_way(_: Any) -> Any:
-    def token(self: BackwardWork, part: int, *, adds: bool) -> Any:
-        del part, adds
+    def token(self: BackwardWork, part: int) -> Any:
+        del part
         return self.token
 
     return token
@@ -394,6 +397,33 @@ def _step_kept(original: Any) -> Any:
     return loaded
 
 
+def _tickets_mixed_up(original: Any) -> Any:
+    return lambda self, pieces: list(reversed(original(self, pieces)))
+
+
+def _computed_twice(original: Any) -> Any:
+    """What was computed together is computed alone once more."""
+
+    def compute(self: SharedPass, pieces: Any) -> Any:
+        original(self, pieces)
+        if len(pieces) > 1:
+            raise native.InvalidArgument("planted")
+        return [None] * len(pieces)
+
+    return compute
+
+
+def _first_one_s_error(original: Any) -> Any:
+    """One piece's failure is everybody's."""
+
+    def run(self: SharedPass, part: int) -> None:
+        original(self, part)
+        for error in list(self.errors.values())[:1]:
+            self.errors = dict.fromkeys(self.pieces, error)
+
+    return run
+
+
 CANARIES = (
     Canary("a lost acknowledgement gives its credits back twice", _patched(Exchange, "_acknowledge", _credits_twice)),
     Canary("a backward closes the window before it can fail", _patched(BackwardWork, "prepare", _window_closed_early)),
@@ -428,7 +458,10 @@ CANARIES = (
     Canary("a stream that has ended is still counted", _patched(ServerCore, "take_actions", _streams_pile_up)),
     Canary("a window does not close", _nothing(GradientWindow, "close")),
     Canary("gradients of an older window are added to", _patched(BackwardWork, "_gradients_of", _gradients_pile_up)),
-    Canary("a backward is cancelled between its parts", _patched(BackwardWork, "_token_of", _cancelled_half_way)),
+    Canary("a backward is cancelled between its parts", _patched(BackwardWork, "token_of", _cancelled_half_way)),
+    Canary("batches computed together get one another's tickets", _patched(SharedPass, "_compute", _tickets_mixed_up)),
+    Canary("what was computed together counts twice", _patched(SharedPass, "_compute", _computed_twice)),
+    Canary("one batch's failure is its company's", _patched(SharedPass, "run_part", _first_one_s_error), 3000),
     Canary("a part of a pass is left out", _patched(ForwardWork, "run_part", _last_part_left_out)),
     Canary("a tensor is let go of while it is sent again", _patched(Journal, "_drop", _let_go_while_repeated), 3000),
     Canary("what waited is not sent again after a restart", _patched(SessionCore, "_begin_afresh", _unlogged_forward)),

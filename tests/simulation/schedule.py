@@ -61,6 +61,7 @@ class Result:
     trainer_kills: int
     connections: int
     losses: int
+    shared_batches: int
 
 
 def digest(adapters: Mapping[str, Adapter], step: int) -> str:
@@ -286,6 +287,7 @@ def play(seed: int) -> Result:
     return Result(
         seed, world.heap.now, world.heap.count, world.server.kills, world.server.stops,
         sum(each.restarts for each in world.trainers), world.connections, sum(each.losses for each in world.trainers),
+        world.server.shared_batches,
     )  # fmt: skip
 
 

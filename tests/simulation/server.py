@@ -11,6 +11,7 @@ from kt_expert_server.checkpoints.store import CheckpointStore
 from kt_expert_server.engine.budget import MemoryBudget
 from kt_expert_server.engine.buffers import BufferPool, PooledBuffer
 from kt_expert_server.engine.passes import Tools
+from kt_expert_server.engine.together import SharedPass
 from kt_expert_server.engine.work import as_server_error
 from kt_expert_server.errors import InvalidRequest, ServerError, StreamDamaged
 from kt_expert_server.members.actions import Action, EndStream, Send, StartDisk, StartWork
@@ -23,7 +24,7 @@ from simulation.heap import EventHeap
 from simulation.model import base_model
 from simulation.network import Connection
 
-_TILE_TOKENS = 2  # most batches are computed in several parts
+_TILE_TOKENS = (2, 1024)  # most batches are computed in several parts, or whole and together with others'
 _BUDGET_BYTES = 1 << 26
 _SHUTDOWN_TIMEOUT_S = 20.0
 _ENGINE = native.Engine(1)
@@ -55,6 +56,8 @@ class ServerProcess:
         self.generation = 0
         self.kills = 0
         self.stops = 0
+        self.shared_batches = 0  # computed in one pass with others
+        self._tile_tokens = rng.choice(_TILE_TOKENS)
         self._down = 0.0  # how long it stays away after it has stopped
         self._streams: dict[int, _Stream] = {}
         self._tick_at: float | None = None
@@ -77,7 +80,7 @@ class ServerProcess:
             self.restart_after(1.0)
             return
         self.core = ServerCore(
-            Tools(_ENGINE, self.budget, self.pool, NullObserver(), tile_tokens=_TILE_TOKENS), self._limits, store
+            Tools(_ENGINE, self.budget, self.pool, NullObserver(), tile_tokens=self._tile_tokens), self._limits, store
         )
         self.core.become_ready(base_model())
         self._next_stream = 1
@@ -172,6 +175,8 @@ class ServerProcess:
                 if stream is not None:
                     stream.end(action.error)
             case StartWork():
+                if isinstance(action.work, SharedPass):
+                    self.shared_batches += len(action.work.pieces)
                 self._after(0.0005 + 0.003 * self._rng.random(), self._work, action)
             case StartDisk():
                 self._after(0.001 + 0.05 * self._rng.random(), self._disk_job, action)

@@ -19,7 +19,7 @@ from kt_expert_server.engine.buffers import BufferPool, PooledBuffer
 from kt_expert_server.engine.passes import Tools
 from kt_expert_server.engine.quotas import Quotas
 from kt_expert_server.errors import ServerError
-from kt_expert_server.members.actions import EndStream, Send, StartDisk, StartWork
+from kt_expert_server.members.actions import EndStream, Note, Send, StartDisk, StartWork
 from kt_expert_server.members.core import ServerCore
 from kt_expert_server.members.limits import Limits
 from kt_expert_server.observe.observer import NullObserver
@@ -48,6 +48,7 @@ class CoreServer:
         self.now = 0.0
         self.works: deque[StartWork] = deque()
         self.jobs: deque[StartDisk] = deque()
+        self.notes: list[str] = []
         self.members: dict[int, Heard] = {}  # by stream
         self.holds_disk = self.holds_engine = False
 
@@ -65,6 +66,8 @@ class CoreServer:
                         self.works.append(action)
                     case StartDisk():
                         self.jobs.append(action)
+                    case Note():
+                        self.notes.append(action.text)
                     case _:
                         pass
             if self.works and not self.holds_engine:
@@ -159,15 +162,26 @@ class CoreMember:
         self.server.carry_out()
         return self.take(request_id)
 
-    def forward(self, tokens: int = TOKENS) -> int:
-        """Of layer 0. Returns the request's id, which is the ticket."""
-        x, ids, weights = _batch(tokens)
+    def forward(self, tokens: int = TOKENS, layer: int = 0, expert_ids: int | None = None, of: int = 0) -> int:
+        """Batch number `of`, all routes to one expert where it is given. Returns the request's id, which is the ticket."""
+        x, ids, weights = _batch(tokens, of)
+        if expert_ids is not None:
+            ids = np.full_like(ids, expert_ids)
         opened = spb.RequestOpen(forward=spb.Forward(top_k=TOP_K, save_for_backward=True, adapters=ACTIVE))
         return self._pass(Op.FORWARD, opened, [
             (Tensor.EXPERT_IDS, Dtype.INT32, ids),
             (Tensor.ROUTING_WEIGHTS, Dtype.FP32, weights),
             (Tensor.HIDDEN_STATES, Dtype.FP32, x),
-        ])  # fmt: skip
+        ], layer)  # fmt: skip
+
+    def backward(self, ticket: int, tokens: int = TOKENS) -> int:
+        """Of layer 0."""
+        opened = spb.RequestOpen(backward=spb.Backward(ticket=ticket, targets=targets(LORA[0])))
+        return self._pass(Op.BACKWARD, opened, [(Tensor.GRAD_OUTPUT, Dtype.FP32, _batch(tokens)[0])])
+
+    def cancel(self, request_id: int) -> None:
+        self._receive(Header(FrameType.CANCEL, request_id, epoch=self.epoch), b"")
+        self.server.carry_out()
 
     def train(self, tokens: int = TOKENS) -> str:
         """A forward and a backward of layer 0. Returns the first error's text."""
@@ -175,8 +189,7 @@ class CoreMember:
         error = self.take(ticket)
         if error:
             return error
-        opened = spb.RequestOpen(backward=spb.Backward(ticket=ticket, targets=targets(LORA[0])))
-        return self.take(self._pass(Op.BACKWARD, opened, [(Tensor.GRAD_OUTPUT, Dtype.FP32, _batch(tokens)[0])]))
+        return self.take(self.backward(ticket, tokens))
 
     def ask_step(self, index: int) -> int:
         update = adamw(0.01)
@@ -201,13 +214,15 @@ class CoreMember:
         self.server.core.stream_closed(self.stream, self.server.now)
         self.server.carry_out()
 
-    def _pass(self, op: Op, opened: spb.RequestOpen, tensors: list[tuple[Tensor, Dtype, np.ndarray]]) -> int:
+    def _pass(
+        self, op: Op, opened: spb.RequestOpen, tensors: list[tuple[Tensor, Dtype, np.ndarray]], layer: int = 0
+    ) -> int:  # fmt: skip
         request_id, self.next_id = self.next_id, self.next_id + 1
         rows = tensors[-1][2].shape[0]
-        header = Header(FrameType.REQUEST, request_id, 0, op, Tensor.NONE, Dtype.FP32, rows, HIDDEN, 60_000, self.epoch)
+        header = Header(FrameType.REQUEST, request_id, layer, op, Tensor.NONE, Dtype.FP32, rows, HIDDEN, 60_000, self.epoch)
         self._receive(header, opened.SerializeToString())
         for tensor, dtype, values in tensors:
-            about = Header(FrameType.TENSOR, request_id, 0, op, tensor, dtype, *values.shape, epoch=self.epoch)
+            about = Header(FrameType.TENSOR, request_id, layer, op, tensor, dtype, *values.shape, epoch=self.epoch)
             buffer = self.server.core.admit(self.stream, about, self.server.now)
             if buffer is not None:
                 buffer.view[:] = np.ascontiguousarray(values).data.cast("B")
@@ -219,6 +234,6 @@ class CoreMember:
         self.server.core.received(self.stream, header, payload, self.server.now)
 
 
-def _batch(tokens: int) -> list[np.ndarray]:
+def _batch(tokens: int, of: int = 0) -> list[np.ndarray]:
     """x, expert ids and routing weights."""
-    return [np.repeat(each, tokens // TOKENS, axis=0) for each in batch(0, 0, 0, 0)]
+    return [np.repeat(each, tokens // TOKENS, axis=0) for each in batch(of, 0, 0, 0)]

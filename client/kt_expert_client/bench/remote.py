@@ -1,8 +1,12 @@
 """The trainer's side of `kt-expert bench remote`: a process that connects, and times calls as it is told line by line.
 
-On standard input come JSON objects, one a line, each answered by one: {"open": address, "rank": r, "transport": t} joins a run
-with LoRA, or without for rank 0, {"call": {...}} times forwards and backwards of one batch, {"echo": {...}} forwards that
-compute nothing, and {"close": true} leaves.
+On standard input come JSON objects, one a line, each answered by one:
+
+* {"open": address, "rank": r, "transport": t, "seed": s} joins a run with LoRA, or without for rank 0
+* {"call": {...}} times forwards and backwards of one batch
+* {"echo": {...}} times forwards that compute nothing
+* {"train": {...}} trains for some seconds beside others
+* {"close": true} leaves
 """
 
 from __future__ import annotations
@@ -25,7 +29,8 @@ _SEED = 0
 class Timer:
     """One run on one server."""
 
-    def __init__(self, address: str, rank: int, transport: str | None = None) -> None:
+    def __init__(self, address: str, rank: int, transport: str | None = None, seed: int = _SEED) -> None:
+        self._seed = seed  # of its batches
         self._client: Client = connect(address, transport=transport)
         spec = self._client.layers[0]
         self._hidden, self._experts, self._top_k = spec.hidden_size, spec.num_experts, spec.top_k
@@ -34,10 +39,7 @@ class Timer:
 
     def call(self, tokens: int, in_flight: int, repeats: int) -> dict[str, float]:
         """Median seconds a call of a forward and of its backward, `in_flight` calls at a time."""
-        generator = torch.Generator().manual_seed(_SEED + tokens)
-        hidden, gradient = (torch.randn(tokens, self._hidden, generator=generator).to(torch.bfloat16) for _ in range(2))
-        order = torch.rand(tokens, self._experts, generator=generator).argsort(dim=1)[:, : self._top_k]
-        ids, weights = order.to(torch.int32).contiguous(), torch.full((tokens, self._top_k), 1.0 / self._top_k)
+        hidden, gradient, ids, weights = self._batch(tokens)
         forwards, backwards = [], []
         for _ in range(repeats):
             begun = time.perf_counter()
@@ -51,6 +53,25 @@ class Timer:
                 each_back.result()
             backwards.append((time.perf_counter() - begun) / in_flight)
         return {"forward_s": statistics.median(forwards), "backward_s": statistics.median(backwards)}
+
+    def train(self, tokens: int, begin: float, seconds: float) -> dict[str, float]:
+        """Forwards and backwards one after another from `begin` on, a time as time.time() gives it, and how long they took."""
+        hidden, gradient, ids, weights = self._batch(tokens)
+        time.sleep(max(0.0, begin - time.time()))
+        begun, steps = time.perf_counter(), 0
+        while time.perf_counter() < begun + seconds:
+            sent = self._run.submit_forward(0, hidden, ids, weights, borrow=True)
+            sent.result()
+            self._run.submit_backward(0, sent.ticket, gradient, borrow=True).result()
+            steps += 1
+        return {"tokens": steps * tokens, "seconds": time.perf_counter() - begun}
+
+    def _batch(self, tokens: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Hidden states and a gradient in bf16, distinct expert ids, routing weights."""
+        generator = torch.Generator().manual_seed(self._seed + tokens)
+        hidden, gradient = (torch.randn(tokens, self._hidden, generator=generator).to(torch.bfloat16) for _ in range(2))
+        order = torch.rand(tokens, self._experts, generator=generator).argsort(dim=1)[:, : self._top_k]
+        return hidden, gradient, order.to(torch.int32).contiguous(), torch.full((tokens, self._top_k), 1.0 / self._top_k)
 
     def echo(self, tokens: int, least_s: float, most: int) -> dict[str, float]:
         """Forwards whose routes are all skipped: median seconds, this process's seconds on processors a call, and the calls."""
@@ -77,11 +98,13 @@ def main() -> None:
         asked: dict[str, Any] = json.loads(line)
         answer: dict[str, Any] = {}
         if "open" in asked:
-            timer = Timer(asked["open"], int(asked["rank"]), asked.get("transport"))
+            timer = Timer(asked["open"], int(asked["rank"]), asked.get("transport"), int(asked.get("seed", _SEED)))
         elif "call" in asked and timer is not None:
             answer = timer.call(**asked["call"])
         elif "echo" in asked and timer is not None:
             answer = timer.echo(**asked["echo"])
+        elif "train" in asked and timer is not None:
+            answer = timer.train(**asked["train"])
         elif timer is not None:
             timer.close()
         sys.stdout.write(json.dumps(answer) + "\n")

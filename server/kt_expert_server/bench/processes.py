@@ -60,10 +60,17 @@ class Process:
             )
         return line
 
-    def ask(self, **asked: object) -> dict[str, Any]:
+    def tell(self, **asked: object) -> None:
         assert self._process.stdin is not None  # noqa: S101
         self._process.stdin.write(json.dumps(asked) + "\n")
+
+    def answer(self) -> dict[str, Any]:
+        """To what was told first of all that has no answer yet."""
         return cast("dict[str, Any]", json.loads(self.line()))
+
+    def ask(self, **asked: object) -> dict[str, Any]:
+        self.tell(**asked)
+        return self.answer()
 
 
 @contextmanager

@@ -2,7 +2,8 @@
 
 `kernels` runs forward and backward, `optimizer` the update of the layer's LoRA, `memory` shows what the process holds,
 `trainer` what a trainer of DeepSeek-V3 pays on its own side, with a server that holds shapes only, `remote` what a call to a
-server costs beside the same call of the engine in one process, and `transport` what carrying tensors costs beside raw sockets.
+server costs beside the same call of the engine in one process, `tenants` what several runs get together beside one, and
+`transport` what carrying tensors costs beside raw sockets.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from kt_expert_server.bench.peers import KtKernel, Peer, TorchLoop, TorchWeights
 from kt_expert_server.bench.remote import cases, measure_remote, print_remote, remote_as_json
 from kt_expert_server.bench.report import print_rows, write_plot
 from kt_expert_server.bench.shapes import PUBLISHED, LayerShape, parse_shape
+from kt_expert_server.bench.tenants import measure_tenants, print_tenants, tenants_as_json
 from kt_expert_server.bench.trainer import measure_trainer, print_trainer
 from kt_expert_server.bench.transport import measure_transport, print_transport, transport_as_json
 from kt_expert_server.config import ISA_VARIABLE, WEIGHT_FORMATS, available_cores, available_memory
@@ -38,7 +40,7 @@ _MEMORY_SHARE = 0.6  # of what this process may use, for weights
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("what", choices=("kernels", "optimizer", "memory", "trainer", "remote", "transport"))
+    parser.add_argument("what", choices=("kernels", "optimizer", "memory", "trainer", "remote", "tenants", "transport"))
     parser.add_argument("--shape", default="qwen3-30b-a3b", help=f"{', '.join(PUBLISHED)}, a model directory, or E,H,I,k")
     parser.add_argument("--tokens", help="batch sizes, separated by commas (default: 1,16,128,2048; of memory 512)")
     parser.add_argument("--rank", help="LoRA ranks, separated by commas; 0 is none (default: 0,16; else 16)")
@@ -58,12 +60,13 @@ def run(options: argparse.Namespace) -> int:
     console = Console()
     if not console.is_terminal:
         console = Console(width=_FILE_WIDTH)
-    if options.what == "trainer":
-        return _run_trainer(console, options)
-    if options.what == "remote":
-        return _run_remote(console, options)
-    if options.what == "transport":
-        return _run_transport(console, options)
+    of_servers = {"trainer": _run_trainer, "remote": _run_remote, "tenants": _run_tenants, "transport": _run_transport}
+    if options.what in of_servers:
+        return of_servers[options.what](console, options)
+    return _run_engine(console, options)
+
+
+def _run_engine(console: Console, options: argparse.Namespace) -> int:
     asked = parse_shape(options.shape)
     is_kernels = options.what == "kernels"
     options.tokens = _numbers(options.tokens or ("1,16,128,2048" if is_kernels else "512"), "--tokens", 1)
@@ -140,6 +143,13 @@ def _run_transport(console: Console, options: argparse.Namespace) -> int:
     found = measure_transport(options.repeats)
     print_transport(console, found)
     _write_json(options.json, {"transport": transport_as_json(found)})
+    return 0
+
+
+def _run_tenants(console: Console, options: argparse.Namespace) -> int:
+    found = measure_tenants(options.threads, options.repeats)
+    print_tenants(console, found)
+    _write_json(options.json, {"tenants": tenants_as_json(found)})
     return 0
 
 

@@ -1,47 +1,67 @@
 """How long a small pass waits for those that it could share a pass over the weights with.
 
-Trainers whose passes were computed together get their results at the same time, and their next requests come within a moment
-of each other. Were the first of them begun at once, the others would have to wait for it, and none would share the next one
-either.
+Two trainers that take turns would do so for ever: when one's pass ends, the other's waits, and the first one's next request
+comes a moment too late to share it. What a member asks for after a pass, and how soon, is what it asked for the last time; so
+it is known who is about to come for the same layer. Waiting a part of a pass's time for them saves a reading of the weights.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable
+from dataclasses import dataclass, field
 
 from kt_expert_server.members.scheduler import Job
 
-_SHARE_OF_PASS = 0.25  # of the time that the last shared pass took
-_MOST_S = 0.003  # what two trainers' ways to the server differ by on a busy host
+_SHARE_OF_PASS = 0.25  # of the time of a member's last pass: the most that others wait for its next one
+_SLACK = 1.5  # times as long as the last time
+_LEAST_S = 0.0005  # by which two ways to the server differ however quick they were
+
+
+@dataclass(slots=True)
+class _Habit:
+    """What a member asked for after each kind of pass, and after how many seconds."""
+
+    follows: dict[Hashable, tuple[Hashable, float]] = field(default_factory=dict)
+    last: Hashable = None
+    answered_at: float | None = None  # None: it has asked since
+    last_took_s: float = 0.0
 
 
 class Company:
-    """Members whose last passes were one, until the next piece begins. Nothing waits while others have work for the engine, and
-    only once for each shared pass."""
+    """Small passes that have ended, and who comes back for which."""
 
     def __init__(self) -> None:
-        self._members: frozenset[tuple[str, int]] = frozenset()
-        self._most_s = 0.0
-        self.waits_until: float | None = None  # from when the first of them has come
+        self._habits: dict[tuple[str, int], _Habit] = {}
 
-    def shared(self, jobs: Sequence[Job], took_s: float) -> None:
-        """A pass of several has ended."""
-        self._members = frozenset(job.member for job in jobs)
-        self._most_s, self.waits_until = min(_MOST_S, _SHARE_OF_PASS * took_s), None
+    def ended(self, job: Job, took_s: float, now: float) -> None:
+        """A member's pass over so many seconds."""
+        kind = job.work.company()
+        if kind is None:
+            return
+        habit = self._habits.setdefault(job.member, _Habit())
+        habit.last, habit.last_took_s, habit.answered_at = kind, took_s, now
 
     def came(self, job: Job, now: float) -> None:
-        if self.waits_until is None and job.member in self._members:
-            self.waits_until = now + self._most_s
+        habit = self._habits.get(job.member)
+        if habit is None or habit.answered_at is None:
+            return
+        habit.follows[habit.last] = (job.work.company(), now - habit.answered_at)
+        habit.answered_at = None
 
-    def begins(self) -> None:
-        """A piece, whosever."""
-        self._members, self.waits_until = frozenset(), None
+    def waits_until(self, job: Job, now: float) -> float:
+        """Until when somebody may come whose pass could be computed with this one. In the past where nobody is expected."""
+        kind, until = job.work.company(), now
+        if kind is None:
+            return until
+        for member, habit in self._habits.items():
+            if habit.answered_at is None or member == job.member:
+                continue
+            asks, after_s = habit.follows.get(habit.last, (None, 0.0))
+            most_s = _SHARE_OF_PASS * habit.last_took_s
+            if asks == kind and after_s < most_s:
+                until = max(until, habit.answered_at + min(most_s, _SLACK * after_s + _LEAST_S))
+        return until
 
-    def is_awaited(self, waiting: Sequence[Job], now: float) -> bool:
-        """Whether the engine stays idle a moment although those wait."""
-        if self.waits_until is None or now >= self.waits_until or not waiting:
-            return False
-        company = waiting[0].work.company()
-        if company is None or any(job.work.company() != company for job in waiting):
-            return False
-        return {job.member for job in waiting} < self._members
+    def forget(self, run: str) -> None:
+        for member in [each for each in self._habits if each[0] == run]:
+            del self._habits[member]

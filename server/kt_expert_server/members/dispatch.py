@@ -37,6 +37,7 @@ class Dispatch:
     def __init__(self, observer: Observer, engine: native.Engine) -> None:
         self._observer, self._engine = observer, engine
         self._company = Company()
+        self._waits_until: float | None = None  # the engine, idle, for the first job's company
         self._actions: list[Action] = []
         self._scheduler = Scheduler()
         self._running: _Running | None = None
@@ -73,15 +74,15 @@ class Dispatch:
 
     def next_deadline(self) -> float | None:
         """When a pass begins without those it waits for."""
-        return self._company.waits_until if self._running is None and len(self._scheduler) else None
+        return self._waits_until if self._running is None else None
 
     @property
     def is_idle(self) -> bool:
         return self.depth == 0 and not self._disk
 
     def submit(self, job: Job) -> None:
-        self._scheduler.add(job)
         self._company.came(job, self.now)
+        self._scheduler.add(job)
 
     def withdraw(self, job: Job) -> bool:
         """False where it runs already."""
@@ -97,10 +98,12 @@ class Dispatch:
 
     def forget_run(self, run: str) -> None:
         self._scheduler.forget(run)
+        self._company.forget(run)
 
     def _start_next(self) -> None:
-        while self._running is None and not self._company.is_awaited(self._scheduler.waiting, self.now):
-            job = self._scheduler.take()
+        while self._running is None:
+            self._waits_until = None
+            job = self._scheduler.take(self._may_begin)
             if job is None:
                 return
             if not job.part and not self._begin(job):
@@ -108,8 +111,15 @@ class Dispatch:
             self._running = running = _Running([job], job.work, self.now)  # known to be at work while others are prepared
             if not job.part:
                 self._add_company(running)
-            self._company.begins()
             self.emit(StartWork(running.work, job.part))
+
+    def _may_begin(self, job: Job) -> bool:
+        """Whether nobody is about to come who could share its pass."""
+        until = self._company.waits_until(job, self.now)
+        if until <= self.now:
+            return True
+        self._waits_until = until if self._waits_until is None else min(until, self._waits_until)
+        return False
 
     def _add_company(self, running: _Running) -> None:
         while (other := self._scheduler.take_beside(running.jobs)) is not None:
@@ -158,13 +168,14 @@ class Dispatch:
                 job.part += 1
                 self._scheduler.add(job)
             else:
+                self._company.ended(job, self.now - running.begun, self.now)
                 self._end(job, job.work.commit())
 
     def _shared_done(self, jobs: Sequence[Job], work: SharedPass, took_s: float) -> None:
         if work.fault is not None and as_server_error(work.fault) is None:
             self._known(work.fault)
-        self._company.shared(jobs, took_s)
         for job in jobs:
+            self._company.ended(job, took_s, self.now)
             assert isinstance(job.work, PassWork)  # noqa: S101
             error = work.errors.get(job.work)
             self._end(job, job.work.commit() if error is None else self._known(error))

@@ -65,8 +65,8 @@ class Scheduler:
         self._waiting.remove(job)
         return True
 
-    def take(self) -> Job | None:
-        job = min(self._possible(), key=self._key, default=None)
+    def take(self, may_begin: Callable[[Job], bool] = lambda _: True) -> Job | None:
+        job = min(filter(may_begin, self._possible()), key=self._key, default=None)
         return None if job is None else self._take(job)
 
     def take_beside(self, taken: Sequence[Job]) -> Job | None:
@@ -84,10 +84,6 @@ class Scheduler:
             if size <= min(SHARED_TOKENS_EACH, SHARED_TOKENS - tokens) and job.work.company() == company:
                 return self._take(job)
         return None
-
-    @property
-    def waiting(self) -> Sequence[Job]:
-        return self._waiting
 
     def _possible(self) -> list[Job]:
         begun = {job.run: job for job in self._waiting if job.part}
