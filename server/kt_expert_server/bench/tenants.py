@@ -47,19 +47,19 @@ def tenant_cases() -> list[Tenants]:
     return [*counts, *fours, *(Tenants(1, _SHARED_RUNS * tokens) for tokens in _SHARED_TOKENS)]
 
 
-def measure_tenants(threads: int, repeats: int) -> list[Tenants]:
+def measure_tenants(threads: int, repeats: int, shape: LayerShape = SHAPE, round_s: float = _ROUND_S) -> list[Tenants]:
     """Raises InvalidRequest where the client's package is not there."""
     found = tenant_cases()
     with tempfile.TemporaryDirectory() as folder, ExitStack() as open_ones:
         model = Path(folder) / "model"
-        write_model(model, SHAPE)
+        write_model(model, shape)
         _, address = open_ones.enter_context(serve(model, threads))
         trainers = [open_ones.enter_context(Process("-m", "kt_expert_client.bench.remote")) for _ in range(_MOST_RUNS)]
         for seed, trainer in enumerate(trainers):
             trainer.ask(open=address, rank=_RANK, seed=1000 * seed)
         for number in range(repeats + 1):  # the first warms up
             for each in found:
-                per_second = _round(trainers[: each.runs], each.tokens)
+                per_second = _round(trainers[: each.runs], each.tokens, round_s)
                 if number:
                     each.per_second.append(per_second)
         for trainer in trainers:
@@ -67,10 +67,10 @@ def measure_tenants(threads: int, repeats: int) -> list[Tenants]:
     return found
 
 
-def _round(trainers: Sequence[Process], tokens: int) -> float:
+def _round(trainers: Sequence[Process], tokens: int, seconds: float) -> float:
     begin = time.time() + _LEAD_S
     for trainer in trainers:
-        trainer.tell(train={"tokens": tokens, "begin": begin, "seconds": _ROUND_S})
+        trainer.tell(train={"tokens": tokens, "begin": begin, "seconds": seconds})
     answers = [trainer.answer() for trainer in trainers]
     return sum(float(each["tokens"]) / float(each["seconds"]) for each in answers)
 
