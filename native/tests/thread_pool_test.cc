@@ -3,7 +3,10 @@
 #include <doctest/doctest.h>
 
 #include <atomic>
+#include <chrono>
+#include <numeric>
 #include <stdexcept>
+#include <thread>
 #include <vector>
 
 namespace kt_expert {
@@ -28,6 +31,58 @@ TEST_CASE("many short loops on more threads than cores end") {
   std::atomic<std::int64_t> total{0};
   for (int loop = 0; loop < 2000; ++loop) pool.run(5, [&](std::int64_t, int) { ++total; });
   CHECK(total == 10000);
+}
+
+// Loops of a few instructions end before most of those called have woken up: who comes late must find nothing to do.
+TEST_CASE("a worker that wakes up late takes no part in a loop that has ended") {
+  for (int threads : {2, 9, 40}) {
+    ThreadPool pool(threads);
+    std::vector<std::int64_t> by_worker(static_cast<std::size_t>(threads));  // not atomic: a worker is one thread
+    std::atomic<bool> is_open{false};
+    std::atomic<int> late{0};
+    std::int64_t wanted = 0;
+    for (int loop = 0; loop < 3000; ++loop) {
+      const std::int64_t tasks = loop % (2 * threads) + 1;
+      is_open = true;
+      pool.run(tasks, [&](std::int64_t task, int worker) {
+        if (!is_open) ++late;
+        for (volatile int spin = 0; spin < (task == 0 ? 0 : loop % 500);) spin = spin + 1;
+        ++by_worker[static_cast<std::size_t>(worker)];
+      });
+      is_open = false;
+      wanted += tasks;
+    }
+    CHECK(late == 0);
+    CHECK(std::accumulate(by_worker.begin(), by_worker.end(), std::int64_t{0}) == wanted);
+  }
+}
+
+TEST_CASE("a loop wakes no more workers than it has tasks for") {
+  ThreadPool pool(40);
+  std::vector<std::atomic<int>> by_worker(40);
+  for (int loop = 0; loop < 200; ++loop) {
+    pool.run(3, [&](std::int64_t, int worker) {
+      ++by_worker[static_cast<std::size_t>(worker)];
+      std::this_thread::sleep_for(std::chrono::microseconds(200));
+    });
+  }
+  for (std::size_t worker = 3; worker < by_worker.size(); ++worker) CHECK(by_worker[worker] == 0);
+}
+
+TEST_CASE("tasks of a few nodes are taken by as many workers, whosever neighbours they are") {
+  for (int nodes : {2, 5}) {
+    ThreadPool pool(4 * nodes, nodes);
+    for (int loop = 0; loop < 300; ++loop) {
+      std::vector<std::int64_t> tasks(static_cast<std::size_t>(nodes));
+      tasks[static_cast<std::size_t>(loop % nodes)] = loop % 17 + 1;
+      std::atomic<std::int64_t> done{0};
+      pool.run_on_nodes({tasks.data(), tasks.size()}, [&](int node, std::int64_t, int) {
+        CHECK(node == loop % nodes);
+        ++done;
+      });
+      CHECK(done == loop % 17 + 1);
+    }
+  }
 }
 
 TEST_CASE("an exception reaches the caller and the pool stays usable") {
