@@ -30,6 +30,7 @@ from kt_expert_native._core import (
     list_isas,
     list_memory_nodes,
     list_weight_formats,
+    measure_loops,
 )
 
 __all__ = [
@@ -52,4 +53,5 @@ __all__ = [
     "list_isas",
     "list_memory_nodes",
     "list_weight_formats",
+    "measure_loops",
 ]

@@ -2,8 +2,8 @@
 
 `kernels` runs forward and backward, `optimizer` the update of the layer's LoRA, `memory` shows what the process holds,
 `trainer` what a trainer of DeepSeek-V3 pays on its own side, with a server that holds shapes only, `remote` what a call to a
-server costs beside the same call of the engine in one process, `tenants` what several runs get together beside one, and
-`transport` what carrying tensors costs beside raw sockets.
+server costs beside the same call of the engine in one process, `tenants` what several runs get together beside one,
+`transport` what carrying tensors costs beside raw sockets, and `pool` what the engine's threads cost a loop.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from kt_expert_server.bench.kernels import Plan, measure
 from kt_expert_server.bench.memory import measure_memory, memory_as_json, print_memory
 from kt_expert_server.bench.optimizer import measure_optimizers, print_optimizers
 from kt_expert_server.bench.peers import KtKernel, Peer, TorchLoop, TorchWeights
+from kt_expert_server.bench.pool import measure_pool, pool_as_json, print_pool
 from kt_expert_server.bench.remote import cases, measure_remote, print_remote, remote_as_json
 from kt_expert_server.bench.report import print_rows, write_plot
 from kt_expert_server.bench.shapes import PUBLISHED, LayerShape, parse_shape
@@ -40,7 +41,7 @@ _MEMORY_SHARE = 0.6  # of what this process may use, for weights
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("what", choices=("kernels", "optimizer", "memory", "trainer", "remote", "tenants", "transport"))
+    parser.add_argument("what", choices=("kernels", "optimizer", "memory", "trainer", "remote", "tenants", "transport", "pool"))
     parser.add_argument("--shape", default="qwen3-30b-a3b", help=f"{', '.join(PUBLISHED)}, a model directory, or E,H,I,k")
     parser.add_argument("--tokens", help="batch sizes, separated by commas (default: 1,16,128,2048; of memory 512)")
     parser.add_argument("--rank", help="LoRA ranks, separated by commas; 0 is none (default: 0,16; else 16)")
@@ -60,9 +61,15 @@ def run(options: argparse.Namespace) -> int:
     console = Console()
     if not console.is_terminal:
         console = Console(width=_FILE_WIDTH)
-    of_servers = {"trainer": _run_trainer, "remote": _run_remote, "tenants": _run_tenants, "transport": _run_transport}
-    if options.what in of_servers:
-        return of_servers[options.what](console, options)
+    whole = {
+        "trainer": _run_trainer,
+        "remote": _run_remote,
+        "tenants": _run_tenants,
+        "transport": _run_transport,
+        "pool": _run_pool,
+    }
+    if options.what in whole:
+        return whole[options.what](console, options)
     return _run_engine(console, options)
 
 
@@ -143,6 +150,14 @@ def _run_transport(console: Console, options: argparse.Namespace) -> int:
     found = measure_transport(options.repeats)
     print_transport(console, found)
     _write_json(options.json, {"transport": transport_as_json(found)})
+    return 0
+
+
+def _run_pool(console: Console, options: argparse.Namespace) -> int:
+    cores = available_cores()
+    rows = measure_pool(cores)
+    print_pool(console, rows, cores)
+    _write_json(options.json, {"pool": pool_as_json(rows)})
     return 0
 
 
