@@ -9,7 +9,7 @@ import uuid
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from importlib.metadata import version
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import grpc
 from kt_expert_proto.dtypes import TOKEN_DTYPES
@@ -23,6 +23,9 @@ from kt_expert_client.address import ServerAddress, is_refused
 from kt_expert_client.credentials import Credentials, open_channel
 from kt_expert_client.errors import DeadlineExceeded, InvalidRequest, KtExpertError, OutOfCapacity, ServerUnavailable, from_rpc
 from kt_expert_client.options import RunOptions
+from kt_expert_client.profile.environment import measure_as_asked
+from kt_expert_client.profile.metrics import CallMetrics
+from kt_expert_client.profile.recorder import Recorder
 from kt_expert_client.run import Run, memory_of
 from kt_expert_client.session.actions import JoinTerms
 from kt_expert_client.session.core import SessionCore
@@ -31,6 +34,9 @@ from kt_expert_client.session.journal import Journal
 from kt_expert_client.staging import Staging
 from kt_expert_client.wire.choice import Transports
 from kt_expert_client.wire.grpc_stream import Metadata
+
+if TYPE_CHECKING:
+    from prometheus_client import CollectorRegistry
 
 DEFAULT_CONNECT_TIMEOUT_S = 60.0
 DEFAULT_OPEN_TIMEOUT_S = 120.0  # a rank whose trainer crashed is free when its lease is over
@@ -56,6 +62,8 @@ class Client:
         self._channel = channel
         self._stub = service_pb2_grpc.ExpertStub(channel)
         self._transports = transports
+        self.recorder = Recorder()
+        self._report = measure_as_asked(self.recorder, os.environ)
         self._runs: set[Run] = set()
         self._names: dict[str, int] = {}
         self._pid = os.getpid()
@@ -106,7 +114,7 @@ class Client:
         session = Session(core, self._transports, f"{terms.run}-{rank}")
         session.start(timeout_s)
         top_k = {layer: spec.top_k for layer, spec in self.layers.items()}
-        run = Run(session, staging, terms, wire_dtype, top_k, self._runs.discard)
+        run = Run(session, staging, terms, wire_dtype, top_k, self._runs.discard, self.recorder)
         self._runs.add(run)
         return run
 
@@ -136,6 +144,13 @@ class Client:
             run.leave()
         self._runs.clear()
         self._channel.close()
+        if self._report is not None:
+            self._report.say()
+
+    def export_metrics(self, registry: CollectorRegistry | None = None) -> None:
+        """From now on, the times of calls are kt_expert_client_* in that registry of prometheus-client, or in its default one.
+        Raises InvalidRequest where that is not installed."""
+        self.recorder.listen(CallMetrics(registry))
 
     def _call(self, what: str, method: Callable[..., Any], request: object) -> Any:
         try:

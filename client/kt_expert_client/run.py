@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import cast
 
@@ -19,6 +20,8 @@ from kt_expert_client.adapters import RunAdapters
 from kt_expert_client.asking import Asking
 from kt_expert_client.errors import InvalidRequest
 from kt_expert_client.optimizers import ParamGroup, Update, step_groups
+from kt_expert_client.profile.recorder import Recorder
+from kt_expert_client.profile.times import Stamps
 from kt_expert_client.session.actions import JoinTerms
 from kt_expert_client.session.calls import Call, OutTensor
 from kt_expert_client.session.driver import Pending, Session
@@ -33,9 +36,10 @@ _SEEDS = 1 << 64
 class ForwardHandle:
     """A forward in flight."""
 
-    def __init__(self, pending: Pending, output: Delivery) -> None:
+    def __init__(self, pending: Pending, output: Delivery, recorder: Recorder) -> None:
         self.pending = pending
         self._output = output
+        self._recorder = recorder
 
     @property
     def ticket(self) -> int:
@@ -45,23 +49,30 @@ class ForwardHandle:
 
     def result(self, timeout_s: float | None = None) -> torch.Tensor:
         """The output [T, H] on the device and in the dtype of the hidden states. Raises the request's error."""
+        wanted = time.monotonic()
         self.pending.wait(timeout_s)
-        return self._output.tensor(_received(self.pending, Tensor.OUTPUT))
+        output = self._output.tensor(_received(self.pending, Tensor.OUTPUT))
+        self._recorder.end(self.pending.call, wanted)
+        return output
 
 
 class BackwardHandle:
     """A backward in flight."""
 
-    def __init__(self, pending: Pending, grad_hidden: Delivery, grad_weights: Delivery) -> None:
+    def __init__(self, pending: Pending, grad_hidden: Delivery, grad_weights: Delivery, recorder: Recorder) -> None:
         self.pending = pending
+        self._recorder = recorder
         self._grad_hidden = grad_hidden
         self._grad_weights = grad_weights
 
     def result(self, timeout_s: float | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """Gradients of hidden states [T, H] and of routing weights fp32 [T, k]. Raises the request's error."""
+        wanted = time.monotonic()
         self.pending.wait(timeout_s)
         hidden = self._grad_hidden.tensor(_received(self.pending, Tensor.GRAD_HIDDEN_STATES))
-        return hidden, self._grad_weights.tensor(_received(self.pending, Tensor.GRAD_ROUTING_WEIGHTS))
+        weights = self._grad_weights.tensor(_received(self.pending, Tensor.GRAD_ROUTING_WEIGHTS))
+        self._recorder.end(self.pending.call, wanted)
+        return hidden, weights
 
 
 def _received(pending: Pending, tensor: Tensor) -> HostBuffer:
@@ -79,6 +90,7 @@ class Run:
         wire_dtype: str,
         top_k: dict[int, int],
         on_leave: Callable[[Run], None],
+        recorder: Recorder,
     ) -> None:
         joined = session.core.joined
         assert joined is not None  # noqa: S101  # the session has started
@@ -95,6 +107,7 @@ class Run:
         self._default = (ActiveAdapter(DEFAULT_ADAPTER),) if lora else ()
         self._default_bits = {entry.layer: tensor_bits(entry.tensors) for entry in lora}
         self._on_leave = on_leave
+        self._recorder = recorder
         self._staging = staging
         self._asking = Asking(session, self.name, self.world_size)
         self.adapters = RunAdapters(session, self._asking)
@@ -129,6 +142,7 @@ class Run:
         InvalidRequest for shapes that do not fit together, OutOfCapacity or DeadlineExceeded where no credits are free;
         everything else comes with result().
         """
+        stamps = self._recorder.begin(self._step)
         tokens, hidden = _check_forward(hidden_states, expert_ids, routing_weights)
         seed = self._dropout_seed(layer, dropout_seed, save_for_backward)
         borrow = borrow and not self._session.keeps_requests
@@ -143,11 +157,12 @@ class Run:
             adapters=[each.to_proto() for each in (self._default if adapters is None else adapters)],
             dropout_seed=seed,
         )
-        call = self._pass(Op.FORWARD, layer, tokens, hidden, pb.RequestOpen(forward=forward), sent, timeout_s)
+        opened = pb.RequestOpen(forward=forward, timed=stamps is not None)
+        call = self._pass(Op.FORWARD, layer, tokens, hidden, opened, sent, timeout_s, stamps)
         call.expects = {Tensor.OUTPUT: tokens * hidden * ITEM_BYTES[self._wire]}
         call.pinned = hidden_states.is_cuda
         output = Delivery(self._staging, self._wire, (tokens, hidden), hidden_states.device, hidden_states.dtype)
-        return ForwardHandle(self._session.submit(call), output)
+        return ForwardHandle(self._session.submit(call), output, self._recorder)
 
     def submit_backward(
         self,
@@ -171,6 +186,7 @@ class Run:
         """
         if grad_output.dim() != 2 or layer not in self._top_k:
             raise InvalidRequest(f"grad_output has shape {tuple(grad_output.shape)} for layer {layer}, expected [T, H]")
+        stamps = self._recorder.begin(self._step)
         tokens, hidden = (int(extent) for extent in grad_output.shape)
         borrow = borrow and not self._session.keeps_requests
         sent = (self._out(Tensor.GRAD_OUTPUT, self._wire, grad_output, borrow=borrow),)
@@ -181,8 +197,8 @@ class Run:
         backward = pb.Backward(
             ticket=ticket, keep_ticket=keep_ticket, targets=[each.to_proto() for each in targets], top_k=top_k
         )
-        opened = pb.RequestOpen(backward=backward)
-        call = self._pass(Op.BACKWARD, layer, tokens, hidden, opened, sent, timeout_s)
+        opened = pb.RequestOpen(backward=backward, timed=stamps is not None)
+        call = self._pass(Op.BACKWARD, layer, tokens, hidden, opened, sent, timeout_s, stamps)
         routes = (tokens, top_k)
         call.expects = {
             Tensor.GRAD_HIDDEN_STATES: tokens * hidden * ITEM_BYTES[self._wire],
@@ -194,6 +210,7 @@ class Run:
             self._session.submit(call),
             Delivery(self._staging, self._wire, (tokens, hidden), device, grad_output.dtype),
             Delivery(self._staging, Dtype.FP32, routes, device, torch.float32),
+            self._recorder,
         )
 
     def release(self, ticket: int) -> None:
@@ -295,9 +312,9 @@ class Run:
 
     def _pass(
         self, op: Op, layer: int, tokens: int, hidden: int, opened: pb.RequestOpen, sent: tuple[OutTensor, ...],
-        timeout_s: float,
+        timeout_s: float, stamps: Stamps | None,
     ) -> Call:  # fmt: skip
-        return Call(op, opened, timeout_s, layer, self._wire, tokens, hidden, sent, on_unneeded=_release_sources)
+        return Call(op, opened, timeout_s, layer, self._wire, tokens, hidden, sent, on_unneeded=_release_sources, stamps=stamps)
 
     def _out(self, tensor: Tensor, dtype: Dtype, values: torch.Tensor, *, borrow: bool) -> OutTensor:
         rows, columns = (int(extent) for extent in values.shape)

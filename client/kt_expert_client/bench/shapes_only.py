@@ -12,6 +12,7 @@ from kt_expert_proto.v1 import session_pb2 as pb
 from kt_expert_client.connection import Client
 from kt_expert_client.offload import LocalLayerSpec
 from kt_expert_client.options import RunOptions
+from kt_expert_client.profile.recorder import Recorder
 from kt_expert_client.run import Run, memory_of
 from kt_expert_client.session.actions import JoinTerms
 from kt_expert_client.session.calls import Call
@@ -83,7 +84,7 @@ class ShapesOnlyClient:
         config = service.RunConfig(world_size=1)
         terms = JoinTerms("shapes-only", config, True, 0, _INSTANCE)
         top_k = {layer: spec.top_k for layer, spec in self.layers.items()}
-        return Run(cast("Session", session), staging, terms, wire_dtype, top_k, lambda _: None)
+        return Run(cast("Session", session), staging, terms, wire_dtype, top_k, lambda _: None, Recorder())
 
 
 def as_client(stand_in: ShapesOnlyClient) -> Client:

@@ -11,6 +11,7 @@ from kt_expert_proto.header import FrameType, Header, Op, Tensor
 from kt_expert_proto.v1.session_pb2 import RequestOpen, ResultHead
 
 from kt_expert_client.errors import KtExpertError
+from kt_expert_client.profile.times import Stamps
 
 # What the state of a run depends on: sent again where the server has lost it. A forward counts if it keeps a ticket.
 CHANGES = frozenset({
@@ -50,6 +51,7 @@ class Call:
     pinned: bool = False  # results go to a device
     on_settled: Callable[[Call], None] = lambda _: None  # its outcome is here
     on_unneeded: Callable[[Call], None] = lambda _: None  # its tensors are not read any more
+    stamps: Stamps | None = None  # where it is measured
     # Set by the session:
     request_id: int = 0
     deadline: float = 0.0

@@ -333,6 +333,8 @@ class SessionCore:
 
     def _send(self, call: Call, now: float) -> None:
         self._probe_at = now + _PROBE_S
+        if call.stamps is not None:
+            call.stamps.sent = now
         left_s = _REPEAT_TIMEOUT_S if call.is_replay else call.deadline - now
         if call.is_replay and call.op is Op.STEP:
             call.opened.step.patient = True  # others may be on their way back, too

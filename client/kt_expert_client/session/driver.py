@@ -286,6 +286,8 @@ class Session:
             case Settled():
                 pending = self._pending.pop(action.call)
                 pending.error, pending.results = action.error, action.results
+                if action.call.stamps is not None:
+                    action.call.stamps.settled = time.monotonic()
                 action.call.on_settled(action.call)
                 pending.done.set()
                 self._changed.notify_all()

@@ -20,6 +20,7 @@
 #include "kt_expert/optimizer.h"
 #include "kt_expert/routing.h"
 #include "kt_expert/span.h"
+#include "kt_expert/stage_times.h"
 #include "kt_expert/thread_pool.h"
 #include "kt_expert/ticket_memory.h"
 
@@ -181,6 +182,8 @@ class Engine {
   std::int64_t kept_bytes() const;
   // Gives it back to the system, but for scratch while an operation runs.
   void drop_kept();
+  // Of the last forward or backward that ended well, or of those that were computed together.
+  StageTimes last_stages() const;
   // For each tensor, of scale * (sum over ranks of gradients); 0 for one that is not there. `power` is for
   // kPowers.
   std::array<double, kAdapterTensors> gradient_norms(NormKind kind, double power, double scale,
@@ -221,7 +224,8 @@ class Engine {
   AlignedBuffer<std::uint8_t> worker_scratch_;
   std::unique_ptr<Arena> arena_;
   std::shared_ptr<TicketMemory> ticket_memory_;
-  std::mutex mutex_;
+  StageTimes last_stages_ = {};
+  mutable std::mutex mutex_;
 };
 
 }  // namespace kt_expert

@@ -263,6 +263,19 @@ void bind_engine(py::module_& module) {
            py::arg("token").none(true) = nullptr)
       .def("forward_together", &forward_together, py::arg("batches"))
       .def("backward_together", &backward_together, py::arg("batches"))
+      .def("last_stages",
+           [](const Engine& engine) {
+             StageTimes times;
+             {
+               const py::gil_scoped_release release;
+               times = engine.last_stages();
+             }
+             std::map<std::string, double> named;
+             for (std::size_t stage = 0; stage < kStages; ++stage) {
+               named[stage_name(static_cast<Stage>(stage))] = times[stage];
+             }
+             return named;
+           })
       .def("step", &take_step, py::arg("layers"))
       .def("decode_weights", &Engine::decode_weights, py::arg("weights"), py::arg("into"),
            py::call_guard<py::gil_scoped_release>())

@@ -94,6 +94,7 @@ void Engine::BackwardPass::run(Engine& engine, Span<const BackwardArgs> args) {
   Carver carver(lease.data());
   Buffers buffers = take(carver, kernels, layer, sizes, nodes, first.policy(), args[0].dx.type, trains_weights);
   for (std::size_t b = 0; b < args.size(); ++b) buffers.own[b].saved = args[b].ticket->store();
+  StageClock clock(engine.threads());
   if (first.policy() == SavePolicy::kInputs) {
     std::vector<HiddenStore> stores;
     std::vector<TokensIn> x;
@@ -101,35 +102,39 @@ void Engine::BackwardPass::run(Engine& engine, Span<const BackwardArgs> args) {
       stores.push_back(buffers.own[b].recomputed);
       x.push_back(args[b].ticket->x());
     }
-    HiddenPass hidden(engine, first.type(), *args[0].weights, batches, args[0].token, carver, std::move(stores));
+    HiddenPass hidden(engine, first.type(), *args[0].weights, batches, args[0].token, clock, carver, std::move(stores));
     hidden.run(x);
     for (std::size_t b = 0; b < args.size(); ++b) buffers.own[b].saved = hidden.kept(b);
   }
-  BackwardPass(engine, args, std::move(batches), std::move(buffers)).run_phases();
+  BackwardPass(engine, args, std::move(batches), clock, std::move(buffers)).run_phases();
+  engine.last_stages_ = clock.total();
 }
 
 Engine::BackwardPass::BackwardPass(Engine& engine, Span<const BackwardArgs> args, std::vector<Batch> batches,
-                                   Buffers buffers)
-    : Pass(engine, args[0].ticket->type(), *args[0].weights, std::move(batches), args[0].token),
+                                   StageClock& clock, Buffers buffers)
+    : Pass(engine, args[0].ticket->type(), *args[0].weights, std::move(batches), args[0].token, clock),
       args_(args),
       buffers_(std::move(buffers)),
       parts_per_row_(ceil_div(layer_.intermediate, kDotColumns)) {}
 
 void Engine::BackwardPass::run_phases() {
-  load();
-  project_dy();
-  for_each_hidden_block([&](const BlockTask& at) { hidden_block(at); });
-  finish_route_gradients();
-  project_hidden();
-  input_gradients();
+  clock_.run(Stage::kGather, [&] { load(); });
+  clock_.run(Stage::kLora, [&] { project_dy(); });
+  clock_.run_mixed([&] { for_each_hidden_block([&](const BlockTask& at) { hidden_block(at); }); });
+  clock_.run(Stage::kScatter, [&] { finish_route_gradients(); });
+  clock_.run(Stage::kLora, [&] { project_hidden(); });
+  clock_.run_mixed([&] { input_gradients(); });
+  const std::vector<BatchExpert> matrices = with_lora_gradients();
   if (token_ != nullptr) token_->check();
   // Nothing below can fail or be cancelled.
-  for (std::size_t b = 0; b < batches_.size(); ++b) {
-    write_d_weights(b);
-    clear_gradients(b);
-  }
-  lora_gradients();
-  for (std::size_t b = 0; b < batches_.size(); ++b) weight_gradients(b);
+  clock_.run(Stage::kGradients, [&] {
+    for (std::size_t b = 0; b < batches_.size(); ++b) {
+      write_d_weights(b);
+      clear_gradients(b);
+    }
+    lora_gradients(matrices);
+    for (std::size_t b = 0; b < batches_.size(); ++b) weight_gradients(b);
+  });
 }
 
 void Engine::BackwardPass::load() {
@@ -179,10 +184,12 @@ void Engine::BackwardPass::hidden_block(const BlockTask& at) {
   float* d_h = scratch.blocks[0];
   float* h = scratch.blocks[1];
   const int first = at.intermediate_column(), padded = at.depth_blocks() * kBlockDepth;
+  clock_.start(at.worker);
   clear_block(d_h, task.count, padded);
   multiply_backward(kernels_, buffers_.dy.of(task.first, plan_.row_token()), task.count,
                     at.slice.matrix(Projection::kDown, task.expert), at.first_column / kBlockDepth, at.depth_blocks(),
                     d_h, block_stride_, scratch.panels);
+  clock_.lap(at.worker, Stage::kDown);
   for (const BatchRows& rows : task.batches) {
     const Batch& batch = batches_[rows.batch];
     const LoraRows& dy_b = buffers_.own[rows.batch].dy_b_down;
@@ -196,12 +203,14 @@ void Engine::BackwardPass::hidden_block(const BlockTask& at) {
       add_lora(at, rows, dy_b, matrix, d_h);
     }
   }
+  clock_.lap(at.worker, Stage::kLora);
   for (const BatchRows& rows : task.batches) {
     for (int m = 0; m < rows.count; ++m) {
       const std::int64_t in_block = std::int64_t{rows.shared - task.first + m} * block_stride_;
       finish_hidden_row(rows, m, first, at.columns, padded, d_h + in_block, h + in_block);
     }
   }
+  clock_.lap(at.worker, Stage::kActivation);
 }
 
 void Engine::BackwardPass::finish_hidden_row(const BatchRows& rows, int m, int first_column, int columns,
@@ -327,6 +336,7 @@ void Engine::BackwardPass::input_block(const BlockTask& at, float* block) const 
   };
   if (has_gate(layer_.activation.kind)) base(Projection::kGate, buffers_.d_gate);
   base(Projection::kUp, buffers_.d_up);
+  clock_.lap(at.worker, Stage::kGateUp);
   if (!is_first(at.slice)) return;
   for (const BatchRows& rows : task.batches) {
     const Batch& batch = batches_[rows.batch];
@@ -344,6 +354,7 @@ void Engine::BackwardPass::input_block(const BlockTask& at, float* block) const 
     lora(AdapterTensor::kAGate, buffers_.own[rows.batch].d_gate_b);
     lora(AdapterTensor::kAUp, buffers_.own[rows.batch].d_up_b);
   }
+  clock_.lap(at.worker, Stage::kLora);
 }
 
 void Engine::BackwardPass::write_d_weights(std::size_t batch) const {

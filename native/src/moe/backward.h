@@ -45,7 +45,8 @@ class Engine::BackwardPass : private Engine::Pass {
   static OwnBuffers take_own(Carver& carver, const KernelTable& kernels, const LayerSpec& layer, const BatchSize& batch,
                              SavePolicy policy, bool trains_weights);
 
-  BackwardPass(Engine& engine, Span<const BackwardArgs> args, std::vector<Batch> batches, Buffers buffers);
+  BackwardPass(Engine& engine, Span<const BackwardArgs> args, std::vector<Batch> batches, StageClock& clock,
+               Buffers buffers);
   void run_phases();
 
   void load();
@@ -62,7 +63,12 @@ class Engine::BackwardPass : private Engine::Pass {
   void input_block(const BlockTask& at, float* block) const;
   bool trains_weights(std::size_t batch) const { return args_[batch].weight_gradients != nullptr; }
   void clear_gradients(std::size_t batch);
-  void lora_gradients();
+  struct BatchExpert {
+    std::size_t batch;
+    int expert;
+  };
+  std::vector<BatchExpert> with_lora_gradients() const;
+  void lora_gradients(const std::vector<BatchExpert>& matrices);
   void lora_gradient(std::size_t batch, int expert, AdapterTensor tensor);
   void weight_gradients(std::size_t batch);
   void weight_gradient(std::size_t batch, int expert, AdapterTensor tensor, std::int64_t first_row);

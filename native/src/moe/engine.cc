@@ -212,6 +212,17 @@ void Engine::backward_together(Span<const BackwardArgs> batches) {
   BackwardPass::run(*this, batches);
 }
 
+StageTimes Engine::last_stages() const {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  return last_stages_;
+}
+
+const char* stage_name(Stage stage) {
+  static constexpr const char* kNames[kStages] = {"gather", "gate_up", "activation", "down",
+                                                  "lora",   "scatter", "gradients"};
+  return kNames[static_cast<std::size_t>(stage)];
+}
+
 std::int64_t Engine::ticket_bytes(const LayerSpec& layer, const AdapterSpec& lora, std::int64_t tokens, int top_k,
                                   FloatType type, SavePolicy policy) {
   const std::int64_t floats = lay_out(layer, lora, tokens * top_k, policy, nullptr, nullptr);

@@ -20,8 +20,8 @@ std::vector<Batch> batches_of(Span<const ForwardArgs> args) {
 }  // namespace
 
 Engine::ForwardPass::ForwardPass(Engine& engine, Span<const ForwardArgs> args, std::vector<Batch> batches,
-                                 Carver& carver, std::vector<HiddenStore> stores)
-    : HiddenPass(engine, args[0].x.type, *args[0].weights, std::move(batches), args[0].token, carver,
+                                 StageClock& clock, Carver& carver, std::vector<HiddenStore> stores)
+    : HiddenPass(engine, args[0].x.type, *args[0].weights, std::move(batches), args[0].token, clock, carver,
                  std::move(stores)) {
   sums_ = TokenSums::take(carver, plan_.tokens(), layer_.hidden, static_cast<int>(weights_.slices().size()),
                           args[0].y.type);
@@ -56,9 +56,11 @@ std::vector<std::unique_ptr<Ticket>> Engine::ForwardPass::run(Engine& engine, Sp
     stores[b] = tickets[b]->store();
     std::copy_n(static_cast<const std::uint8_t*>(each.x.data), tickets[b]->x_.size(), tickets[b]->x_.data());
   }
-  ForwardPass pass(engine, args, std::move(batches), carver, std::move(stores));
+  StageClock clock(engine.threads());
+  ForwardPass pass(engine, args, std::move(batches), clock, carver, std::move(stores));
   pass.HiddenPass::run(x);
-  pass.down(y);
+  clock.run_mixed([&] { pass.down(y); });
+  engine.last_stages_ = clock.total();
   return tickets;
 }
 
@@ -76,6 +78,7 @@ void Engine::ForwardPass::down_block(const BlockTask& at, float* block) const {
     std::copy_n(bias + at.first_column, at.columns, block_row(block, m));
   }
   multiply_hidden(at, block);
+  clock_.lap(at.worker, Stage::kDown);
   if (!first_slice) return;
   for (const BatchRows& rows : task.batches) {
     const Batch& batch = batches_[rows.batch];
@@ -84,6 +87,7 @@ void Engine::ForwardPass::down_block(const BlockTask& at, float* block) const {
     const float* b = batch.adapter->expert(AdapterTensor::kBDown, task.expert) + std::int64_t{at.first_column} * rank;
     add_lora(at, rows, h_a_down(rows.batch), {b, rank, RightLayout::kNK}, block);
   }
+  clock_.lap(at.worker, Stage::kLora);
 }
 
 }  // namespace kt_expert

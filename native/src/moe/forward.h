@@ -13,8 +13,8 @@ class Engine::ForwardPass : private Engine::HiddenPass {
                                     const std::vector<BatchSize>& batches, int nodes, int workers);
 
  private:
-  ForwardPass(Engine& engine, Span<const ForwardArgs> args, std::vector<Batch> batches, Carver& carver,
-              std::vector<HiddenStore> stores);
+  ForwardPass(Engine& engine, Span<const ForwardArgs> args, std::vector<Batch> batches, StageClock& clock,
+              Carver& carver, std::vector<HiddenStore> stores);
   void down(const std::vector<TokensOut>& y);
   void down_block(const BlockTask& at, float* block) const;
 

@@ -37,16 +37,20 @@ void Engine::BackwardPass::clear_gradients(std::size_t batch) {
   });
 }
 
-// One owner per (batch, expert, tensor), rows in token order: no atomics, and the same bits for any number of workers.
-// Where gate and up share A, their contributions were summed before.
-void Engine::BackwardPass::lora_gradients() {
-  std::vector<std::pair<std::size_t, int>> matrices;  // batch and expert
+std::vector<Engine::BackwardPass::BatchExpert> Engine::BackwardPass::with_lora_gradients() const {
+  std::vector<BatchExpert> matrices;
   for (std::size_t b = 0; b < batches_.size(); ++b) {
     if (!batches_[b].lora.any() || args_[b].gradients == nullptr) continue;
-    for (const std::int32_t expert : batches_[b].routing->active) matrices.emplace_back(b, expert);
+    for (const std::int32_t expert : batches_[b].routing->active) matrices.push_back({b, expert});
   }
+  return matrices;
+}
+
+// One owner per (batch, expert, tensor), rows in token order: no atomics, and the same bits for any number of workers.
+// Where gate and up share A, their contributions were summed before.
+void Engine::BackwardPass::lora_gradients(const std::vector<BatchExpert>& matrices) {
   pool_.run(kLoraTensors * static_cast<std::int64_t>(matrices.size()), [&](std::int64_t task, int) {
-    const auto& [batch, expert] = matrices[static_cast<std::size_t>(task / kLoraTensors)];
+    const auto [batch, expert] = matrices[static_cast<std::size_t>(task / kLoraTensors)];
     lora_gradient(batch, expert, static_cast<AdapterTensor>(task % kLoraTensors));
   });
 }

@@ -5,8 +5,9 @@
 namespace kt_expert {
 
 Engine::HiddenPass::HiddenPass(Engine& engine, FloatType type, const LayerWeights& weights, std::vector<Batch> batches,
-                               const CancelToken* token, Carver& carver, std::vector<HiddenStore> stores)
-    : Pass(engine, type, weights, std::move(batches), token), stores_(std::move(stores)) {
+                               const CancelToken* token, StageClock& clock, Carver& carver,
+                               std::vector<HiddenStore> stores)
+    : Pass(engine, type, weights, std::move(batches), token, clock), stores_(std::move(stores)) {
   buffers_ = take(carver, kernels_, layer_, sizes_of(batches_), pool_.size(), stores_);
 }
 
@@ -47,15 +48,19 @@ void Engine::HiddenPass::reserve(Carver& carver, const KernelTable& kernels, con
 }
 
 void Engine::HiddenPass::run(const std::vector<TokensIn>& x) {
-  load_operands(x, buffers_.x);
-  if (in_integers()) quantise(buffers_.x.tokens, plan_.row_token(), layer_.hidden, buffers_.x_codes);
-  for (std::size_t b = 0; b < batches_.size(); ++b) {
-    if (batches_[b].drops() && batches_[b].reads_x()) load_dropped_x(b, x[b], buffers_.own[b].dropped_x);
+  clock_.run(Stage::kGather, [&] {
+    load_operands(x, buffers_.x);
+    if (in_integers()) quantise(buffers_.x.tokens, plan_.row_token(), layer_.hidden, buffers_.x_codes);
+    for (std::size_t b = 0; b < batches_.size(); ++b) {
+      if (batches_[b].drops() && batches_[b].reads_x()) load_dropped_x(b, x[b], buffers_.own[b].dropped_x);
+    }
+  });
+  clock_.run(Stage::kLora, [&] { project_x(); });
+  clock_.run_mixed([&] { for_each_hidden_block([&](const BlockTask& at) { gate_up_block(at); }); });
+  if (in_integers()) {
+    clock_.run(Stage::kGather, [&] { quantise(buffers_.h, nullptr, layer_.intermediate, buffers_.h_codes); });
   }
-  project_x();
-  for_each_hidden_block([&](const BlockTask& at) { gate_up_block(at); });
-  if (in_integers()) quantise(buffers_.h, nullptr, layer_.intermediate, buffers_.h_codes);
-  project_h();
+  clock_.run(Stage::kLora, [&] { project_h(); });
 }
 
 void Engine::HiddenPass::quantise(const OperandRows& source, const std::int32_t* row_of, std::int64_t width,
@@ -125,6 +130,7 @@ void Engine::HiddenPass::project_block(const BlockTask& at, Projection projectio
   }
   multiply_base(at, projection, buffers_.x.of(task.first, plan_.row_token()),
                 in_integers() ? buffers_.x_codes.from(task.first, 0) : IntegerRows{}, block);
+  clock_.lap(at.worker, Stage::kGateUp);
   const bool is_gate = projection == Projection::kGate;
   for (const BatchRows& rows : task.batches) {
     const OwnBuffers& own = buffers_.own[rows.batch];
@@ -135,18 +141,21 @@ void Engine::HiddenPass::project_block(const BlockTask& at, Projection projectio
     b += static_cast<std::int64_t>(at.intermediate_column()) * x_a.rank;
     add_lora(at, rows, x_a, {b, x_a.rank, RightLayout::kNK}, block);
   }
+  clock_.lap(at.worker, Stage::kLora);
 }
 
 void Engine::HiddenPass::gate_up_block(const BlockTask& at) {
   const WorkerScratch scratch = scratch_of(at.worker);
   float* gate = scratch.blocks[0];
   float* up = scratch.blocks[1];
+  clock_.start(at.worker);
   if (has_gate(layer_.activation.kind)) project_block(at, Projection::kGate, gate);
   project_block(at, Projection::kUp, up);
   for (const BatchRows& rows : at.rows.batches) {
     const std::int64_t in_block = rows.shared - at.rows.first;
     finish_rows(at, rows, block_row(gate, in_block), block_row(up, in_block));
   }
+  clock_.lap(at.worker, Stage::kActivation);
 }
 
 // Keeps gate and up, and makes h of them.

@@ -10,7 +10,7 @@ class Engine::HiddenPass : protected Engine::Pass {
  public:
   // `stores`: of each batch.
   HiddenPass(Engine& engine, FloatType type, const LayerWeights& weights, std::vector<Batch> batches,
-             const CancelToken* token, Carver& carver, std::vector<HiddenStore> stores);
+             const CancelToken* token, StageClock& clock, Carver& carver, std::vector<HiddenStore> stores);
 
   // Announces what the constructor takes.
   static void reserve(Carver& carver, const KernelTable& kernels, const LayerSpec& layer,

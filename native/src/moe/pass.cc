@@ -21,8 +21,9 @@ WorkerScratch WorkerScratch::at(std::uint8_t* base) {
 }
 
 Engine::Pass::Pass(Engine& engine, FloatType type, const LayerWeights& weights, std::vector<Batch> batches,
-                   const CancelToken* token)
+                   const CancelToken* token, StageClock& clock)
     : engine_(engine),
+      clock_(clock),
       kernels_(engine.kernels_for_tokens(type)),
       pool_(engine.pool_),
       token_(token),

@@ -15,6 +15,7 @@
 #include "moe/arena.h"
 #include "moe/batches.h"
 #include "moe/operands.h"
+#include "moe/stage_clock.h"
 #include "moe/tasks.h"
 #include "moe/token_sums.h"
 
@@ -51,7 +52,7 @@ class Engine::Pass {
  protected:
   // `type` is the tokens': it decides the ISA. There is at least one batch. `token` is for the whole.
   Pass(Engine& engine, FloatType type, const LayerWeights& weights, std::vector<Batch> batches,
-       const CancelToken* token);
+       const CancelToken* token, StageClock& clock);
 
   static DropoutRow mask_of(DropoutRow row) {
     row.scale = 1.0f;
@@ -131,6 +132,7 @@ class Engine::Pass {
         [&](int node, std::int64_t task, int worker) {
           const LayerWeights::Slice& slice = slices[static_cast<std::size_t>(node)];
           const int first = static_cast<int>(task) * width, columns = std::min(width, layer_.hidden - first);
+          clock_.start(worker);
           clear_columns(sums, node, outs, first, columns);
           for (const RowTask& rows : plan_.row_tasks()) {
             if (token_ != nullptr) token_->check();
@@ -141,8 +143,10 @@ class Engine::Pass {
             for (const BatchRows& part : rows.batches) {
               add_rows(sums, node, outs, part, block_row(block, part.shared - rows.first), factor, first, columns);
             }
+            clock_.lap(worker, Stage::kScatter);
           }
           finish_columns(sums, outs, first, columns);
+          clock_.lap(worker, Stage::kScatter);
         },
         token_);
     finish_sums(sums, outs);
@@ -190,6 +194,7 @@ class Engine::Pass {
   DropoutRow dropout_row(const Batch& batch, std::int64_t token, std::uint32_t site) const;
 
   Engine& engine_;
+  StageClock& clock_;
   const KernelTable& kernels_;
   ThreadPool& pool_;
   const CancelToken* token_;

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from kt_expert_server.cli import bench, checkpoint, doctor, runs
+from kt_expert_server.cli import bench, checkpoint, doctor, runs, trace
 from kt_expert_server.config import SERVED_FORMATS, available_cores, available_memory
 from kt_expert_server.errors import ServerError
 from kt_expert_server.model.index import plan_model
@@ -52,6 +52,12 @@ def _parser() -> argparse.ArgumentParser:
     bench_parser = commands.add_parser("bench", help="measure the engine on this machine")
     bench.add_arguments(bench_parser)
     bench_parser.set_defaults(run=bench.run)
+    trace_parser = commands.add_parser(
+        "trace", help="run a training and draw its calls", description=trace.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    trace.add_arguments(trace_parser)
+    trace_parser.set_defaults(run=trace.run)
     return parser
 
 

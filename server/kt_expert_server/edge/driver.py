@@ -15,6 +15,7 @@ from kt_expert_proto.header import DamagedFrame, FrameError, Header
 from kt_expert_server.edge.lane import EngineLane
 from kt_expert_server.edge.transport import Transport
 from kt_expert_server.engine.buffers import PooledBuffer, TensorMemory
+from kt_expert_server.engine.passes import PassWork
 from kt_expert_server.engine.together import SharedPass
 from kt_expert_server.engine.work import PASSES, Work, as_server_error
 from kt_expert_server.errors import InvalidRequest, StreamDamaged
@@ -148,13 +149,18 @@ class Driver:
 
     def _work_done(self, work: Work | SharedPass, part: int, error: BaseException | None, begun: float) -> None:
         now = time.monotonic()
-        for piece in work.pieces if isinstance(work, SharedPass) else (work,):
+        pieces = work.pieces if isinstance(work, SharedPass) else (work,)
+        for piece in pieces:
             piece.spent_s += now - begun
             has_ended = error is not None or part + 1 == piece.parts
             if has_ended and piece.kind in PASSES:
                 self._observer.stage(piece.kind, "compute", piece.spent_s)
             elif has_ended and piece.kind == "step":
                 self._observer.step(piece.spent_s)
+        first = pieces[0]  # of those that were computed together, each has the time of all
+        if isinstance(first, PassWork) and (error is not None or part + 1 == first.parts):
+            for stage, seconds in first.stages_s.items():
+                self._observer.engine_stage(first.kind, stage, seconds)
         self.core.work_done(_plain(error), now, _fault(error, "a piece of work"))
         # An error's traceback holds what the work held, until the collector comes.
         del error

@@ -90,6 +90,15 @@ class AskedAdapter:
 class PassWork(Work):
     """A pass over one layer's weights: alone, in parts, or as one part together with others'."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.stages_s: dict[str, float] = {}  # of the engine, of all parts
+        self.together = 1  # batches in the same pass
+
+    def add_stages(self, stages_s: Mapping[str, float]) -> None:
+        for stage, seconds in stages_s.items():
+            self.stages_s[stage] = self.stages_s.get(stage, 0.0) + seconds
+
     @abstractmethod
     def arguments(self, part: int, token: native.CancelToken | None) -> tuple[Any, ...]:
         """Of the engine's function. On the engine's thread."""
@@ -196,7 +205,9 @@ class ForwardWork(PassWork):
         return self._stacked, None
 
     def run_part(self, part: int) -> None:
-        self.take(part, self._tools.engine.forward(*self.arguments(part, self.token)))
+        ticket = self._tools.engine.forward(*self.arguments(part, self.token))
+        self.add_stages(self._tools.engine.last_stages())
+        self.take(part, ticket)
 
     def token_of(self, part: int) -> native.CancelToken | None:
         del part

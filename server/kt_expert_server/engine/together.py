@@ -39,11 +39,16 @@ class SharedPass:
         if not pieces:
             return []
         arguments = [each.arguments(0, None) for each in pieces]
+        tickets: Sequence[native.Ticket | None] = [None] * len(pieces)
         if pieces[0].kind == "forward":
-            tickets: Sequence[native.Ticket | None] = self._engine.forward_together(arguments)
-            return tickets
-        self._engine.backward_together(arguments)
-        return [None] * len(pieces)
+            tickets = self._engine.forward_together(arguments)
+        else:
+            self._engine.backward_together(arguments)
+        stages_s = self._engine.last_stages()
+        for each in pieces:
+            each.together = len(pieces)
+            each.add_stages(stages_s)
+        return tickets
 
     def _try(self, piece: PassWork, action: Callable[[], None]) -> None:
         try:

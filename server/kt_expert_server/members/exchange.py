@@ -179,9 +179,9 @@ class Exchange:
         return dict(declared.tensors)
 
     def _complete(self, entry: Entry) -> None:
-        self._arriving = None
+        self._arriving, entry.complete_at = None, self._now()
         if entry.header.op in _PASSES:
-            self._observer.stage(entry.header.op.name.lower(), "receive", self._now() - entry.received_at)
+            self._observer.stage(entry.header.op.name.lower(), "receive", entry.complete_at - entry.received_at)
         self.member.log.add(entry)
         self._requests.advance(self.member, self._model)
 

@@ -35,6 +35,7 @@ class Entry:
     opened: RequestOpen
     received_at: float
     deadline: float
+    complete_at: float = 0.0  # all its tensors are there
     credit_bytes: int | None = None  # None: refused before it took credits
     tensors: dict[Tensor, PooledBuffer] = field(default_factory=dict)
     held: Holdings = field(default_factory=Holdings)  # its tensors, until it has run

@@ -8,13 +8,13 @@ import kt_expert_native as native
 from kt_expert_proto.header import FrameType, Header, Op, Tensor
 from kt_expert_proto.lora import DEFAULT_ADAPTER
 from kt_expert_proto.status import STATUS_NUMBERS
-from kt_expert_proto.v1.session_pb2 import ErrorDetail, ResultHead, TensorName
+from kt_expert_proto.v1.session_pb2 import ErrorDetail, ResultHead, TensorName, Timing
 
 from kt_expert_server.adapters.window import Windows
 from kt_expert_server.checkpoints.manifest import MemberMark
 from kt_expert_server.engine.adapter_work import CreateAdapterWork, DeleteAdapterWork, EditWork, Owner
 from kt_expert_server.engine.backward import BackwardWork
-from kt_expert_server.engine.passes import ForwardWork, Tools
+from kt_expert_server.engine.passes import ForwardWork, PassWork, Tools
 from kt_expert_server.engine.step import Collective, NormWork, StepWork
 from kt_expert_server.engine.transfers import ListWork, ReadWork, WriteWork
 from kt_expert_server.engine.work import PASSES, Outcome, Work
@@ -234,8 +234,11 @@ class Requests:
     def _run_work(self, member: Member, entry: Entry, work: Work) -> None:
         run, settle, queued_at = member.run, self._settles(member, entry), self._dispatch.now
 
+        begun_at = queued_at
+
         def begun() -> None:
-            entry.phase = Phase.RUNNING
+            nonlocal begun_at
+            entry.phase, begun_at = Phase.RUNNING, self._dispatch.now
             if work.kind in PASSES:
                 self._tools.observer.stage(work.kind, "queue", self._dispatch.now - queued_at)
 
@@ -244,6 +247,8 @@ class Requests:
             if entry.header.op in _WRITES and isinstance(outcome, Outcome):
                 run.written_since_step = run.changed_since_snapshot = True
                 _count_write(run, entry.opened.write_tensor)
+            if entry.opened.timed and isinstance(work, PassWork) and isinstance(outcome, Outcome) and outcome.head is not None:
+                outcome.head.timing.CopyFrom(_timing(entry, work, begun_at, self._dispatch.now))
             settle(outcome)
 
         job = Job(work, run.name, member.rank, done, begun)
@@ -352,3 +357,10 @@ def error_detail(error: ServerError) -> ErrorDetail:
         message=str(error)[:_MAX_ERROR_TEXT],
         retry_delay_ms=round(error.retry_delay_s * _MS_PER_S),
     )
+
+
+def _timing(entry: Entry, work: PassWork, begun: float, ended: float) -> Timing:
+    return Timing(
+        received=entry.received_at, complete=entry.complete_at, begun=begun, ended=ended, compute_s=work.spent_s,
+        together=work.together, stages_s=work.stages_s,
+    )  # fmt: skip

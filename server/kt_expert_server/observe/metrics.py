@@ -30,6 +30,7 @@ class Metrics:
         self._flops = self._counter("gemm_flops", "Floating-point operations of the expert products", ["isa", "dtype"])
         self._stage = self._histogram("stage_seconds", "Time of a request by stage", ["pass", "stage"], SECONDS_BUCKETS)
         self._batch = self._histogram("batch_tokens", "Tokens of a request", ["pass"], TOKEN_BUCKETS)
+        self._engine_stages = self._counter("engine_stage_seconds", "Time of the engine by what it did", ["pass", "stage"])
         self._shared_batches = self._counter("shared_batches", "Batches computed in one pass with others'", ["pass"])
         self._imbalance = self._gauge("load_imbalance_ratio", "Most tokens of an expert over the mean", ["layer"])
         self._queue_depth = self._gauge("queue_depth", "Operations waiting for the engine or running", [])
@@ -91,6 +92,9 @@ class Metrics:
         counted.inc(tokens)
         sizes.observe(tokens)
         self._all_flops.inc(flops)
+
+    def engine_stage(self, direction: str, stage: str, seconds: float) -> None:
+        self._engine_stages.labels(direction, stage).inc(seconds)
 
     def shared(self, direction: str, batches: int) -> None:
         self._shared[direction].inc(batches)

@@ -13,6 +13,9 @@ class Observer(Protocol):
 
     def computed(self, direction: str, tokens: int, flops: float) -> None: ...
 
+    def engine_stage(self, direction: str, stage: str, seconds: float) -> None:
+        """stage: gather, gate_up, activation, down, lora, scatter, gradients."""
+
     def shared(self, direction: str, batches: int) -> None:
         """So many batches share a pass over the weights."""
 
@@ -38,6 +41,9 @@ class NullObserver:
 
     def computed(self, direction: str, tokens: int, flops: float) -> None:
         del direction, tokens, flops
+
+    def engine_stage(self, direction: str, stage: str, seconds: float) -> None:
+        del direction, stage, seconds
 
     def shared(self, direction: str, batches: int) -> None:
         del direction, batches
