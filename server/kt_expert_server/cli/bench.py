@@ -3,7 +3,8 @@
 `kernels` runs forward and backward, `optimizer` the update of the layer's LoRA, `memory` shows what the process holds,
 `trainer` what a trainer of DeepSeek-V3 pays on its own side, with a server that holds shapes only, `remote` what a call to a
 server costs beside the same call of the engine in one process, `tenants` what several runs get together beside one,
-`transport` what carrying tensors costs beside raw sockets, and `pool` what the engine's threads cost a loop.
+`transport` what carrying tensors costs beside raw sockets, `pool` what the engine's threads cost a loop, and `step` what a
+whole training step is made of.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,6 +27,7 @@ from kt_expert_server.bench.pool import measure_pool, pool_as_json, print_pool
 from kt_expert_server.bench.remote import cases, measure_remote, print_remote, remote_as_json
 from kt_expert_server.bench.report import print_rows, write_plot
 from kt_expert_server.bench.shapes import PUBLISHED, LayerShape, parse_shape
+from kt_expert_server.bench.step import StepCase, measure_step, plot_step, print_step
 from kt_expert_server.bench.tenants import measure_tenants, print_tenants, tenants_as_json
 from kt_expert_server.bench.trainer import measure_trainer, print_trainer
 from kt_expert_server.bench.transport import measure_transport, print_transport, transport_as_json
@@ -37,11 +40,14 @@ _FP32_OVER_BF16 = 2
 _FP32_BYTES = 4
 _OPTIMIZER_SETS = 4  # parameters, gradients and at most two moments
 _FILE_WIDTH = 140  # of tables that do not go to a terminal
+_TRAINER_LAYERS, _STEP_LAYERS = 61, 2
 _MEMORY_SHARE = 0.6  # of what this process may use, for weights
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("what", choices=("kernels", "optimizer", "memory", "trainer", "remote", "tenants", "transport", "pool"))
+    parser.add_argument(
+        "what", choices=("kernels", "optimizer", "memory", "trainer", "remote", "tenants", "transport", "pool", "step")
+    )
     parser.add_argument("--shape", default="qwen3-30b-a3b", help=f"{', '.join(PUBLISHED)}, a model directory, or E,H,I,k")
     parser.add_argument("--tokens", help="batch sizes, separated by commas (default: 1,16,128,2048; of memory 512)")
     parser.add_argument("--rank", help="LoRA ranks, separated by commas; 0 is none (default: 0,16; else 16)")
@@ -51,8 +57,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=int, default=available_cores())
     parser.add_argument("--nodes", default=AUTO, metavar="N", help="memory nodes, as for kt-expert-server")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--layers", type=int, default=61, help="of bench trainer: DeepSeek-V3's, three of them without experts")
+    parser.add_argument("--layers", type=int, help="of bench trainer (default 61, DeepSeek-V3's) and bench step (default 2)")
     parser.add_argument("--experts", type=int, default=256, help="of bench trainer: in each layer")
+    parser.add_argument("--shared", type=int, default=0, metavar="N", help="of bench step: shared experts")
+    parser.add_argument("--device", default="cpu", help="of bench step: the trainer's")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures there")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="also draw them (.png, .svg, .pdf)")
 
@@ -61,15 +69,8 @@ def run(options: argparse.Namespace) -> int:
     console = Console()
     if not console.is_terminal:
         console = Console(width=_FILE_WIDTH)
-    whole = {
-        "trainer": _run_trainer,
-        "remote": _run_remote,
-        "tenants": _run_tenants,
-        "transport": _run_transport,
-        "pool": _run_pool,
-    }
-    if options.what in whole:
-        return whole[options.what](console, options)
+    if options.what in _OF_SERVERS:
+        return _OF_SERVERS[options.what](console, options)
     return _run_engine(console, options)
 
 
@@ -140,7 +141,7 @@ def _run_memory(console: Console, shape: LayerShape, options: argparse.Namespace
 
 def _run_trainer(console: Console, options: argparse.Namespace) -> int:
     (rank,) = _numbers(options.rank or "16", "--rank", 1)[:1]
-    found = measure_trainer(options.layers, options.experts, rank, options.repeats)
+    found = measure_trainer(options.layers or _TRAINER_LAYERS, options.experts, rank, options.repeats)
     print_trainer(console, found)
     _write_json(options.json, {"trainer": found})
     return 0
@@ -150,6 +151,28 @@ def _run_transport(console: Console, options: argparse.Namespace) -> int:
     found = measure_transport(options.repeats)
     print_transport(console, found)
     _write_json(options.json, {"transport": transport_as_json(found)})
+    return 0
+
+
+def _run_step(console: Console, options: argparse.Namespace) -> int:
+    (tokens,) = _numbers(options.tokens or "1024", "--tokens", 1)[:1]
+    layers = options.layers or _STEP_LAYERS
+    if layers < 1 or options.shared < 0 or options.repeats < 1 or options.threads < 1:
+        raise InvalidRequest("--layers, --repeats and --threads must be at least 1, --shared at least 0")
+    torch_threads = max(1, available_cores() - options.threads)
+    shape = parse_shape(options.shape)
+    case = StepCase(
+        shape, layers, tokens, options.shared, options.threads, torch_threads, options.repeats, options.device
+    )  # fmt: skip
+    console.print(
+        f"{layers} layers of {shape.name}, {tokens} tokens, trainer on {options.device} with {torch_threads} threads, "
+        f"engine with {options.threads}"
+    )
+    found = measure_step(case)
+    print_step(console, found)
+    _write_json(options.json, {"step": found})
+    if options.plot is not None:
+        plot_step(found, options.plot)
     return 0
 
 
@@ -229,3 +252,14 @@ def _peers(names: list[str], plan: Plan, options: argparse.Namespace) -> list[Pe
     if "kt-kernel" in names:
         peers.append(KtKernel(plan.shape, options.threads, options.kt_kernel_python, max(plan.tokens)))
     return peers
+
+
+# Those that are not about one layer of the engine in this process.
+_OF_SERVERS: dict[str, Callable[[Console, argparse.Namespace], int]] = {
+    "trainer": _run_trainer,
+    "remote": _run_remote,
+    "tenants": _run_tenants,
+    "transport": _run_transport,
+    "pool": _run_pool,
+    "step": _run_step,
+}
