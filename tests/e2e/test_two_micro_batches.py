@@ -1,16 +1,15 @@
-"""The loop of docs/two-micro-batches.md: the second micro-batch's call is on its way before anybody waits for the first one's."""
+"""The loop of docs/two-micro-batches.md: the second micro-batch's call is sent before anybody waits for the first one's."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
+from e2e.test_docs import ROOT, blocks
 from kt_expert_client.integrations.transformers import OFFLOADER
 from kt_expert_client.profile.times import CallTimes
 from support.models import CONFIGS
 from support.server import ServerProcess
-
-from e2e.test_docs import ROOT, blocks
 
 PAGE = ROOT / "docs" / "two-micro-batches.md"
 LAYERS = CONFIGS["qwen3_moe"].num_hidden_layers

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
-from kt_expert_server.bench.remote import Case, cases, measure_remote, print_remote, remote_as_json
+from kt_expert_server.bench.remote import Case, cases, measure_remote, plot_remote, print_remote, remote_as_json
 from kt_expert_server.bench.shapes import LayerShape
 from rich.console import Console
 
@@ -21,14 +23,19 @@ def test_a_remote_call_beside_the_engines_own(in_flight: int) -> None:
         assert each.extra_forward_s > 0.0
 
 
-def test_the_report_has_every_case() -> None:
-    wanted = [Case(each.name, TINY, 4, 1, in_flight=each.in_flight) for each in cases(1)]
+def test_the_report_has_every_case(tmp_path: Path) -> None:
+    wanted = [
+        Case(each.name, TINY, 4, 1, in_flight=each.in_flight, looks_for_stalls=each.looks_for_stalls) for each in cases(1)
+    ]
     found = measure_remote(wanted, 1)
     report = remote_as_json(found)
     kinds = [
         f"{prefix}_ratio{cores}{two}" for prefix in ("stream", "shm") for cores in ("", "_all_cores") for two in ("", "_two")
     ]
-    assert report.keys() == {*kinds, "decode_extra_ms_stream", "decode_extra_ms_shm", "in_process_ms"}
+    stalls = {"stream_stall_ms", "shm_stall_ms"}
+    assert report.keys() == {*kinds, *stalls, "decode_extra_ms_stream", "decode_extra_ms_shm", "in_process_ms"}
     console = Console(record=True, width=140)
     print_remote(console, found)
     assert "one token" in console.export_text()
+    plot_remote(found, tmp_path / "remote.svg")
+    assert (tmp_path / "remote.svg").stat().st_size > 0

@@ -11,7 +11,7 @@ import pytest
 import torch
 from kt_expert_client import AdamW
 from kt_expert_server.bench.shapes import LayerShape
-from kt_expert_server.bench.tenants import measure_tenants, print_tenants, tenant_cases, tenants_as_json
+from kt_expert_server.bench.tenants import measure_tenants, plot_tenants, print_tenants, tenant_cases, tenants_as_json
 from rich.console import Console
 from support.batches import LORA, train_step
 from support.server import ServerProcess
@@ -64,7 +64,7 @@ def test_runs_that_share_passes_get_their_own_bits(quiet_server: ServerProcess) 
     pytest.fail(f"no two passes met in {MOST_ROUNDS} rounds of {RUNS} runs")
 
 
-def test_the_benchmark_of_tenants_has_every_case() -> None:
+def test_the_benchmark_of_tenants_has_every_case(tmp_path: Path) -> None:
     found = measure_tenants(1, 1, LayerShape("tiny", 8, 256, 128, 2), round_s=0.05)
     assert [(each.runs, each.tokens) for each in found] == [(each.runs, each.tokens) for each in tenant_cases()]
     assert all(each.median > 0 for each in found)
@@ -75,3 +75,5 @@ def test_the_benchmark_of_tenants_has_every_case() -> None:
     console = Console(record=True, width=140)
     print_tenants(console, found)
     assert "4 runs of 16 tokens" in console.export_text()
+    plot_tenants(found, tmp_path / "tenants.svg")
+    assert (tmp_path / "tenants.svg").stat().st_size > 0

@@ -5,6 +5,7 @@ On standard input come JSON objects, one a line, each answered by one:
 * {"open": address, "rank": r, "transport": t, "seed": s} joins a run with LoRA, or without for rank 0
 * {"call": {...}} times forwards and backwards of one batch
 * {"echo": {...}} times forwards that compute nothing
+* {"stall": {...}} tells how long another thread of this process stood still during calls
 * {"train": {...}} trains for some seconds beside others
 * {"close": true} leaves
 """
@@ -14,6 +15,7 @@ from __future__ import annotations
 import json
 import statistics
 import sys
+import threading
 import time
 from typing import Any
 
@@ -24,6 +26,8 @@ from kt_expert_client.connection import Client, connect
 from kt_expert_client.run import Run
 
 _SEED = 0
+_LOOK_S = 0.0002  # between a watching thread's looks at the clock
+_IDLE_S = 0.5
 
 
 class Timer:
@@ -53,6 +57,29 @@ class Timer:
                 each_back.result()
             backwards.append((time.perf_counter() - begun) / in_flight)
         return {"forward_s": statistics.median(forwards), "backward_s": statistics.median(backwards)}
+
+    def stall(self, tokens: int, calls: int) -> dict[str, float]:
+        """The longest gap that a thread which looks at the clock all the time sees, during such calls and without them."""
+        gaps: list[float] = []
+        ended = threading.Event()
+
+        def watch() -> None:
+            last = time.perf_counter()
+            while not ended.is_set():
+                time.sleep(_LOOK_S)
+                now = time.perf_counter()
+                gaps.append(now - last)
+                last = now
+
+        watcher = threading.Thread(target=watch)
+        watcher.start()
+        time.sleep(_IDLE_S)
+        idle, gaps[:] = max(gaps), []
+        self.call(tokens, 1, calls)
+        during = max(gaps)
+        ended.set()
+        watcher.join()
+        return {"idle_s": idle, "during_s": during}
 
     def train(self, tokens: int, begin: float, seconds: float) -> dict[str, float]:
         """Forwards and backwards one after another from `begin` on, a time as time.time() gives it, and how long they took."""
@@ -103,6 +130,8 @@ def main() -> None:
             answer = timer.call(**asked["call"])
         elif "echo" in asked and timer is not None:
             answer = timer.echo(**asked["echo"])
+        elif "stall" in asked and timer is not None:
+            answer = timer.stall(**asked["stall"])
         elif "train" in asked and timer is not None:
             answer = timer.train(**asked["train"])
         elif timer is not None:

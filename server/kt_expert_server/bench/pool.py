@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import kt_expert_native as native
 from rich.console import Console
 from rich.table import Table
+
+from kt_expert_server.bench.plots import figure_for
 
 THREADS = (1, 2, 4, 8, 16, 32, 64, 128)
 _LOOPS = 2000
@@ -56,3 +59,14 @@ def print_pool(console: Console, rows: Sequence[PoolRow], cores: int) -> None:
         times = f"{row.two_tasks_s * _US_PER_S:.2f}", f"{row.each_task_s * _US_PER_S:.2f}"
         table.add_row(str(row.threads), *times, f"{row.busy_ratio:.2f}")
     console.print(table)
+
+
+def plot_pool(rows: Sequence[PoolRow], path: Path) -> None:
+    """Microseconds of a loop over the number of threads. Needs matplotlib."""
+    with figure_for(path) as axis:
+        threads = [row.threads for row in rows]
+        axis.plot(threads, [row.two_tasks_s * _US_PER_S for row in rows], marker="o", label="2 empty tasks")
+        axis.plot(threads, [row.each_task_s * _US_PER_S for row in rows], marker="o", label="an empty task each")
+        axis.set_xscale("log", base=2)
+        axis.set_xlabel("threads")
+        axis.set_ylabel("us a loop")

@@ -19,6 +19,7 @@ from rich.table import Table
 from safetensors.numpy import save_file
 
 from kt_expert_server.bench.layer import LayerBench, make_batch
+from kt_expert_server.bench.plots import figure_for
 from kt_expert_server.bench.processes import Process, serve
 from kt_expert_server.bench.shapes import LayerShape
 from kt_expert_server.config import ISA_VARIABLE
@@ -35,6 +36,7 @@ _SUFFIXES = {
 _RANK = 16  # of LoRA on every projection
 _MODEL_TYPE = "qwen3_moe"
 _MS_PER_S = 1000.0
+_BAR_HEIGHT = 0.4
 _DECODES = 20  # calls of one token in a row: one alone is mostly the time to wake up
 
 
@@ -48,6 +50,7 @@ class Case:
     threads: int
     in_flight: int = 1
     calls: int = 1  # in one round
+    looks_for_stalls: bool = False
 
 
 @dataclass(slots=True)
@@ -60,6 +63,7 @@ class Figures:
     remote: list[float] = field(default_factory=list)
     local_forward: list[float] = field(default_factory=list)
     remote_forward: list[float] = field(default_factory=list)
+    stalls: list[float] = field(default_factory=list)  # the longest of another thread of the trainer, where it is looked for
 
     @property
     def ratio(self) -> float:
@@ -76,7 +80,7 @@ def cases(cores: int) -> list[Case]:
     large = LayerShape("32 MiB", 8, 4096, 112, 2)
     decode = LayerShape("qwen3-30b-a3b", 128, 2048, 768, 8)
     return [
-        Case("32 MiB", large, 4096, 1),
+        Case("32 MiB", large, 4096, 1, looks_for_stalls=True),
         Case("32 MiB, two in flight", large, 4096, 1, in_flight=2),
         Case("32 MiB, all cores", large, 4096, cores),
         Case("32 MiB, all cores, two in flight", large, 4096, cores, in_flight=2),
@@ -118,6 +122,8 @@ def _measure(case: Case, model: Path, repeats: int) -> list[Figures]:
                     figures.local_forward.append(forward)
                     figures.remote.append(remote["forward_s"] + remote["backward_s"])
                     figures.remote_forward.append(remote["forward_s"])
+                if number and case.looks_for_stalls:
+                    figures.stalls.append(trainer.ask(stall={"tokens": case.tokens, "calls": 1})["during_s"])
         for trainer in trainers:
             trainer.ask(close=True)
     return found
@@ -155,6 +161,8 @@ def remote_as_json(found: list[Figures]) -> dict[str, Any]:
         prefix = _KEYS[each.transport]
         if each.case.name in _SUFFIXES:
             report[f"{prefix}_ratio{_SUFFIXES[each.case.name]}"] = each.ratio
+            if each.stalls:
+                report[f"{prefix}_stall_ms"] = statistics.median(each.stalls) * _MS_PER_S
         else:
             report[f"decode_extra_ms_{prefix}"] = each.extra_forward_s * _MS_PER_S
     report["in_process_ms"] = {each.case.name: statistics.median(each.local) * _MS_PER_S for each in found}
@@ -163,12 +171,25 @@ def remote_as_json(found: list[Figures]) -> dict[str, Any]:
 
 def print_remote(console: Console, found: list[Figures]) -> None:
     table = Table(title="forward and backward of one layer, LoRA of rank 16", title_justify="left")
-    for name in ("case", "through", "in process, ms", "remote, ms", "ratio", "forward adds, ms"):
+    for name in ("case", "through", "in process, ms", "remote, ms", "ratio", "forward adds, ms", "longest stall, ms"):
         table.add_column(name, justify="left" if name in ("case", "through") else "right")
     for each in found:
         local, remote = (statistics.median(times) * _MS_PER_S for times in (each.local, each.remote))
         milliseconds = f"{local:.2f}", f"{remote:.2f}"
-        table.add_row(
-            each.case.name, each.transport, *milliseconds, f"{each.ratio:.3f}", f"{each.extra_forward_s * _MS_PER_S:.2f}"
-        )
+        stall = f"{statistics.median(each.stalls) * _MS_PER_S:.1f}" if each.stalls else ""
+        added = f"{each.extra_forward_s * _MS_PER_S:.2f}"
+        table.add_row(each.case.name, each.transport, *milliseconds, f"{each.ratio:.3f}", added, stall)
     console.print(table)
+
+
+def plot_remote(found: list[Figures], path: Path) -> None:
+    """Remote over in process, a bar for each case and transport. Needs matplotlib."""
+    with figure_for(path, (8.0, 4.5)) as axis:
+        for index, transport in enumerate(TRANSPORTS):
+            rows = [each for each in found if each.transport == transport]
+            heights = [place + index * _BAR_HEIGHT for place in range(len(rows))]
+            axis.barh(heights, [each.ratio for each in rows], height=_BAR_HEIGHT, label=transport)
+        axis.set_yticks(range(len(rows)), [each.case.name for each in rows])
+        axis.axvline(1.0, color="black", linestyle="--", label="in process")
+        axis.invert_yaxis()
+        axis.set_xlabel("forward and backward, remote over in process")

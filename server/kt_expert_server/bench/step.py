@@ -15,6 +15,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from kt_expert_server.bench.plots import figure_for
 from kt_expert_server.bench.processes import serve
 from kt_expert_server.bench.shapes import LayerShape
 from kt_expert_server.errors import InvalidRequest
@@ -102,18 +103,10 @@ def print_step(console: Console, found: Mapping[str, Any]) -> None:
 
 def plot_step(found: Mapping[str, Any], path: Path) -> None:
     """The same bars as a picture. Needs matplotlib."""
-    try:
-        from matplotlib import pyplot as plt  # optional
-    except ImportError as error:
-        raise InvalidRequest("a plot needs matplotlib: pip install 'kt-expert[bench]'") from error
     step = found["step"]
-    figure, axis = plt.subplots(figsize=(8, 3), layout="constrained")
     names = [name.removesuffix("_s") for name in _BARS]
-    axis.barh(names, [step[name] * _MS_PER_S for name in _BARS], color=["tab:blue", "tab:orange", "tab:green", "tab:gray"])
-    axis.barh("step", step["waiting_s"] * _MS_PER_S, color="tab:red", label="of it waiting")
-    axis.invert_yaxis()
-    axis.set_xlabel("ms")
-    axis.legend()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
-    plt.close(figure)
+    with figure_for(path, (8.0, 3.0)) as axis:
+        axis.barh(names, [step[name] * _MS_PER_S for name in _BARS], color=["tab:blue", "tab:orange", "tab:green", "tab:gray"])
+        axis.barh("step", step["waiting_s"] * _MS_PER_S, color="tab:red", label="of it waiting")
+        axis.invert_yaxis()
+        axis.set_xlabel("ms")

@@ -14,6 +14,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from kt_expert_server.bench.plots import figure_for
 from kt_expert_server.bench.processes import Process, serve
 from kt_expert_server.bench.remote import write_model
 from kt_expert_server.bench.shapes import LayerShape
@@ -101,3 +102,19 @@ def print_tenants(console: Console, found: Sequence[Tenants]) -> None:
             f"{_SHARED_RUNS} runs of {tokens} tokens get {_ratio(found, tokens):.2f} of one run with "
             f"{_SHARED_RUNS * tokens} tokens a batch"
         )
+
+
+def plot_tenants(found: Sequence[Tenants], path: Path) -> None:
+    """Tokens a second over the tokens of all runs together, for one run and for several. Needs matplotlib."""
+    with figure_for(path) as axis:
+        for label, chosen in (
+            ("one run", [each for each in found if each.runs == 1]),
+            (f"several runs of {_TOKENS}", [each for each in found if each.runs > 1 and each.tokens == _TOKENS]),
+            (f"{_SHARED_RUNS} runs", [each for each in found if each.runs == _SHARED_RUNS]),
+        ):
+            ordered = sorted(chosen, key=lambda case: case.runs * case.tokens)
+            tokens = [each.runs * each.tokens for each in ordered]
+            axis.plot(tokens, [each.median for each in ordered], marker="o", label=label)
+        axis.set_xscale("log", base=2)
+        axis.set_xlabel("tokens of all runs' batches")
+        axis.set_ylabel("tokens/s of all runs")

@@ -1,11 +1,13 @@
 """What it costs to carry a tensor to the server and another one back, beside raw sockets and a copy in memory.
 
 The engine's part is taken out: a forward whose routes are all skipped (expert id E) computes nothing, and what it takes in
-process is subtracted. Raw sockets carry as many bytes each way between two processes, received where they stay.
+process is subtracted. Raw sockets carry as many bytes each way between two processes, received where they stay. Where iceoryx2
+is installed, it passes messages of that size in shared memory, which nobody writes or reads.
 """
 
 from __future__ import annotations
 
+import os
 import socket
 import statistics
 import subprocess
@@ -23,14 +25,18 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from kt_expert_server.bench import iceoryx
 from kt_expert_server.bench.echo import LENGTH_BYTES
 from kt_expert_server.bench.layer import LayerBench
+from kt_expert_server.bench.plots import figure_for
 from kt_expert_server.bench.processes import Process, cpu_s_of, serve
 from kt_expert_server.bench.remote import TRANSPORTS, write_model
 from kt_expert_server.bench.shapes import LayerShape
 from kt_expert_server.engine.passes import TILE_TOKENS
+from kt_expert_server.errors import InvalidRequest
 
 RAW = ("tcp", "unix", "memcpy")
+_ICEORYX = "iceoryx2"
 _HIDDEN, _TOP_K, _EXPERTS = 4096, 2, 8
 _SHAPE = LayerShape("echo", _EXPERTS, _HIDDEN, 64, _TOP_K)
 _BF16_BYTES = 2
@@ -73,7 +79,8 @@ def measure_transport(repeats: int, sizes: tuple[int, ...] = _SIZES) -> Figures:
     """Interleaved rounds of everything."""
     engine = native.Engine(1, "")
     local = LayerBench(engine, _SHAPE, "bf16")
-    found: dict[tuple[str, int], list[Round]] = {(kind, size): [] for kind in (*RAW, *TRANSPORTS) for size in sizes}
+    kinds = (*RAW, *((_ICEORYX,) if iceoryx.is_installed() else ()), *TRANSPORTS)
+    found: dict[tuple[str, int], list[Round]] = {(kind, size): [] for kind in kinds for size in sizes}
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         write_model(Path(folder) / "model", _SHAPE)
         server, address = stack.enter_context(serve(Path(folder) / "model", 1))
@@ -82,10 +89,16 @@ def measure_transport(repeats: int, sizes: tuple[int, ...] = _SIZES) -> Figures:
             trainers[transport] = stack.enter_context(Process("-m", "kt_expert_client.bench.remote"))
             trainers[transport].ask(open=address, rank=0, transport=transport)
         raw = {kind: stack.enter_context(_echo(kind, Path(folder))) for kind in ("tcp", "unix")}
+        shared = {}
+        if _ICEORYX in kinds:
+            name = f"kt-expert-bench-{os.getpid()}"
+            shared = {size: stack.enter_context(iceoryx.connection(f"{name}-{size}", size)) for size in sizes}
         for number in range(repeats + 1):  # the first warms up
             for size in sizes:
                 took = {kind: _raw_round(*raw[kind], size) for kind in raw}
                 took["memcpy"] = _copy_round(size)
+                if size in shared:
+                    took[_ICEORYX] = _iceoryx_round(*shared[size])
                 computing = _compute_s(local, size)
                 for transport, trainer in trainers.items():
                     took[transport] = _round(trainer, server, size, computing)
@@ -161,6 +174,19 @@ def _raw_round(connection: socket.socket, process: subprocess.Popen[bytes], size
     return Round(statistics.median(times), cpu_s / len(times))
 
 
+def _iceoryx_round(ends: iceoryx.Ends, other: Process) -> Round:
+    own, theirs = time.process_time(), other.cpu_s()
+    times: list[float] = []
+    while sum(times) < _LEAST_ROUND_S and len(times) < _MOST_IN_ROUND:
+        begun = time.perf_counter()
+        ends.send()
+        if not ends.receive():
+            raise InvalidRequest("iceoryx2 lost a message of the benchmark")
+        times.append(time.perf_counter() - begun)
+    cpu_s = time.process_time() - own + other.cpu_s() - theirs
+    return Round(statistics.median(times), cpu_s / len(times))
+
+
 def _copy_round(size: int) -> Round:
     source, target = np.zeros(size, np.uint8), np.zeros(size, np.uint8)
     own, times = time.process_time(), []
@@ -173,7 +199,10 @@ def _copy_round(size: int) -> Round:
 
 def transport_as_json(found: Figures) -> dict[str, Any]:
     """The figures under the names that dashboards of this benchmark have."""
-    return {
+    anchor = {}
+    if (_ICEORYX, _SMALL) in found.rounds:
+        anchor["iceoryx2_8kib_ms"] = found.seconds(_ICEORYX, _SMALL) * _MS_PER_S
+    return anchor | {
         "stream_32mib_vs_tcp": found.ratio("stream", "tcp", _LARGE),
         "stream_cpu_s_per_gib": found.cpu_s_per_gib("stream", _LARGE),
         "tcp_cpu_s_per_gib": found.cpu_s_per_gib("tcp", _LARGE),
@@ -195,3 +224,15 @@ def print_transport(console: Console, found: Figures) -> None:
         shown = [f"{found.seconds(kind, size) * _MS_PER_S:.3f} ({found.cpu_s_per_gib(kind, size):.2f})" for kind in kinds]
         table.add_row(str(size // 1024), *shown)
     console.print(table)
+
+
+def plot_transport(found: Figures, path: Path) -> None:
+    """Milliseconds over the size, a line for each way. Needs matplotlib."""
+    with figure_for(path) as axis:
+        for kind in dict.fromkeys(kind for kind, _ in found.rounds):
+            sizes = [size for each, size in found.rounds if each == kind]
+            axis.plot(sizes, [found.seconds(kind, size) * _MS_PER_S for size in sizes], marker="o", label=kind)
+        axis.set_xscale("log", base=2)
+        axis.set_yscale("log")
+        axis.set_xlabel("bytes each way")
+        axis.set_ylabel("ms there and back")

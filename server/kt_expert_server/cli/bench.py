@@ -23,14 +23,14 @@ from kt_expert_server.bench.kernels import Plan, measure
 from kt_expert_server.bench.memory import measure_memory, memory_as_json, print_memory
 from kt_expert_server.bench.optimizer import measure_optimizers, print_optimizers
 from kt_expert_server.bench.peers import KtKernel, Peer, TorchLoop, TorchWeights
-from kt_expert_server.bench.pool import measure_pool, pool_as_json, print_pool
-from kt_expert_server.bench.remote import cases, measure_remote, print_remote, remote_as_json
+from kt_expert_server.bench.pool import measure_pool, plot_pool, pool_as_json, print_pool
+from kt_expert_server.bench.remote import cases, measure_remote, plot_remote, print_remote, remote_as_json
 from kt_expert_server.bench.report import print_rows, write_plot
 from kt_expert_server.bench.shapes import PUBLISHED, LayerShape, parse_shape
 from kt_expert_server.bench.step import StepCase, measure_step, plot_step, print_step
-from kt_expert_server.bench.tenants import measure_tenants, print_tenants, tenants_as_json
+from kt_expert_server.bench.tenants import measure_tenants, plot_tenants, print_tenants, tenants_as_json
 from kt_expert_server.bench.trainer import measure_trainer, print_trainer
-from kt_expert_server.bench.transport import measure_transport, print_transport, transport_as_json
+from kt_expert_server.bench.transport import measure_transport, plot_transport, print_transport, transport_as_json
 from kt_expert_server.config import ISA_VARIABLE, WEIGHT_FORMATS, available_cores, available_memory
 from kt_expert_server.errors import InvalidRequest
 from kt_expert_server.model.placement import AUTO, choose_placement
@@ -151,6 +151,8 @@ def _run_transport(console: Console, options: argparse.Namespace) -> int:
     found = measure_transport(options.repeats)
     print_transport(console, found)
     _write_json(options.json, {"transport": transport_as_json(found)})
+    if options.plot is not None:
+        plot_transport(found, options.plot)
     return 0
 
 
@@ -181,6 +183,8 @@ def _run_pool(console: Console, options: argparse.Namespace) -> int:
     rows = measure_pool(cores)
     print_pool(console, rows, cores)
     _write_json(options.json, {"pool": pool_as_json(rows)})
+    if options.plot is not None:
+        plot_pool(rows, options.plot)
     return 0
 
 
@@ -188,6 +192,8 @@ def _run_tenants(console: Console, options: argparse.Namespace) -> int:
     found = measure_tenants(options.threads, options.repeats)
     print_tenants(console, found)
     _write_json(options.json, {"tenants": tenants_as_json(found)})
+    if options.plot is not None:
+        plot_tenants(found, options.plot)
     return 0
 
 
@@ -195,6 +201,8 @@ def _run_remote(console: Console, options: argparse.Namespace) -> int:
     found = measure_remote(cases(options.threads), options.repeats)
     print_remote(console, found)
     _write_json(options.json, {"remote": remote_as_json(found)})
+    if options.plot is not None:
+        plot_remote(found, options.plot)
     return 0
 
 
