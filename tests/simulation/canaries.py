@@ -15,10 +15,12 @@ from kt_expert_client.session.core import SessionCore
 from kt_expert_client.session.journal import Journal
 from kt_expert_proto.codec import Decoder
 from kt_expert_proto.header import FrameType, Op
+from kt_expert_proto.shared import Allocator
 from kt_expert_server.adapters.adapter import Adapter, AdapterLayer
 from kt_expert_server.adapters.window import GradientWindow
 from kt_expert_server.checkpoints import work as checkpoint_work
 from kt_expert_server.checkpoints.store import CheckpointStore
+from kt_expert_server.edge.same_host.memory import SharedTensors
 from kt_expert_server.engine.backward import BackwardWork
 from kt_expert_server.engine.passes import ForwardWork
 from kt_expert_server.engine.tickets import Tickets
@@ -424,6 +426,46 @@ def _first_one_s_error(original: Any) -> Any:
     return run
 
 
+def _used_while_read(original: Any) -> Any:
+    """A place serves again although its reader has not given it back."""
+
+    def reuse(self: Allocator, offset: int) -> None:
+        if not self._used[offset].is_owned:
+            self._used[offset].generation = 0
+        original(self, offset)
+
+    return reuse
+
+
+def _plant_given_back_early(stack: ExitStack) -> None:
+    """A tensor's place goes back to the trainer before the server has computed from it."""
+
+    def show(original: Any) -> Any:
+        def shown(self: SharedTensors, header: Any, place: Any, offer: Any) -> Any:
+            taken = original(self, header, place, offer)
+            self._on_free(place)
+            return taken
+
+        return shown
+
+    _patched(SharedTensors, "show", show)(stack)
+    _patched(SharedTensors, "_returned", lambda _: lambda self, place: self._borrower.release(place))(stack)
+
+
+def _lent_wherever_it_lies(_: Any) -> Any:
+    """An outcome of an older connection is shown at its place there."""
+
+    def lend(self: SharedTensors, buffer: Any) -> Any:
+        if not hasattr(buffer, "offset"):
+            return None
+        used = self._allocator._used.get(buffer.offset)
+        if used is None:
+            self._allocator.take(len(buffer.view))
+        return self._allocator.lend(buffer.offset) if buffer.offset in self._allocator._used else None
+
+    return lend
+
+
 CANARIES = (
     Canary("a lost acknowledgement gives its credits back twice", _patched(Exchange, "_acknowledge", _credits_twice)),
     Canary("a backward closes the window before it can fail", _patched(BackwardWork, "prepare", _window_closed_early)),
@@ -462,6 +504,9 @@ CANARIES = (
     Canary("batches computed together get one another's tickets", _patched(SharedPass, "_compute", _tickets_mixed_up)),
     Canary("what was computed together counts twice", _patched(SharedPass, "_compute", _computed_twice)),
     Canary("one batch's failure is its company's", _patched(SharedPass, "run_part", _first_one_s_error), 3000),
+    Canary("a place in shared memory serves again while it is read", _patched(Allocator, "_reuse", _used_while_read)),
+    Canary("a place in shared memory goes back too early", _plant_given_back_early),
+    Canary("an outcome is shown in another connection's memory", _patched(SharedTensors, "lend", _lent_wherever_it_lies)),
     Canary("a part of a pass is left out", _patched(ForwardWork, "run_part", _last_part_left_out)),
     Canary("a tensor is let go of while it is sent again", _patched(Journal, "_drop", _let_go_while_repeated), 3000),
     Canary("what waited is not sent again after a restart", _patched(SessionCore, "_begin_afresh", _unlogged_forward)),

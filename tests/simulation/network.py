@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from simulation.heap import EventHeap
+from simulation.shared import Shared
 
 KEEPALIVE_S = 50.0  # until a peer that does not answer any more is given up: keepalive time and time-out
 
@@ -38,8 +39,13 @@ class Faults:
 class Connection:
     """Two directed queues. Side 0 is the trainer's, side 1 the server's."""
 
-    def __init__(self, heap: EventHeap, rng: random.Random, faults: Callable[[], Faults], ends: tuple[End, End]) -> None:
-        self._heap, self._rng, self._faults = heap, rng, faults
+    def __init__(
+        self, heap: EventHeap, rng: random.Random, faults: Callable[[], Faults], ends: tuple[End, End],
+        shared: Shared | None = None,
+    ) -> None:  # fmt: skip
+        """`shared`: memory of both ends, who are on one host then. Nothing is lost, repeated or damaged between them."""
+        self._heap, self._rng, self.shared = heap, rng, shared
+        self._faults = faults if shared is None else lambda: replace(faults(), lose=0.0, repeat=0.0, damage=0.0, truncate=0.0)
         self._ends = ends
         self._arrives = [0.0, 0.0]  # when the last message of each direction does: messages keep their order
         self._heard = [False, False]  # which side knows of the end
@@ -48,8 +54,8 @@ class Connection:
 
     def send(self, side: int, message: bytes) -> None:
         """From that side to the other."""
-        if self._heard[side] or self._silent[side]:
-            return
+        if self._heard[side] or self._silent[side] or (self.shared is not None and not self.is_open):
+            return  # a socket of one host that was cut takes nothing more
         faults, rng = self._faults(), self._rng
         if rng.random() < faults.lose:
             self._silent[side] = True

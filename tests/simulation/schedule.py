@@ -17,6 +17,7 @@ from simulation.disk import SimulatedDisk
 from simulation.heap import Action, EventHeap
 from simulation.network import Connection, Faults
 from simulation.server import ServerProcess
+from simulation.shared import Shared
 from simulation.trainer import TrainerProcess
 from simulation.training import Plan
 
@@ -91,6 +92,9 @@ def _undisturbed(plan: Plan) -> tuple[str, dict[int, str]]:
     return world.digests[plan.run], world.trainers[0].reads
 
 
+_ON_ONE_HOST = 0.5  # of the connections
+
+
 class World:
     """One server, its disk, its trainers and what is between them."""
 
@@ -116,7 +120,8 @@ class World:
         if self.rng.random() < self.faults.refuse or not self.server.is_up:
             return None
         nobody = _Nobody()
-        connection = Connection(self.heap, self.rng, lambda: self.faults, (nobody, nobody))
+        shared = Shared() if self.rng.random() < _ON_ONE_HOST else None
+        connection = Connection(self.heap, self.rng, lambda: self.faults, (nobody, nobody), shared)
         stream = self.server.accept(connection)
         if stream is None:
             return None
@@ -317,6 +322,8 @@ def _check_nothing_left(world: World) -> None:
         core.runs.remove(member)
     core.take_actions()
     assert world.server.pool.out == 0, f"{world.server.pool.out} buffers were not given back"
+    for shared in world.server.shared:
+        shared.check_given_back()
     for run in list(core.runs.by_name.values()):
         core.runs.close(run)
     core.take_actions()

@@ -6,7 +6,8 @@ import random
 
 import kt_expert_native as native
 from kt_expert_proto.codec import Decoder, Encoder, Memory, Outbound
-from kt_expert_proto.header import DamagedFrame, FrameError, Header
+from kt_expert_proto.header import DamagedFrame, FrameError, FrameType, Header
+from kt_expert_proto.shared import Place
 from kt_expert_server.checkpoints.store import CheckpointStore
 from kt_expert_server.engine.budget import MemoryBudget
 from kt_expert_server.engine.buffers import BufferPool, PooledBuffer
@@ -23,6 +24,7 @@ from simulation.disk import MachineDiedError, SimulatedDisk
 from simulation.heap import EventHeap
 from simulation.model import base_model
 from simulation.network import Connection
+from simulation.shared import Shared
 
 _TILE_TOKENS = (2, 1024)  # most batches are computed in several parts, or whole and together with others'
 _BUDGET_BYTES = 1 << 26
@@ -85,6 +87,7 @@ class ServerProcess:
         self.core.become_ready(base_model())
         self._next_stream = 1
         self._streams = {}
+        self.shared: list[Shared] = []  # of this life's streams
         self._tick_at = None
 
     def kill(self) -> None:
@@ -119,7 +122,9 @@ class ServerProcess:
         number, self._next_stream = self._next_stream, self._next_stream + 1
         stream = _Stream(self, number, connection)
         self._streams[number] = stream
-        self.core.stream_opened(number, "", self._heap.now)
+        if connection.shared is not None:
+            self.shared.append(connection.shared)
+        self.core.stream_opened(number, "", self._heap.now, stream.tensors)
         return stream
 
     def later(self, action: object, *arguments: object) -> None:
@@ -252,14 +257,32 @@ class _Stream:
     def __init__(self, process: ServerProcess, number: int, connection: Connection) -> None:
         self._process, self.number, self.connection = process, number, connection
         self._encoder = Encoder(piece_bytes=process.piece_bytes)
-        self._decoder: Decoder[PooledBuffer] = Decoder(self)
+        self._decoder: Decoder[PooledBuffer] = Decoder(self, self)
         self._waiting: list[Outbound] = []
         self._is_over = False
+        self.tensors = None if connection.shared is None else connection.shared.serve(process.pool, self._free)
 
     def admit(self, header: Header) -> PooledBuffer | None:
         core = self._process.core
         assert core is not None
         return core.admit(self.number, header, self._process._heap.now)
+
+    def show(self, header: Header, place: Place) -> PooledBuffer | None:
+        core, now = self._process.core, self._process._heap.now
+        assert core is not None
+        assert self.tensors is not None, "a trainer sent a place over the network"
+        return self.tensors.show(header, place, lambda about, there: core.admit(self.number, about, now, there))
+
+    def freed(self, place: Place) -> None:
+        assert self.tensors is not None, "a trainer gave a place back over the network"
+        self.tensors.freed(place)
+
+    def ended(self, payload: bytes) -> None:
+        raise AssertionError(f"a trainer ended a stream by a frame: {payload!r}")
+
+    def _free(self, place: Place) -> None:
+        if not self._is_over:
+            self._waiting.append((Header(FrameType.FREE), place.pack()))
 
     def deliver(self, header: Header, payload: bytes | PooledBuffer) -> None:
         core = self._process.core
@@ -275,6 +298,8 @@ class _Stream:
         try:
             self._decoder.feed(message)
         except FrameError as error:
+            if self.tensors is not None:
+                raise AssertionError(f"a frame made no sense on one host: {error}") from error
             self._process.failed(self.number, error)
         self._process.carry_out()
 
@@ -286,7 +311,11 @@ class _Stream:
         self._process.closed(self.number)
 
     def queue(self, header: Header, payload: bytes | PooledBuffer) -> None:
-        self._waiting.append((header, payload if isinstance(payload, bytes) else Memory(payload.view)))
+        if isinstance(payload, bytes):
+            self._waiting.append((header, payload))
+        else:
+            place = None if self.tensors is None else self.tensors.lend(payload)
+            self._waiting.append((header, place or Memory(payload.view)))
 
     def flush(self) -> None:
         if self._waiting:

@@ -12,6 +12,7 @@ from kt_expert_client.session.core import SessionCore
 from kt_expert_client.session.journal import Journal
 from kt_expert_proto.codec import Buffer, Decoder, Encoder, Outbound
 from kt_expert_proto.header import FrameError, Header, Op, Tensor
+from kt_expert_proto.shared import Place
 from kt_expert_proto.status import STATUS_NUMBERS
 
 from simulation.calls import TIMEOUT_S
@@ -156,7 +157,8 @@ class TrainerProcess:
 
     def _flush(self, frames: list[Outbound]) -> None:
         if frames and self._link is not None:
-            for message in self._link.encoder.messages(frames):
+            shared = self._link.connection.shared
+            for message in self._link.encoder.messages(frames if shared is None else shared.placed(frames)):
                 self._link.connection.send(0, message)
 
     def _open(self) -> None:
@@ -280,11 +282,22 @@ class _Link:
     def __init__(self, process: TrainerProcess) -> None:
         self._process = process
         self.encoder = Encoder(piece_bytes=process.plan.piece_bytes)
-        self.decoder: Decoder[Buffer] = Decoder(self)
+        self.decoder: Decoder[Buffer] = Decoder(self, self)
         self.connection: Connection
 
     def admit(self, header: Header) -> Buffer | None:
         return self._process.core.admit(header)
+
+    def show(self, header: Header, place: Place) -> Buffer | None:
+        assert self.connection.shared is not None, "the server sent a place over the network"
+        return self._process.core.admit(header, self.connection.shared.trainer.show(header, place))
+
+    def freed(self, place: Place) -> None:
+        assert self.connection.shared is not None, "the server gave a place back over the network"
+        self.connection.shared.trainer.freed(place)
+
+    def ended(self, payload: bytes) -> None:
+        raise AssertionError(f"a simulated connection ends by itself and not by a frame: {payload!r}")
 
     def deliver(self, header: Header, payload: bytes | Buffer) -> None:
         self._process.core.received(header, payload, self._process._heap.now)
@@ -298,6 +311,8 @@ class _Link:
         try:
             self.decoder.feed(message)
         except FrameError as error:
+            if self.connection.shared is not None:
+                raise AssertionError(f"a frame made no sense on one host: {error}") from error
             self._process._drop_link()
             self._process.core.disconnected(ServerFault(f"malformed frame: {error}"), self._process._heap.now)
         self._process.carry_out()

@@ -43,13 +43,14 @@ class LentBuffer:
 class SharedMemory:
     """The mapping, and what this side knows of its two regions."""
 
-    def __init__(self, descriptor: int) -> None:
+    def __init__(self, descriptor: int, least_bytes: int = _LEAST_SHARED_BYTES) -> None:
         """Takes the descriptor. Raises ValueError for memory that is not sealed, OSError."""
         try:
             size = region_bytes(descriptor)
             mapped = mmap.mmap(descriptor, CONTROL_BYTES + 2 * size)
         finally:
             os.close(descriptor)
+        self._least_bytes = least_bytes
         self.nonce = bytes(mapped[:NONCE_BYTES])
         whole = np.frombuffer(mapped, np.uint8)
         self._outgoing, self._incoming = whole[CONTROL_BYTES : CONTROL_BYTES + size], whole[CONTROL_BYTES + size :]
@@ -61,7 +62,7 @@ class SharedMemory:
     def put(self, content: memoryview) -> Place | None:
         """Copies a tensor to where the server sees it. None for one that is to be sent: it is small, or there is no room."""
         size = len(content)
-        if size < _LEAST_SHARED_BYTES:
+        if size < self._least_bytes:
             return None
         with self._lock:
             offset = self._allocator.take(size)
@@ -81,8 +82,8 @@ class SharedMemory:
     def show(self, header: Header, place: Place) -> LentBuffer:
         """See ConnectionReceiver."""
         size = header.tensor_bytes
-        if size < _LEAST_SHARED_BYTES:
-            raise FrameError(f"a tensor of {size} bytes came through shared memory, expected at least {_LEAST_SHARED_BYTES}")
+        if size < self._least_bytes:
+            raise FrameError(f"a tensor of {size} bytes came through shared memory, expected at least {self._least_bytes}")
         with self._lock:
             self._borrower.show(place, size)
         memory = self._incoming[place.offset : place.offset + size].view()

@@ -68,12 +68,15 @@ class SharedTensors:
     """Implements TensorMemory, and the part of ConnectionReceiver that is about memory. `on_free` tells the trainer that the
     server has done with a place."""
 
-    def __init__(self, memory: SharedMemory, pool: BufferPool, on_free: Callable[[Place], None]) -> None:
+    def __init__(
+        self, memory: SharedMemory, pool: BufferPool, on_free: Callable[[Place], None], least_bytes: int = _LEAST_SHARED_BYTES
+    ) -> None:  # fmt: skip
         self._memory, self._pool, self._on_free = memory, pool, on_free
+        self._least_bytes = least_bytes
         self._allocator, self._borrower = Allocator(memory.region_bytes), Borrower(memory.region_bytes)
 
     def take(self, size_bytes: int) -> PooledBuffer:
-        offset = self._allocator.take(size_bytes) if size_bytes >= _LEAST_SHARED_BYTES else None
+        offset = self._allocator.take(size_bytes) if size_bytes >= self._least_bytes else None
         if offset is None:
             return self._pool.take(size_bytes)
         return _Out(self, self._memory.outgoing[offset : offset + size_bytes], offset)
