@@ -62,17 +62,21 @@ native-test: $(STAMP) system-packages
 mca: native-test
 	PYTHONPATH=native $(BIN)/python -m analysis $(NATIVE_BUILD)
 
-# Memory errors and undefined behaviour, then data races.
+# Memory errors and undefined behaviour, then data races. The long comparisons of values use threads as the others do: a third of
+# the time of the second run, for nothing that it looks for.
+LONG_COMPARISONS := every weight format meets*,nor do they where there are several*
 sanitize: $(STAMP) system-packages
 	for kinds in address,undefined thread; do \
 	  cmake -S native -B build/native-$$kinds -G Ninja -DKT_EXPERT_BUILD_MODULE=OFF -DKT_EXPERT_BUILD_TESTS=ON \
 	    -DKT_EXPERT_SANITIZE=$$kinds > /dev/null && cmake --build build/native-$$kinds && \
-	  UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 build/native-$$kinds/tests/kt_expert_native_tests || exit 1; \
+	  exclude=; [ $$kinds = thread ] && exclude="--test-case-exclude=$(LONG_COMPARISONS)"; \
+	  UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 build/native-$$kinds/tests/kt_expert_native_tests $${exclude:+"$$exclude"} \
+	    || exit 1; \
 	done
 
 # INPUTS hostile inputs to what parses bytes and computes with them, as a checkpoint and a trainer could send them, under the
 # sanitizers: half from one seed, half from another.
-INPUTS ?= 1000000
+INPUTS ?= 500000
 HOSTILE_INPUTS := build/native-address,undefined/tests/kt_expert_hostile_inputs
 hostile-inputs: sanitize
 	export UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1; half=$$(($(INPUTS) / 2)); \
