@@ -4,6 +4,7 @@
 
 #include <cstring>
 #include <memory>
+#include <utility>
 #include <vector>
 
 #include "kt_expert/engine.h"
@@ -72,6 +73,7 @@ class Tokens {
   Tokens(int tokens, FloatType type) : type_(type), memory_(size_of(tokens, type)) {}
   TokensIn in() const { return {memory_.data(), type_}; }
   TokensOut out() { return {memory_.data(), type_}; }
+  bool operator==(const Tokens& other) const { return memory_ == other.memory_; }
 
  private:
   static std::size_t size_of(int tokens, FloatType type) {
@@ -118,7 +120,28 @@ class Trainer {
     if (bytes_.next() % 4 == 0)
       args.scales = AdapterScales{bytes_.likely_float(), bytes_.likely_float(), bytes_.likely_float()};
     uses_adapter_ = args.lora != nullptr;
-    ticket_ = engine_.forward(args);
+    if (bytes_.next() % 2 == 0) {
+      Tokens beside(tokens, type_);
+      forward_beside_another(args, beside);
+      ticket_ = engine_.forward(args);
+      require(beside == y);
+    } else {
+      ticket_ = engine_.forward(args);
+    }
+  }
+
+  // The same batch in one pass with the base model's own answer to it.
+  void forward_beside_another(const ForwardArgs& args, Tokens& y) {
+    Tokens other(args.routing.tokens, type_);
+    ForwardArgs batches[2] = {args, args};
+    batches[0].y = y.out();
+    batches[0].token = nullptr;
+    batches[1].lora = nullptr;
+    batches[1].scales.reset();
+    batches[1].y = other.out();
+    batches[1].token = nullptr;
+    if (bytes_.next() % 2 == 0) std::swap(batches[0], batches[1]);
+    engine_.forward_together({batches, 2});
   }
 
   void backward() {
