@@ -30,7 +30,10 @@ class SharedPass:
         except Exception as error:  # nothing has changed: whose fault it is shows when each is computed alone
             self.fault = error
             left, tickets, alone = [], [], list(self.pieces)
+        stages_s = self._engine.last_stages() if left else {}  # from here on it counts: it must not be computed again
         for each, ticket in zip(left, tickets, strict=True):
+            each.together = len(left)
+            each.add_stages(stages_s)
             self._try(each, lambda: each.take(part, ticket))  # noqa: B023  # called at once
         for each in alone:
             self._try(each, lambda: each.run_part(part))  # noqa: B023
@@ -39,16 +42,10 @@ class SharedPass:
         if not pieces:
             return []
         arguments = [each.arguments(0, None) for each in pieces]
-        tickets: Sequence[native.Ticket | None] = [None] * len(pieces)
         if pieces[0].kind == "forward":
-            tickets = self._engine.forward_together(arguments)
-        else:
-            self._engine.backward_together(arguments)
-        stages_s = self._engine.last_stages()
-        for each in pieces:
-            each.together = len(pieces)
-            each.add_stages(stages_s)
-        return tickets
+            return self._engine.forward_together(arguments)
+        self._engine.backward_together(arguments)
+        return [None] * len(pieces)
 
     def _try(self, piece: PassWork, action: Callable[[], None]) -> None:
         try:

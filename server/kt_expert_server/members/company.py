@@ -35,7 +35,7 @@ class Company:
 
     def ended(self, job: Job, took_s: float, now: float) -> None:
         """A member's pass over so many seconds."""
-        kind = job.work.company()
+        kind = job.company
         if kind is None:
             return
         habit = self._habits.setdefault(job.member, _Habit())
@@ -45,12 +45,12 @@ class Company:
         habit = self._habits.get(job.member)
         if habit is None or habit.answered_at is None:
             return
-        habit.follows[habit.last] = (job.work.company(), now - habit.answered_at)
+        habit.follows[habit.last] = (job.company, now - habit.answered_at)
         habit.answered_at = None
 
     def waits_until(self, job: Job, now: float) -> float:
         """Until when somebody may come whose pass could be computed with this one. In the past where nobody is expected."""
-        kind, until = job.work.company(), now
+        kind, until = job.company, now
         if kind is None:
             return until
         for member, habit in self._habits.items():

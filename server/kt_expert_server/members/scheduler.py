@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
 from kt_expert_server.engine.work import Outcome, Work
@@ -30,6 +30,11 @@ class Job:
     @property
     def member(self) -> tuple[str, int]:
         return self.run, self.rank
+
+    @property
+    def company(self) -> Hashable | None:
+        """What it has in common with those that it may share a pass with. None: it is computed alone."""
+        return self.work.company() if self.work.tokens <= SHARED_TOKENS_EACH else None
 
 
 class Scheduler:
@@ -66,22 +71,27 @@ class Scheduler:
         return True
 
     def take(self, may_begin: Callable[[Job], bool] = lambda _: True) -> Job | None:
-        job = min(filter(may_begin, self._possible()), key=self._key, default=None)
-        return None if job is None else self._take(job)
+        """The next one that may begin. What its member has to come later does not overtake one that may not."""
+        held = set()
+        for job in sorted(self._possible(), key=self._key):
+            if job.member in held:
+                continue
+            if may_begin(job):
+                return self._take(job)
+            held.add(job.member)
+        return None
 
     def take_beside(self, taken: Sequence[Job]) -> Job | None:
         """One that may share a pass over the weights with those: another member's next one, of the same kind and layer."""
-        first, tokens = taken[0].work, sum(job.work.tokens for job in taken)
-        company = first.company()
-        if company is None or first.tokens > SHARED_TOKENS_EACH:
+        company, tokens = taken[0].company, sum(job.work.tokens for job in taken)
+        if company is None:
             return None
         passed = {job.member for job in taken}
         for job in sorted(self._possible(), key=self._key):
             if job.member in passed:
                 continue
             passed.add(job.member)  # what a member has to come later does not overtake
-            size = job.work.tokens
-            if size <= min(SHARED_TOKENS_EACH, SHARED_TOKENS - tokens) and job.work.company() == company:
+            if job.company == company and tokens + job.work.tokens <= SHARED_TOKENS:
                 return self._take(job)
         return None
 

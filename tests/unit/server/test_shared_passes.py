@@ -208,3 +208,21 @@ def test_other_work_does_not_wait_with_it() -> None:
     finish(turns.server)
     assert turns.third.frames[-1][0].op is Op.FORWARD
     assert np.isfinite(np.frombuffer(turns.third.frames[-1][1], np.float32)).all()
+
+
+def test_nor_does_a_later_one_of_the_same_member_overtake_it() -> None:
+    turns = Turns()
+    turns.take_turns()
+    turns.ask(turns.second)
+    turns.second.forward(layer=1)
+    assert not turns.server.works
+    turns.ask(turns.first, after_s=0.0)
+    assert shared_by(turns.server) == 2
+
+
+def test_a_batch_too_large_to_share_waits_for_nobody() -> None:
+    turns = Turns()
+    turns.take_turns()
+    turns.server.now += TURN_S
+    turns.second.forward(SHARED_TOKENS_EACH // TOKENS * TOKENS + TOKENS)
+    assert shared_by(turns.server) == 1
