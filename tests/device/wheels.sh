@@ -15,7 +15,7 @@ $pip wheel --no-deps --no-build-isolation --wheel-dir "$folder" .
 # Resolved beside a CPU build of torch, so that the dependencies' own wish for torch is met and not downloaded.
 $pip install "torch==2.13.0"
 $pip install "$(ls "$folder"/kt_expert-*.whl)[server,transformers]" pytest pytest-timeout trustme
-$pip freeze | grep -v -i -E '^(torch|triton|nvidia|numpy|sympy|mpmath|networkx|jinja2|markupsafe|kt-expert|kt_expert|pybind11|cmake|ninja|scikit|grpcio-tools|setuptools)' \
+$pip freeze | grep -v -i -E '^(torch|triton|nvidia|cuda|numpy|sympy|mpmath|networkx|jinja2|markupsafe|kt-expert|kt_expert|pybind11|cmake|ninja|scikit|grpcio-tools|setuptools)' \
     > "$work/wanted"
 $pip download --no-deps --only-binary :all: --dest "$folder" --requirement "$work/wanted"
 du -sh "$folder"
