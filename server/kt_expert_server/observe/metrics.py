@@ -71,6 +71,7 @@ class Metrics:
             for stage in ("receive", "queue", "compute", "send")
         }
         self._passes = {each: (self._tokens.labels(each), self._batch.labels(each)) for each in PASSES}
+        self._stages_of_engine: dict[tuple[str, str], Counter] = {}
         self._shared = {each: self._shared_batches.labels(each) for each in PASSES}
         self._all_flops = self._flops.labels(isa, weight_format)
         prometheus_client.ProcessCollector(registry=self.registry)
@@ -94,7 +95,10 @@ class Metrics:
         self._all_flops.inc(flops)
 
     def engine_stage(self, direction: str, stage: str, seconds: float) -> None:
-        self._engine_stages.labels(direction, stage).inc(seconds)
+        found = self._stages_of_engine.get((direction, stage))
+        if found is None:
+            found = self._stages_of_engine[direction, stage] = self._engine_stages.labels(direction, stage)
+        found.inc(seconds)
 
     def shared(self, direction: str, batches: int) -> None:
         self._shared[direction].inc(batches)
