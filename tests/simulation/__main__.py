@@ -10,7 +10,8 @@ import sys
 import time
 import traceback
 
-from simulation.canaries import CANARIES, planted
+from simulation.canaries import CANARIES
+from simulation.planting import planted
 from simulation.schedule import LENGTHS, MICRO_BATCHES, Result, SimulationError, count_undisturbed, play, undisturbed
 from simulation.training import Plan
 

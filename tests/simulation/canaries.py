@@ -2,29 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
-from unittest.mock import patch
 
-import kt_expert_native as native
 import kt_expert_proto.header as header_module
 from kt_expert_client.session.calls import Call
 from kt_expert_client.session.core import SessionCore
 from kt_expert_client.session.journal import Journal
 from kt_expert_proto.codec import Decoder
 from kt_expert_proto.header import FrameType, Op
-from kt_expert_proto.shared import Allocator
 from kt_expert_server.adapters.adapter import Adapter, AdapterLayer
 from kt_expert_server.adapters.window import GradientWindow
 from kt_expert_server.checkpoints import work as checkpoint_work
 from kt_expert_server.checkpoints.store import CheckpointStore
-from kt_expert_server.edge.same_host.memory import SharedTensors
-from kt_expert_server.engine.backward import BackwardWork
-from kt_expert_server.engine.passes import ForwardWork
 from kt_expert_server.engine.tickets import Tickets
-from kt_expert_server.engine.together import SharedPass
 from kt_expert_server.engine.transfers import ReadWork
 from kt_expert_server.members import saving
 from kt_expert_server.members.barrier import Barrier
@@ -36,27 +28,8 @@ from kt_expert_server.members.requests import Requests
 from kt_expert_server.members.run import Member
 from kt_expert_server.members.runs import Runs
 
-Plant = Callable[[ExitStack], None]
-
-
-@dataclass(frozen=True)
-class Canary:
-    name: str
-    plant: Plant
-    budget: int = 600  # seeds it may take to be caught
-
-
-def _patched(owner: Any, name: str, wrap: Callable[[Any], Any]) -> Plant:
-    """`wrap` gets the original and gives what stands in its place."""
-
-    def plant(stack: ExitStack) -> None:
-        stack.enter_context(patch.object(owner, name, wrap(getattr(owner, name))))
-
-    return plant
-
-
-def _nothing(owner: Any, name: str, result: object = None) -> Plant:
-    return _patched(owner, name, lambda _: lambda *_args, **_kwargs: result)
+from simulation.engine_canaries import ENGINE_CANARIES
+from simulation.planting import Canary, nothing, patched
 
 
 def _credits_twice(original: Any) -> Any:
@@ -66,17 +39,6 @@ def _credits_twice(original: Any) -> Any:
         original(self, up_to)
 
     return acknowledge
-
-
-def _window_closed_early(original: Any) -> Any:
-    def prepare(self: BackwardWork) -> None:
-        original(self)
-        for target in self._targets:
-            window = self._trained.windows.of(target.adapter)
-            window._there[self._header.layer] = window.there(self._header.layer) & ~target.replaced
-            window._open[self._header.layer] = window.open(self._header.layer) & ~target.replaced
-
-    return prepare
 
 
 def _published_unsynced(_: Any) -> Any:
@@ -120,8 +82,8 @@ def _plant_runs_twice(stack: ExitStack) -> None:
 
         return take
 
-    _patched(ServerCore, "_answer_join", joined)(stack)
-    _patched(Exchange, "_request", request)(stack)
+    patched(ServerCore, "_answer_join", joined)(stack)
+    patched(Exchange, "_request", request)(stack)
 
 
 def _outcomes_forgotten(original: Any) -> Any:
@@ -309,29 +271,6 @@ def _partial_kept(_: Any) -> Any:
     return close
 
 
-def _gradients_pile_up(original: Any) -> Any:
-    def into(self: BackwardWork, used: Any, target: Any) -> Any:
-        return replace(original(self, used, target), replaced=[])
-
-    return into
-
-
-def _cancelled_half_way(_: Any) -> Any:
-    def token(self: BackwardWork, part: int) -> Any:
-        del part
-        return self.token
-
-    return token
-
-
-def _last_part_left_out(original: Any) -> Any:
-    def run(self: ForwardWork, part: int) -> None:
-        if not part or part + 1 < self.parts:
-            original(self, part)
-
-    return run
-
-
 def _unlogged_forward(original: Any) -> Any:
     """Requests that were waiting are not sent again after the server began anew."""
 
@@ -399,130 +338,47 @@ def _step_kept(original: Any) -> Any:
     return loaded
 
 
-def _tickets_mixed_up(original: Any) -> Any:
-    return lambda self, pieces: list(reversed(original(self, pieces)))
-
-
-def _computed_twice(original: Any) -> Any:
-    """What was computed together is computed alone once more."""
-
-    def compute(self: SharedPass, pieces: Any) -> Any:
-        original(self, pieces)
-        if len(pieces) > 1:
-            raise native.InvalidArgument("planted")
-        return [None] * len(pieces)
-
-    return compute
-
-
-def _first_one_s_error(original: Any) -> Any:
-    """One piece's failure is everybody's."""
-
-    def run(self: SharedPass, part: int) -> None:
-        original(self, part)
-        for error in list(self.errors.values())[:1]:
-            self.errors = dict.fromkeys(self.pieces, error)
-
-    return run
-
-
-def _used_while_read(original: Any) -> Any:
-    """A place serves again although its reader has not given it back."""
-
-    def reuse(self: Allocator, offset: int) -> None:
-        if not self._used[offset].is_owned:
-            self._used[offset].generation = 0
-        original(self, offset)
-
-    return reuse
-
-
-def _plant_given_back_early(stack: ExitStack) -> None:
-    """A tensor's place goes back to the trainer before the server has computed from it."""
-
-    def show(original: Any) -> Any:
-        def shown(self: SharedTensors, header: Any, place: Any, offer: Any) -> Any:
-            taken = original(self, header, place, offer)
-            self._on_free(place)
-            return taken
-
-        return shown
-
-    _patched(SharedTensors, "show", show)(stack)
-    _patched(SharedTensors, "_returned", lambda _: lambda self, place: self._borrower.release(place))(stack)
-
-
-def _lent_wherever_it_lies(_: Any) -> Any:
-    """An outcome of an older connection is shown at its place there."""
-
-    def lend(self: SharedTensors, buffer: Any) -> Any:
-        if not hasattr(buffer, "offset"):
-            return None
-        used = self._allocator._used.get(buffer.offset)
-        if used is None:
-            self._allocator.take(len(buffer.view))
-        return self._allocator.lend(buffer.offset) if buffer.offset in self._allocator._used else None
-
-    return lend
-
-
 CANARIES = (
-    Canary("a lost acknowledgement gives its credits back twice", _patched(Exchange, "_acknowledge", _credits_twice)),
-    Canary("a backward closes the window before it can fail", _patched(BackwardWork, "prepare", _window_closed_early)),
-    Canary("a checkpoint is renamed without fsync", _patched(CheckpointStore, "publish", _published_unsynced), 3000),
-    Canary("a checkpoint's files are written without fsync", _patched(CheckpointStore, "_write_durably", _written_unsynced)),
-    Canary("a stale epoch is accepted", _patched(Runs, "take_rank", _any_epoch), 3000),
+    Canary("a lost acknowledgement gives its credits back twice", patched(Exchange, "_acknowledge", _credits_twice)),
+    Canary("a checkpoint is renamed without fsync", patched(CheckpointStore, "publish", _published_unsynced), 3000),
+    Canary("a checkpoint's files are written without fsync", patched(CheckpointStore, "_write_durably", _written_unsynced)),
+    Canary("a stale epoch is accepted", patched(Runs, "take_rank", _any_epoch), 3000),
     Canary("a repeated request runs again", _plant_runs_twice),
-    Canary("outcomes go with their stream", _patched(ServerCore, "stream_closed", _outcomes_forgotten)),
-    Canary("a half-received request counts as received", _patched(Exchange, "close", _half_received_counts)),
-    Canary("tickets go with their stream", _patched(ServerCore, "stream_closed", _tickets_dropped)),
-    Canary("a checkpoint is published before all have acknowledged", _nothing(saving, "_is_acknowledged", True), 6000),
-    Canary("a checkpoint says it holds less than it does", _patched(Requests, "_stepped", _older_mark)),
-    Canary("a checkpoint lacks the moments", _patched(checkpoint_work, "copy_tensors", _without_moments)),
-    Canary("a checkpoint names the next step", _patched(saving, "SnapshotAbout", _step_off_by_one)),
-    Canary("an outcome is acknowledged before it is complete", _patched(SessionCore, "_result", _acknowledged_early)),
-    Canary("the journal forgets forwards that were consumed", _patched(Journal, "settled", _consumed_forwards_forgotten)),
-    Canary("the journal takes every step for durable", _patched(Journal, "durable", _everything_durable)),
-    Canary("a trainer does not notice that its state is gone", _nothing(Journal, "lost", result=False)),
-    Canary("a step waits for all ranks but one", _patched(Barrier, "complete", _quorum)),
-    Canary("a member goes with its stream", _patched(ServerCore, "stream_closed", _member_goes_with_its_stream)),
-    Canary("checksums are not compared", _nothing(header_module, "_check")),
-    Canary("a request's tensors are never given back", _patched(Entry, "drop_tensors", _request_tensors_kept)),
-    Canary("a ticket's memory stays reserved", _patched(Tickets, "drop", _tickets_reserved_for_ever)),
-    Canary("the newest checkpoints are removed", _patched(saving.Saving, "_prune", _oldest_kept)),
-    Canary("what failed or was cancelled is committed", _patched(Dispatch, "work_done", _commits_failures)),
-    Canary("the oldest checkpoint is restored", _patched(saving.Saving, "find_restart_point", _oldest_restored)),
-    Canary("a join whose answer was lost is taken for known", _patched(Runs, "take_rank", _birth_ignored), 3000),
-    Canary("a trainer joins again under the same epoch", _patched(SessionCore, "_connect", _same_epoch)),
-    Canary("a trainer does not name its tickets", _patched(SessionCore, "_connect", _tickets_not_named)),
-    Canary("outcomes are not sent again", _patched(Exchange, "resume", _outcomes_not_sent_again)),
-    Canary("a half-received tensor is never given back", _patched(Decoder, "close", _partial_kept)),
-    Canary("a stream that has ended is still counted", _patched(ServerCore, "take_actions", _streams_pile_up)),
-    Canary("a window does not close", _nothing(GradientWindow, "close")),
-    Canary("gradients of an older window are added to", _patched(BackwardWork, "_gradients_of", _gradients_pile_up)),
-    Canary("a backward is cancelled between its parts", _patched(BackwardWork, "token_of", _cancelled_half_way)),
-    Canary("batches computed together get one another's tickets", _patched(SharedPass, "_compute", _tickets_mixed_up)),
-    Canary("what was computed together counts twice", _patched(SharedPass, "_compute", _computed_twice)),
-    Canary("one batch's failure is its company's", _patched(SharedPass, "run_part", _first_one_s_error), 3000),
-    Canary("a place in shared memory serves again while it is read", _patched(Allocator, "_reuse", _used_while_read)),
-    Canary("a place in shared memory goes back too early", _plant_given_back_early),
-    Canary("an outcome is shown in another connection's memory", _patched(SharedTensors, "lend", _lent_wherever_it_lies)),
-    Canary("a part of a pass is left out", _patched(ForwardWork, "run_part", _last_part_left_out)),
-    Canary("a tensor is let go of while it is sent again", _patched(Journal, "_drop", _let_go_while_repeated), 3000),
-    Canary("what waited is not sent again after a restart", _patched(SessionCore, "_begin_afresh", _unlogged_forward)),
-    Canary("the journal forgets tensors that were written", _patched(Journal, "settled", _written_forgotten), 3000),
-    Canary("a repeated forward drops other values", _patched(Call, "frames", _other_masks)),
-    Canary("a checkpoint waits for what a restart has settled", _patched(Member, "acknowledged", _only_its_own), 3000),
-    Canary("a run that goes back keeps its step count", _patched(saving, "_loaded", _step_kept)),
-    Canary("a read tensor is not the adapter's", _nothing(ReadWork, "run")),
-    Canary("an adapter's memory stays reserved", _nothing(Adapter, "release")),
-    Canary("a copy of an adapter begins at zero", _nothing(AdapterLayer, "copy_parameters")),
-    Canary("a checkpoint is loaded without its moments", _patched(saving, "ApplyWork", _moments_not_loaded)),
+    Canary("outcomes go with their stream", patched(ServerCore, "stream_closed", _outcomes_forgotten)),
+    Canary("a half-received request counts as received", patched(Exchange, "close", _half_received_counts)),
+    Canary("tickets go with their stream", patched(ServerCore, "stream_closed", _tickets_dropped)),
+    Canary("a checkpoint is published before all have acknowledged", nothing(saving, "_is_acknowledged", True), 6000),
+    Canary("a checkpoint says it holds less than it does", patched(Requests, "_stepped", _older_mark)),
+    Canary("a checkpoint lacks the moments", patched(checkpoint_work, "copy_tensors", _without_moments)),
+    Canary("a checkpoint names the next step", patched(saving, "SnapshotAbout", _step_off_by_one)),
+    Canary("an outcome is acknowledged before it is complete", patched(SessionCore, "_result", _acknowledged_early)),
+    Canary("the journal forgets forwards that were consumed", patched(Journal, "settled", _consumed_forwards_forgotten)),
+    Canary("the journal takes every step for durable", patched(Journal, "durable", _everything_durable)),
+    Canary("a trainer does not notice that its state is gone", nothing(Journal, "lost", result=False)),
+    Canary("a step waits for all ranks but one", patched(Barrier, "complete", _quorum)),
+    Canary("a member goes with its stream", patched(ServerCore, "stream_closed", _member_goes_with_its_stream)),
+    Canary("checksums are not compared", nothing(header_module, "_check")),
+    Canary("a request's tensors are never given back", patched(Entry, "drop_tensors", _request_tensors_kept)),
+    Canary("a ticket's memory stays reserved", patched(Tickets, "drop", _tickets_reserved_for_ever)),
+    Canary("the newest checkpoints are removed", patched(saving.Saving, "_prune", _oldest_kept)),
+    Canary("what failed or was cancelled is committed", patched(Dispatch, "work_done", _commits_failures)),
+    Canary("the oldest checkpoint is restored", patched(saving.Saving, "find_restart_point", _oldest_restored)),
+    Canary("a join whose answer was lost is taken for known", patched(Runs, "take_rank", _birth_ignored), 3000),
+    Canary("a trainer joins again under the same epoch", patched(SessionCore, "_connect", _same_epoch)),
+    Canary("a trainer does not name its tickets", patched(SessionCore, "_connect", _tickets_not_named)),
+    Canary("outcomes are not sent again", patched(Exchange, "resume", _outcomes_not_sent_again)),
+    Canary("a half-received tensor is never given back", patched(Decoder, "close", _partial_kept)),
+    Canary("a stream that has ended is still counted", patched(ServerCore, "take_actions", _streams_pile_up)),
+    Canary("a window does not close", nothing(GradientWindow, "close")),
+    Canary("a tensor is let go of while it is sent again", patched(Journal, "_drop", _let_go_while_repeated), 3000),
+    Canary("what waited is not sent again after a restart", patched(SessionCore, "_begin_afresh", _unlogged_forward)),
+    Canary("the journal forgets tensors that were written", patched(Journal, "settled", _written_forgotten), 3000),
+    Canary("a repeated forward drops other values", patched(Call, "frames", _other_masks)),
+    Canary("a checkpoint waits for what a restart has settled", patched(Member, "acknowledged", _only_its_own), 3000),
+    Canary("a run that goes back keeps its step count", patched(saving, "_loaded", _step_kept)),
+    Canary("a read tensor is not the adapter's", nothing(ReadWork, "run")),
+    Canary("an adapter's memory stays reserved", nothing(Adapter, "release")),
+    Canary("a copy of an adapter begins at zero", nothing(AdapterLayer, "copy_parameters")),
+    Canary("a checkpoint is loaded without its moments", patched(saving, "ApplyWork", _moments_not_loaded)),
+    *ENGINE_CANARIES,
 )  # fmt: skip
-
-
-@contextmanager
-def planted(canary: Canary) -> Iterator[None]:
-    with ExitStack() as stack:
-        canary.plant(stack)
-        yield
