@@ -69,9 +69,9 @@ class ServerCore:
         self.runs = Runs(self.dispatch, tools.budget, limits, tools.engine, self._saving)
         self.requests = Requests(tools, self.dispatch, self._saving)
         self.runs.requests = self.requests
-        self._saving.reserve = self.runs.reserve
+        self._saving.reserve = self.runs.reclaim.reserve
         self.dispatch.after_failure = self._advance_all
-        self.dispatch.reclaim, self.dispatch.explain = self.runs.reclaim_for, self.runs.with_retry
+        self.dispatch.reclaim, self.dispatch.explain = self.runs.reclaim.for_job, self.runs.reclaim.with_retry
         self._stopping: Stopping | None = None
         self._streams: dict[int, _Stream] = {}
 

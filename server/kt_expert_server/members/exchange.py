@@ -174,8 +174,8 @@ class Exchange:
         size = declared.tensor_bytes + declared.result_bytes
         member.credits.take(size)
         entry.credit_bytes = size
-        entry.held.add(self._runs.reserve(Kind.REQUESTS, declared.tensor_bytes, owner, what))
-        entry.outcome_held.add(self._runs.reserve(Kind.OUTCOMES, declared.result_bytes, owner, f"the result of {what}"))
+        entry.held.add(self._runs.reclaim.reserve(Kind.REQUESTS, declared.tensor_bytes, owner, what))
+        entry.outcome_held.add(self._runs.reclaim.reserve(Kind.OUTCOMES, declared.result_bytes, owner, f"the result of {what}"))
         return dict(declared.tensors)
 
     def _complete(self, entry: Entry) -> None:

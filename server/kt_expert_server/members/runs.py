@@ -26,7 +26,6 @@ from kt_expert_server.errors import (
     NotFound,
     NotPermitted,
     OutOfCapacity,
-    OverQuota,
     ServerError,
     ServerUnavailable,
     StreamReplaced,
@@ -38,6 +37,7 @@ from kt_expert_server.members.credits import Credits
 from kt_expert_server.members.dispatch import Dispatch
 from kt_expert_server.members.lease import Lease
 from kt_expert_server.members.limits import Limits
+from kt_expert_server.members.reclaim import Reclaim
 from kt_expert_server.members.replay_log import ReplayLog
 from kt_expert_server.members.requests import Requests, vanished
 from kt_expert_server.members.run import Member, Run
@@ -47,7 +47,6 @@ from kt_expert_server.members.stopping import stopping
 from kt_expert_server.model.loader import BaseModel
 from kt_expert_server.names import check_name
 
-_BUSY_RETRY_S = 1.0  # for others to run a backward
 _CLOSE_AGAIN_S = 60.0  # after a last checkpoint that failed: a disk is not emptied in less
 
 
@@ -121,6 +120,7 @@ class Runs:
         self._engine = engine
         self._saving = saving
         self._openings: dict[str, _Opening] = {}
+        self.reclaim = Reclaim(dispatch, budget, self.by_name, self.remove)
         self.requests: Requests  # set by the core: requests and runs know each other
 
     @property
@@ -227,65 +227,10 @@ class Runs:
         sizes = {Kind.ADAPTERS: sum(layer_bytes(model, lora) for lora in record.lora)}
         if record.trainable:
             sizes |= training_sizes(self._training_bytes(model, wanted.config, record.lora))
-        return reserve_all(self.reserve, sizes, wanted.run, record.name)
+        return reserve_all(self.reclaim.reserve, sizes, wanted.run, record.name)
 
     def _training_bytes(self, model: BaseModel, config: RunConfig, lora: Sequence[LayerLora]) -> TrainingBytes:
         return TrainingBytes.of(model, lora, config.moment_dtype, config.world_size, self._engine.threads)
-
-    def reserve(self, kind: Kind, size_bytes: int, owner: str, what: str) -> Reservation:
-        """As the budget does, taking from members and runs that nobody holds any more where it has to. An error says when
-        more may be free."""
-        while True:
-            try:
-                return self._budget.reserve(kind, size_bytes, owner, what)
-            except OutOfCapacity as error:
-                if isinstance(error, OverQuota) or not self._reclaim_one():
-                    raise self.with_retry(error, owner) from None
-
-    def reclaim_for(self, job: Job) -> bool:
-        """As reserve() does, for work that is about to run; not from the member whose work it is."""
-        run = self.by_name.get(job.run)
-        return self._reclaim_one(None if run is None else run.members.get(job.rank))
-
-    def _reclaim_one(self, but: Member | None = None) -> bool:
-        """Gives up what has been without a trainer for longest. False where there is nothing of the kind."""
-        lapsed = [
-            member
-            for member in self.members
-            if member is not but
-            and member.lease.is_over(self._dispatch.now)
-            and not self._dispatch.is_at_work(member.run.name, member.rank)
-        ]
-        if lapsed:
-            oldest = min(lapsed, key=lambda member: (member.lease.ends or 0.0, member.run.name, member.rank))
-            self._dispatch.note(f"{oldest} has no connection and its memory is needed: it is given up")
-            self.remove(oldest)
-            return True
-        return False
-
-    def with_retry(self, error: OutOfCapacity, owner: str) -> OutOfCapacity:
-        """The same error, with the time after which that run may ask again, where there is one."""
-        now, others = self._dispatch.now, self._others(error, owner)
-        waiting = [(left, member) for member in others if (left := member.lease.left_s(now)) is not None]
-        if waiting:
-            left, member = min(waiting, key=lambda entry: entry[0])
-            return OutOfCapacity(
-                f"{error}; {member} has no connection, and its memory is free in {left:.0f} s if it does not return",
-                retry_delay_s=max(left, _BUSY_RETRY_S),
-            )
-        if 0 < error.missing_bytes <= sum(member.tickets.size_bytes for member in others):
-            return type(error)(
-                f"{error}; other trainers' tickets take as much and may soon be given back", retry_delay_s=_BUSY_RETRY_S
-            )
-        return error
-
-    def _others(self, error: OutOfCapacity, owner: str) -> list[Member]:
-        """Whose memory would help that run: what belongs to it is its own to give back."""
-        members = [member for member in self.members if member.run.name != owner]
-        if isinstance(error, OverQuota):
-            identity = self._budget.quotas.identity_of(owner)
-            return [member for member in members if member.run.owner == identity]
-        return members
 
     def take_rank(self, run: Run, wanted: Wanted) -> tuple[Member, bool]:
         """The member that holds the rank from now on, and whether it was there before. Raises StreamReplaced for a stale epoch,
@@ -311,9 +256,9 @@ class Runs:
             self._saving.acknowledged(run)
         self._require_accepting(run)
         while len(self.members) >= self._limits.max_members:
-            if not self._reclaim_one():
+            if not self.reclaim.one():
                 full = OutOfCapacity(f"{len(self.members)} members are joined, the limit is {self._limits.max_members}")
-                raise self.with_retry(full, run.name)
+                raise self.reclaim.with_retry(full, run.name)
         return self._new_member(run, wanted), False
 
     @staticmethod
