@@ -145,7 +145,7 @@ class BackwardWork(PassWork):
 
     def run_part(self, part: int) -> None:
         self._tools.engine.backward(*self.arguments(part, self.token_of(part)))
-        self.add_stages(self._tools.engine.last_stages())
+        self.add_stages(self._tools.engine)
         self.take(part, None)
 
     def take(self, part: int, result: native.Ticket | None) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,9 +96,11 @@ class PassWork(Work):
         self.stages_s: dict[str, float] = {}  # of the engine, of all parts
         self.together = 1  # batches in the same pass
 
-    def add_stages(self, stages_s: Mapping[str, float]) -> None:
-        for stage, seconds in stages_s.items():
-            self.stages_s[stage] = self.stages_s.get(stage, 0.0) + seconds
+    def add_stages(self, engine: native.Engine) -> None:
+        """Of what the engine did last. A pass that counts does not fail for want of memory to say how long it took."""
+        with suppress(MemoryError):
+            for stage, seconds in engine.last_stages().items():
+                self.stages_s[stage] = self.stages_s.get(stage, 0.0) + seconds
 
     @abstractmethod
     def arguments(self, part: int, token: native.CancelToken | None) -> tuple[Any, ...]:
@@ -206,7 +209,7 @@ class ForwardWork(PassWork):
 
     def run_part(self, part: int) -> None:
         ticket = self._tools.engine.forward(*self.arguments(part, self.token))
-        self.add_stages(self._tools.engine.last_stages())
+        self.add_stages(self._tools.engine)
         self.take(part, ticket)
 
     def token_of(self, part: int) -> native.CancelToken | None:

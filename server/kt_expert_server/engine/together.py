@@ -30,10 +30,9 @@ class SharedPass:
         except Exception as error:  # nothing has changed: whose fault it is shows when each is computed alone
             self.fault = error
             left, tickets, alone = [], [], list(self.pieces)
-        stages_s = self._engine.last_stages() if left else {}  # from here on it counts: it must not be computed again
-        for each, ticket in zip(left, tickets, strict=True):
+        for each, ticket in zip(left, tickets, strict=True):  # from here on it counts: it must not be computed again
             each.together = len(left)
-            each.add_stages(stages_s)
+            each.add_stages(self._engine)
             self._try(each, lambda: each.take(part, ticket))  # noqa: B023  # called at once
         for each in alone:
             self._try(each, lambda: each.run_part(part))  # noqa: B023
