@@ -93,7 +93,8 @@ class Connection:
 
     def _stall(self, side: int, message: bytes) -> bool:
         """True where the sender is told that the connection has ended, and the other side only when all has arrived."""
-        self._arrives[1 - side] = self._heap.now + self._rng.choice((0.1, 2.0, 30.0))
+        # Not before what is late already: messages keep their order.
+        self._arrives[1 - side] = max(self._arrives[1 - side], self._heap.now + self._rng.choice((0.1, 2.0, 30.0)))
         if self._rng.random() < 0.5:
             return False
         self._deliver(1 - side, message)
