@@ -257,7 +257,7 @@ class _Stream:
     def __init__(self, process: ServerProcess, number: int, connection: Connection) -> None:
         self._process, self.number, self.connection = process, number, connection
         self._encoder = Encoder(piece_bytes=process.piece_bytes)
-        self._decoder: Decoder[PooledBuffer] = Decoder(self, self)
+        self._decoder: Decoder[PooledBuffer] = Decoder(self, None if connection.shared is None else self)
         self._waiting: list[Outbound] = []
         self._is_over = False
         self.tensors = None if connection.shared is None else connection.shared.serve(process.pool, self._free)
@@ -270,11 +270,11 @@ class _Stream:
     def show(self, header: Header, place: Place) -> PooledBuffer | None:
         core, now = self._process.core, self._process._heap.now
         assert core is not None
-        assert self.tensors is not None, "a trainer sent a place over the network"
+        assert self.tensors is not None  # a decoder of the network refuses places by itself
         return self.tensors.show(header, place, lambda about, there: core.admit(self.number, about, now, there))
 
     def freed(self, place: Place) -> None:
-        assert self.tensors is not None, "a trainer gave a place back over the network"
+        assert self.tensors is not None
         self.tensors.freed(place)
 
     def ended(self, payload: bytes) -> None:

@@ -163,12 +163,11 @@ class TrainerProcess:
 
     def _open(self) -> None:
         self._drop_link()
-        link = _Link(self)
         connection = self._connect(self)
         if connection is None:
             self.after(0.001, self._refused, self.core)
             return
-        link.connection = connection
+        link = _Link(self, connection)
         connection._ends = (link, connection._ends[1])
         self._link = link
 
@@ -279,21 +278,20 @@ class TrainerProcess:
 class _Link:
     """The trainer's end of a connection, as the product's transport is."""
 
-    def __init__(self, process: TrainerProcess) -> None:
-        self._process = process
+    def __init__(self, process: TrainerProcess, connection: Connection) -> None:
+        self._process, self.connection = process, connection
         self.encoder = Encoder(piece_bytes=process.plan.piece_bytes)
-        self.decoder: Decoder[Buffer] = Decoder(self, self)
-        self.connection: Connection
+        self.decoder: Decoder[Buffer] = Decoder(self, None if connection.shared is None else self)
 
     def admit(self, header: Header) -> Buffer | None:
         return self._process.core.admit(header)
 
     def show(self, header: Header, place: Place) -> Buffer | None:
-        assert self.connection.shared is not None, "the server sent a place over the network"
+        assert self.connection.shared is not None  # a decoder of the network refuses places by itself
         return self._process.core.admit(header, self.connection.shared.trainer.show(header, place))
 
     def freed(self, place: Place) -> None:
-        assert self.connection.shared is not None, "the server gave a place back over the network"
+        assert self.connection.shared is not None
         self.connection.shared.trainer.freed(place)
 
     def ended(self, payload: bytes) -> None:

@@ -31,7 +31,7 @@ class Metrics:
         self._stage = self._histogram("stage_seconds", "Time of a request by stage", ["pass", "stage"], SECONDS_BUCKETS)
         self._batch = self._histogram("batch_tokens", "Tokens of a request", ["pass"], TOKEN_BUCKETS)
         self._engine_stages = self._counter("engine_stage_seconds", "Time of the engine by what it did", ["pass", "stage"])
-        self._shared_batches = self._counter("shared_batches", "Batches computed in one pass with others'", ["pass"])
+        self._shared_batches = self._counter("shared_batches", "Batches that shared one pass over the weights", ["pass"])
         self._imbalance = self._gauge("load_imbalance_ratio", "Most tokens of an expert over the mean", ["layer"])
         self._queue_depth = self._gauge("queue_depth", "Operations waiting for the engine or running", [])
         self._inflight = self._gauge("inflight_requests", "Requests accepted and without an outcome", [])
