@@ -33,7 +33,7 @@ class Recorder:
 
     def begin(self, step: int) -> Stamps | None:
         """For a call that begins now. None where nobody listens."""
-        return Stamps(threading.get_native_id(), time.monotonic(), step) if self._listeners else None
+        return Stamps(threading.get_native_id(), time.monotonic(), step) if self.is_on else None
 
     def end(self, call: Call, wanted: float) -> None:
         """The caller, who began to wait at `wanted`, has its result."""

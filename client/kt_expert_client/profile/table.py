@@ -15,7 +15,6 @@ _TITLES = {"hand_over": "hand over", "whole": "in all"}
 @dataclass(slots=True)
 class _Sum:
     calls: int = 0
-    tokens: int = 0
     together: int = 0  # calls whose pass was shared with others'
     parts: Parts = field(default_factory=Parts)
     stages_s: Counter[str] = field(default_factory=Counter)
@@ -32,7 +31,6 @@ class Summary:
     def __call__(self, times: CallTimes) -> None:
         found = self._sums.setdefault(times.op, _Sum())
         found.calls += 1
-        found.tokens += times.tokens
         found.together += times.server.together > 1
         found.parts += times.parts
         found.stages_s.update(times.server.stages_s)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 from kt_expert_proto.v1.session_pb2 import Timing
 
@@ -71,7 +71,7 @@ class Parts:
         return Parts(*(getattr(self, name) + getattr(other, name) for name in PARTS))
 
 
-PARTS = ("copy", "send", "queue", "compute", "back", "hand_over", "waited", "whole")
+PARTS = tuple(each.name for each in fields(Parts))
 
 
 @dataclass(slots=True)
