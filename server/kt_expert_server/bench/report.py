@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from kt_expert_server.bench.kernels import PASSES, Report, Row
-from kt_expert_server.errors import InvalidRequest
+from kt_expert_server.bench.plots import pyplot
 
 _MEBI = 1024**2
 
@@ -39,10 +39,7 @@ def print_rows(console: Console, rows: Sequence[Row], *, peers: Sequence[str]) -
 
 def write_plot(report: Report, path: Path) -> None:
     """GFLOP/s over the batch size, a line per pass, format and rank, below what bounds bf16. Needs matplotlib."""
-    try:
-        from matplotlib import pyplot as plt  # optional
-    except ImportError as error:
-        raise InvalidRequest("a plot needs matplotlib: pip install 'kt-expert[bench]'") from error
+    plt = pyplot()
     figure, axes = plt.subplots(1, len(PASSES), figsize=(11, 4.5), sharey=True, layout="constrained")
     for axis, direction in zip(axes, PASSES, strict=True):
         rows = [row for row in report.rows if row.direction == direction]
