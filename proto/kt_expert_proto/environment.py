@@ -18,6 +18,8 @@ RUN_OPTIONS = {  # what a trainer's RunOptions are where it gives none
     "lora_experts": "KT_EXPERT_LORA_EXPERTS",
     "lora_expert_size": "KT_EXPERT_LORA_EXPERT_SIZE",
 }
+# The folder that a trainer's processes write their traces to, and which optimizer steps of them.
+TRACE_VARIABLE, TRACE_STEPS_VARIABLE = "KT_EXPERT_TRACE", "KT_EXPERT_TRACE_STEPS"
 KNOWN = (
     "KT_EXPERT_SERVER",
     "KT_EXPERT_RUN",
@@ -25,8 +27,8 @@ KNOWN = (
     "KT_EXPERT_TRANSPORT",
     "KT_EXPERT_SAME_HOST_DIR",
     "KT_EXPERT_PROFILE",
-    "KT_EXPERT_TRACE",
-    "KT_EXPERT_TRACE_STEPS",
+    TRACE_VARIABLE,
+    TRACE_STEPS_VARIABLE,
     "KT_EXPERT_TOKEN_FILE",
     "KT_EXPERT_CA",
     "KT_EXPERT_CERT",

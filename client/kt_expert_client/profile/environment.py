@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from kt_expert_proto.environment import TRACE_STEPS_VARIABLE, TRACE_VARIABLE
 from kt_expert_proto.steps import Steps
 
 from kt_expert_client.errors import InvalidRequest
@@ -16,8 +17,6 @@ from kt_expert_client.profile.table import Summary
 from kt_expert_client.profile.trace import Trace
 
 PROFILE_VARIABLE = "KT_EXPERT_PROFILE"
-TRACE_VARIABLE = "KT_EXPERT_TRACE"
-STEPS_VARIABLE = "KT_EXPERT_TRACE_STEPS"
 
 
 class Report:
@@ -56,12 +55,12 @@ def measure_as_asked(recorder: Recorder, environment: Mapping[str, str]) -> Repo
         name = environment.get("RANK", "0")
         path = Path(directory) / f"trace-{name}-{os.getpid()}-{id(recorder):x}.json"
         try:
-            steps = Steps.parse(environment.get(STEPS_VARIABLE, ":"))
+            steps = Steps.parse(environment.get(TRACE_STEPS_VARIABLE, ":"))
         except ValueError as error:
-            raise InvalidRequest(f"{STEPS_VARIABLE}: {error}") from None
+            raise InvalidRequest(f"{TRACE_STEPS_VARIABLE}: {error}") from None
         trace = Trace(path, steps, name)
         recorder.listen(trace)
         says.append(trace.write)
-    elif STEPS_VARIABLE in environment:
-        raise InvalidRequest(f"{STEPS_VARIABLE} is set, but not {TRACE_VARIABLE}, the folder that traces are written to")
+    elif TRACE_STEPS_VARIABLE in environment:
+        raise InvalidRequest(f"{TRACE_STEPS_VARIABLE} is set, but not {TRACE_VARIABLE}, the folder that traces are written to")
     return Report(*says) if says else None

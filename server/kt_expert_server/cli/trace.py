@@ -18,12 +18,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from kt_expert_proto.environment import TRACE_STEPS_VARIABLE, TRACE_VARIABLE
 from kt_expert_proto.steps import Steps
 
 from kt_expert_server.errors import InvalidRequest
-
-FOLDER_VARIABLE = "KT_EXPERT_TRACE"  # both as the client reads them
-STEPS_VARIABLE = "KT_EXPERT_TRACE_STEPS"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,7 +40,7 @@ def run(options: argparse.Namespace) -> int:
     except ValueError as error:
         raise InvalidRequest(f"--steps: {error}") from None
     with tempfile.TemporaryDirectory() as folder:
-        status = _run(command, {**os.environ, FOLDER_VARIABLE: folder, STEPS_VARIABLE: options.steps})
+        status = _run(command, {**os.environ, TRACE_VARIABLE: folder, TRACE_STEPS_VARIABLE: options.steps})
         found = sorted(Path(folder).glob("*.json"))
         if not found:
             raise InvalidRequest(
