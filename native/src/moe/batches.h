@@ -12,6 +12,9 @@
 
 namespace kt_expert {
 
+// Whether LoRA multiplies x, for gate or up.
+inline bool reads_x(const AdapterSpec& lora) { return lora.rank_gate > 0 || lora.rank_up > 0; }
+
 struct Batch {
   const AdapterTensors* adapter = nullptr;
   AdapterSpec lora;  // the adapter's ranks, and the scales that count
@@ -22,8 +25,7 @@ struct Batch {
   // What LoRA's scale is multiplied by where its input is a mask of the values alone: 1 / (1 - p), applied in fp32. A
   // bf16 value and its mask are exact in bf16, their quotient by 1 - p is not.
   float kept_scale() const { return drops() ? 1.0f / (1.0f - lora.dropout) : 1.0f; }
-  // Whether LoRA multiplies x, for gate or up.
-  bool reads_x() const { return lora.rank_gate > 0 || lora.rank_up > 0; }
+  bool reads_x() const { return kt_expert::reads_x(lora); }
 };
 
 // What a batch's memory depends on.
@@ -32,7 +34,7 @@ struct BatchSize {
   std::int64_t tokens = 0;
   std::int64_t routes = 0;
 
-  bool reads_x() const { return lora.rank_gate > 0 || lora.rank_up > 0; }
+  bool reads_x() const { return kt_expert::reads_x(lora); }
 };
 
 std::vector<BatchSize> sizes_of(const std::vector<Batch>& batches);
