@@ -150,9 +150,7 @@ def _run_trainer(console: Console, options: argparse.Namespace) -> int:
 def _run_transport(console: Console, options: argparse.Namespace) -> int:
     found = measure_transport(options.repeats)
     print_transport(console, found)
-    _write_json(options.json, {"transport": transport_as_json(found)})
-    if options.plot is not None:
-        plot_transport(found, options.plot)
+    _keep(options, {"transport": transport_as_json(found)}, lambda path: plot_transport(found, path))
     return 0
 
 
@@ -172,9 +170,7 @@ def _run_step(console: Console, options: argparse.Namespace) -> int:
     )
     found = measure_step(case)
     print_step(console, found)
-    _write_json(options.json, {"step": found})
-    if options.plot is not None:
-        plot_step(found, options.plot)
+    _keep(options, {"step": found}, lambda path: plot_step(found, path))
     return 0
 
 
@@ -182,33 +178,34 @@ def _run_pool(console: Console, options: argparse.Namespace) -> int:
     cores = available_cores()
     rows = measure_pool(cores)
     print_pool(console, rows, cores)
-    _write_json(options.json, {"pool": pool_as_json(rows)})
-    if options.plot is not None:
-        plot_pool(rows, options.plot)
+    _keep(options, {"pool": pool_as_json(rows)}, lambda path: plot_pool(rows, path))
     return 0
 
 
 def _run_tenants(console: Console, options: argparse.Namespace) -> int:
     found = measure_tenants(options.threads, options.repeats)
     print_tenants(console, found)
-    _write_json(options.json, {"tenants": tenants_as_json(found)})
-    if options.plot is not None:
-        plot_tenants(found, options.plot)
+    _keep(options, {"tenants": tenants_as_json(found)}, lambda path: plot_tenants(found, path))
     return 0
 
 
 def _run_remote(console: Console, options: argparse.Namespace) -> int:
     found = measure_remote(cases(options.threads), options.repeats)
     print_remote(console, found)
-    _write_json(options.json, {"remote": remote_as_json(found)})
-    if options.plot is not None:
-        plot_remote(found, options.plot)
+    _keep(options, {"remote": remote_as_json(found)}, lambda path: plot_remote(found, path))
     return 0
 
 
 def _say_what_fits(console: Console, asked: LayerShape, fitting: LayerShape, then: str) -> None:
     if fitting.experts < asked.experts:
         console.print(f"memory holds {fitting.experts} of {asked.experts} experts: {then}")
+
+
+def _keep(options: argparse.Namespace, content: dict[str, object], plot: Callable[[Path], None]) -> None:
+    """What --json and --plot ask for."""
+    _write_json(options.json, content)
+    if options.plot is not None:
+        plot(options.plot)
 
 
 def _write_json(path: Path | None, content: dict[str, object]) -> None:
