@@ -120,7 +120,7 @@ class Client:
 
     @property
     def transport(self) -> str:
-        """What the tensors of its runs travel through: "same-host" or "stream"."""
+        """What the tensors of its runs travel through: "same-host", "tcp" or "stream"."""
         return self._transports.name
 
     def close_run(self, name: str) -> None:
@@ -181,10 +181,10 @@ def connect(
     """Connects to host:port, [IPv6]:port, grpcs://host:port or unix:/path, and waits until the server has loaded its model.
 
     `credentials` default to those the environment names (Credentials.from_environment). `transport` of tensors: "same-host"
-    shares memory with a server on this host, "stream" sends them over gRPC, "auto" shares memory where that is possible; by
-    default what KT_EXPERT_TRANSPORT says, or "auto". Raises InvalidRequest for an address, a transport or a variable that makes
-    no sense, ServerUnavailable where nothing answers or the model is not loaded within `timeout_s`, NotAuthenticated, and
-    WrongPhase for another protocol version.
+    shares memory with a server on this host, "tcp" sends them to its data port, "stream" over gRPC, "auto" takes the first of
+    these that is possible; by default what KT_EXPERT_TRANSPORT says, or "auto". Raises InvalidRequest for an address, a
+    transport or a variable that makes no sense, ServerUnavailable where nothing answers or the model is not loaded within
+    `timeout_s`, NotAuthenticated, and WrongPhase for another protocol version.
     """
     unknown = unknown_variable(os.environ)
     if unknown is not None:
@@ -194,7 +194,7 @@ def connect(
     channel, metadata = open_channel(parsed, credentials)
     deadline = time.monotonic() + timeout_s
     try:
-        transports = Transports(channel, metadata, transport)
+        transports = Transports(channel, metadata, transport, parsed, credentials)
         hello = _wait_until_loaded(parsed, channel, metadata, deadline, timeout_s)
         return Client(address, channel, metadata, hello, transports)
     except BaseException:

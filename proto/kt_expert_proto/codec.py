@@ -21,6 +21,8 @@ from kt_expert_proto.header import (
     FrameType,
     Header,
     Piece,
+    check_piece,
+    is_piece,
     pack,
     unpack,
 )
@@ -53,6 +55,7 @@ B = TypeVar("B", bound=Buffer)
 B_co = TypeVar("B_co", bound=Buffer, covariant=True)
 # Bytes for a protobuf message; for a tensor a source, or its place in memory that the other end sees.
 Outbound = tuple[Header, "bytes | Source | Place"]
+Part = bytes | memoryview  # of a message
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,19 +80,24 @@ class Encoder:
 
     def messages(self, frames: Iterable[Outbound]) -> Iterator[bytes]:
         """Messages that carry `frames` in order: small neighbours travel together, large ones cost one copy."""
-        waiting: list[bytes | memoryview] = [b""]
+        return (b"".join(parts) for parts in self.gathered(frames))
+
+    def gathered(self, frames: Iterable[Outbound]) -> Iterator[list[Part]]:
+        """The same messages, each as the parts it is made of, which are not copied: a source is read until the message that
+        has the last of it is sent."""
+        waiting: list[Part] = [b""]
         size = PREFIX.size
         for header, payload in frames:
             for packed, piece in self._pieces(header, payload):
                 if size > PREFIX.size and size + HEADER_BYTES + len(piece) > self._message_bytes:
-                    yield _joined(waiting, size)
+                    yield _with_length(waiting, size)
                     waiting, size = [b""], PREFIX.size
                 waiting += (packed, piece)
                 size += HEADER_BYTES + len(piece)
         if size > PREFIX.size:
-            yield _joined(waiting, size)
+            yield _with_length(waiting, size)
 
-    def _pieces(self, header: Header, payload: bytes | Source | Place) -> Iterator[tuple[bytes, bytes | memoryview]]:
+    def _pieces(self, header: Header, payload: bytes | Source | Place) -> Iterator[tuple[bytes, Part]]:
         if isinstance(payload, Place):
             place = payload.pack()
             yield pack(header, self._next(), 0, place, checksum=self._checksum, shared=True), place
@@ -109,39 +117,10 @@ class Encoder:
         return sequence
 
 
-def _joined(parts: list[bytes | memoryview], size: int) -> bytes:
-    """The message; `parts` begins with room for its length."""
+def _with_length(parts: list[Part], size: int) -> list[Part]:
+    """`parts` begins with room for it."""
     parts[0] = PREFIX.pack(size)
-    return b"".join(parts)
-
-
-class Messages:
-    """Cuts a byte stream into messages: memory to receive into, then the messages that have become whole."""
-
-    def __init__(self) -> None:
-        self._memory = memoryview(bytearray(2 * MAX_MESSAGE_BYTES))
-        self._begin = self._end = 0
-
-    def room(self) -> memoryview:
-        """Where the next bytes go."""
-        return self._memory[self._end :]
-
-    def received(self, size_bytes: int) -> Iterator[memoryview]:
-        """So many bytes have come; each message is valid until the next is asked for. Raises DamagedFrame for a length that no
-        message has."""
-        self._end += size_bytes
-        while self._end - self._begin >= PREFIX.size:
-            length = PREFIX.unpack_from(self._memory, self._begin)[0]
-            if not PREFIX.size < length <= MAX_MESSAGE_BYTES:
-                raise DamagedFrame(f"a message announces {length} bytes, expected at most {MAX_MESSAGE_BYTES}")
-            if self._end - self._begin < length:
-                break
-            self._begin += length
-            yield self._memory[self._begin - length : self._begin]
-        rest = self._end - self._begin
-        if self._begin and (rest == 0 or len(self.room()) < MAX_MESSAGE_BYTES):
-            self._memory[:rest] = self._memory[self._begin : self._end]
-            self._begin, self._end = 0, rest
+    return parts
 
 
 class FrameReceiver(Protocol[B]):
@@ -173,6 +152,7 @@ class _Partial(Generic[B]):
     header: Header
     buffer: B | None  # None: its bytes are skipped
     filled: int = 0
+    coming: tuple[bytes, memoryview] | None = None  # the header of a piece that goes to its place at once, and the place
 
 
 class Decoder(Generic[B]):
@@ -202,6 +182,32 @@ class Decoder(Generic[B]):
                 raise DamagedFrame(f"piece {piece.sequence} came, expected {self._sequence}: lost, repeated or reordered")
             self._sequence = (self._sequence + 1) & 0xFFFFFFFF
             self._take(piece)
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether the next piece is one of a tensor that is half there."""
+        return self._partial is not None and self._partial.buffer is not None
+
+    def place_for(self, packed: memoryview, size_bytes: int) -> memoryview | None:
+        """Where a piece belongs whose header has come, and whose payload has not: whoever fills it says so with filled(). None
+        where the piece is not simply the next one of its tensor; it is fed then."""
+        partial = self._partial
+        if partial is None or partial.buffer is None or not 0 < size_bytes <= partial.header.tensor_bytes - partial.filled:
+            return None
+        if not is_piece(packed, partial.header, self._sequence, partial.filled, size_bytes):
+            return None
+        place = partial.buffer.view[partial.filled : partial.filled + size_bytes]
+        partial.coming = bytes(packed), place
+        return place
+
+    def filled(self) -> None:
+        """The payload is in the place that was asked for last. Raises DamagedFrame."""
+        partial = self._partial
+        assert partial is not None and partial.coming is not None, "no piece was to come"  # noqa: S101, PT018
+        (packed, place), partial.coming = partial.coming, None
+        check_piece(memoryview(packed), place)
+        self._sequence = (self._sequence + 1) & 0xFFFFFFFF
+        self._has_filled(partial, partial.filled + len(place))
 
     def close(self) -> None:
         """The stream has ended: what is half received is given back."""
@@ -255,8 +261,11 @@ class Decoder(Generic[B]):
             )
         if partial.buffer is not None:
             partial.buffer.view[piece.offset : end] = piece.payload
+        self._has_filled(partial, end)
+
+    def _has_filled(self, partial: _Partial[B], end: int) -> None:
         partial.filled = end
-        if end == total:
+        if end == partial.header.tensor_bytes:
             self._partial = None
             if partial.buffer is not None:
                 self._receiver.deliver(partial.header, partial.buffer)

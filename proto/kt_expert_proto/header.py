@@ -45,11 +45,12 @@ _KNOWN_FLAGS = FLAG_CHECKSUM | FLAG_SHARED
 _MAGIC = int.from_bytes(b"KTX1", "little")
 _HEADER = struct.Struct("<IBBHQIHBBB3sIIQIIIII")
 _CHECKSUM = struct.Struct("<I")
-_CHECKSUM_AT = 48
+_CHECKSUM_AT, _FLAGS_AT = 48, 6
 HEADER_BYTES = _HEADER.size
 PREFIX = struct.Struct("<I")  # before the pieces of a message: its length, so that a cut one is found at once
 MAX_MESSAGE_BYTES = PREFIX.size + HEADER_BYTES + MAX_PAYLOAD_BYTES
 _RESERVED = b"\0\0\0"
+_WITHOUT_FLAG = "a checksum without its flag: the frame was damaged on its way"
 
 
 class FrameError(ValueError):
@@ -150,16 +151,20 @@ def pack(
 ) -> bytes:
     """The 64 bytes before a piece of at most MAX_PAYLOAD_BYTES."""
     flags = (FLAG_CHECKSUM if checksum else 0) | (FLAG_SHARED if shared else 0)
-    fields = (
-        _MAGIC, PROTOCOL_VERSION, header.type, flags, header.request_id, sequence, header.layer,
-        header.op, header.tensor, header.dtype, _RESERVED, header.rows, header.columns, offset, len(payload), 0,
-        header.deadline_ms, header.epoch, 0,
-    )  # fmt: skip
-    packed = _HEADER.pack(*fields)
+    packed = _packed(header, sequence, offset, len(payload), flags)
     if not checksum:
         return packed
     total = _CHECKSUM.pack(crc32c(payload, crc32c(packed)))
     return packed[:_CHECKSUM_AT] + total + packed[_CHECKSUM_AT + _CHECKSUM.size :]
+
+
+def _packed(header: Header, sequence: int, offset: int, size: int, flags: int) -> bytes:
+    """Without a checksum."""
+    return _HEADER.pack(
+        _MAGIC, PROTOCOL_VERSION, header.type, flags, header.request_id, sequence, header.layer,
+        header.op, header.tensor, header.dtype, _RESERVED, header.rows, header.columns, offset, size, 0,
+        header.deadline_ms, header.epoch, 0,
+    )  # fmt: skip
 
 
 def unpack(message: memoryview, position: int) -> Piece:
@@ -183,7 +188,7 @@ def unpack(message: memoryview, position: int) -> Piece:
     if flags & FLAG_CHECKSUM:
         _check(message[position:begin], payload, checksum)
     elif checksum:
-        raise DamagedFrame("a checksum without its flag: the frame was damaged on its way")
+        raise DamagedFrame(_WITHOUT_FLAG)
     if version != PROTOCOL_VERSION:
         raise FrameError(f"frame has version {version}, expected {PROTOCOL_VERSION}; install matching versions of kt-expert")
     if flags & ~_KNOWN_FLAGS or reserved != _RESERVED or reserved_tail:
@@ -195,6 +200,23 @@ def unpack(message: memoryview, position: int) -> Piece:
     except KeyError as error:
         raise FrameError(f"frame names an enumerator this version does not know: {error}") from None
     return Piece(header, sequence, offset, payload, bool(flags & FLAG_SHARED))
+
+
+def is_piece(packed: memoryview, header: Header, sequence: int, offset: int, size: int) -> bool:
+    """Whether these 64 bytes announce exactly that piece of a tensor. Their checksum is looked at by check_piece."""
+    flags = int.from_bytes(packed[_FLAGS_AT : _FLAGS_AT + 2], "little") & FLAG_CHECKSUM
+    expected = _packed(header, sequence, offset, size, flags)
+    after = _CHECKSUM_AT + _CHECKSUM.size
+    return packed[:_CHECKSUM_AT] == expected[:_CHECKSUM_AT] and packed[after:] == expected[after:]
+
+
+def check_piece(packed: memoryview, payload: memoryview) -> None:
+    """Raises DamagedFrame for a piece whose header is_piece and whose checksum does not match."""
+    checksum = _CHECKSUM.unpack_from(packed, _CHECKSUM_AT)[0]
+    if packed[_FLAGS_AT] & FLAG_CHECKSUM:
+        _check(packed, payload, checksum)
+    elif checksum:
+        raise DamagedFrame(_WITHOUT_FLAG)
 
 
 def _check(packed: memoryview, payload: memoryview, expected: int) -> None:

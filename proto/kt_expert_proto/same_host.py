@@ -1,14 +1,8 @@
-"""How a trainer and a server on one host meet: who proves what to whom before memory is shared.
+"""How a trainer and a server on one host meet, and the memory that both see.
 
-The server offers a connection over gRPC (OfferSameHost): the path of a unix socket, and a secret that is good once. There::
-
-    client  MAGIC, the offer's id, 32 random bytes
-    server  one byte, ACCEPTED, and HMAC-SHA256(secret, "server" and the client's bytes); with it the memory, as a descriptor
-    client  HMAC-SHA256(secret, "client" and NONCE_BYTES that lie at the front of the memory)
-
-So the secret does not go to whoever else has made a socket at that path, and the client shows that it sees the very memory
-that the server does. Any other first byte of the server's is a refusal; a sentence follows. Then come messages of frames
-(kt_expert_proto/codec.py) in both directions.
+The handshake on a unix socket is that of kt_expert_proto/handshake.py. With its proof the server sends the memory, as a
+descriptor; the client's proof is about the NONCE_BYTES at the front of it, so the client shows that it sees the very memory
+that the server does.
 
 The memory is a file without a name, of a size that nobody can change (F_SEAL_SHRINK, F_SEAL_GROW, F_SEAL_SEAL): a control
 page, then the region that the client writes, then the one that the server writes, both equally large.
@@ -17,31 +11,12 @@ page, then the region that the client writes, then the one that the server write
 from __future__ import annotations
 
 import fcntl
-import hashlib
-import hmac
 import os
 
 MAGIC = b"KTSH"
-OFFER_ID_BYTES = 16
-SECRET_BYTES = 32
-CHALLENGE_BYTES = 32
-NONCE_BYTES = 32
-PROOF_BYTES = hashlib.sha256().digest_size
-GREETING_BYTES = len(MAGIC) + OFFER_ID_BYTES + CHALLENGE_BYTES
-ACCEPTED = b"\1"
-REFUSED = b"\0"
-MAX_REASON_BYTES = 512
 CONTROL_BYTES = 4096  # in front of the regions
 SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 MAX_PATH_BYTES = 107  # of a unix socket's address
-
-
-def proof(secret: bytes, role: bytes, challenge: bytes) -> bytes:
-    return hmac.digest(secret, role + challenge, "sha256")
-
-
-def is_proof(given: bytes, secret: bytes, role: bytes, challenge: bytes) -> bool:
-    return hmac.compare_digest(given, proof(secret, role, challenge))
 
 
 def region_bytes(descriptor: int) -> int:

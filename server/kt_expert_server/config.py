@@ -100,6 +100,29 @@ class SameHostPlace:
 
 
 @dataclass(frozen=True, slots=True)
+class DataPlanePlace:
+    """The port for frames beside gRPC, and where trainers reach it, if elsewhere."""
+
+    address: Address
+    reached_at: Address | None
+
+    @classmethod
+    def parse(cls, text: str, reached_at: str | None) -> DataPlanePlace | None:
+        """HOST:PORT or `off`. Raises InvalidRequest."""
+        if text == "off":
+            if reached_at is not None:
+                raise InvalidRequest(f"--data-address {reached_at} says where --data-listen is reached; give that, too")
+            return None
+        addresses = [Address.parse(each) for each in (text, reached_at) if each is not None]
+        for option, address in zip(("--data-listen", "--data-address"), addresses, strict=False):
+            if address.path:
+                raise InvalidRequest(f"{option} is {address}, expected HOST:PORT: it is for trainers on other hosts")
+        if reached_at is not None and not addresses[1].port:
+            raise InvalidRequest(f"--data-address is {reached_at}, expected the port that trainers connect to")
+        return cls(addresses[0], addresses[1] if reached_at is not None else None)
+
+
+@dataclass(frozen=True, slots=True)
 class ServerConfig:
     """Everything the daemon is told on its command line."""
 
@@ -117,6 +140,7 @@ class ServerConfig:
     security: Security = NO_SECURITY
     calls_per_second: float = DEFAULT_CALLS_PER_SECOND  # of one identity: streams opened, control calls, refused requests
     same_host: SameHostPlace | None = None  # None: trainers on this host come through gRPC, too
+    data_plane: DataPlanePlace | None = None  # None: trainers on other hosts come through gRPC
 
     def __post_init__(self) -> None:
         if self.weight_format not in SERVED_FORMATS:

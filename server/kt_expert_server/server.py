@@ -21,8 +21,10 @@ from kt_expert_proto.v1 import service_pb2, service_pb2_grpc
 from kt_expert_server.checkpoints.filesystem import LocalFilesystem
 from kt_expert_server.checkpoints.store import CheckpointStore
 from kt_expert_server.config import Address, ServerConfig
+from kt_expert_server.edge.accepting import Parts
 from kt_expert_server.edge.auth import Authenticator
 from kt_expert_server.edge.control import ControlService
+from kt_expert_server.edge.data_plane import DataPlane
 from kt_expert_server.edge.driver import Driver
 from kt_expert_server.edge.entrance import Entrance
 from kt_expert_server.edge.grpc_stream import SessionStreams
@@ -30,7 +32,7 @@ from kt_expert_server.edge.http import ObserveServer
 from kt_expert_server.edge.listening import bind, check_security, is_loopback
 from kt_expert_server.edge.pace import Pace
 from kt_expert_server.edge.parsing import Parsing
-from kt_expert_server.edge.same_host.listener import Parts, SameHost
+from kt_expert_server.edge.same_host.listener import SameHost
 from kt_expert_server.edge.status import CallGuard
 from kt_expert_server.engine.budget import MemoryBudget
 from kt_expert_server.engine.buffers import BufferPool
@@ -82,7 +84,8 @@ class Server:
         tokens = config.security.token_file
         authenticator = Authenticator() if tokens is None else Authenticator.from_file(tokens)
         self._entrance = Entrance(authenticator, Pace(config.calls_per_second, self._metrics.paced))
-        self._same_host = self._make_same_host()
+        parts = Parts(self._driver, self._metrics, self._entrance.pace, self._budget, pool)
+        self._same_host, self._data_plane = self._make_same_host(parts), self._make_data_plane(parts)
         self._observe = ObserveServer(
             lambda: self._core.state, lambda: self._metrics.render(self._core, self._budget, engine.threads)
         )
@@ -92,26 +95,29 @@ class Server:
         self._stop_loading = threading.Event()
         self._tasks: set[asyncio.Task[None]] = set()
 
-    async def run(self, on_loaded_bytes: Callable[[int], None], on_ready: Callable[[Address, Address], None]) -> None:
+    async def run(
+        self, on_loaded_bytes: Callable[[int], None], on_ready: Callable[[Address, Address, Address | None], None]
+    ) -> None:  # fmt: skip
         """Serves until SIGTERM or SIGINT, then drains. Raises ListenError or ModelError before it is ready."""
         self._install_signals()
         metrics_address = await self._observe.start(self._config.metrics_listen)
         grpc_server, grpc_address = await self._start_grpc()
         try:
-            if self._same_host is not None:
-                self._same_host.start()
+            for beside in self._beside_grpc():
+                beside.start()
             model = await self._load(on_loaded_bytes)
             if model is not None:
                 _warn_of_misplaced(model)
                 self._driver.do(lambda _: self._core.become_ready(model))
                 await self._set_health(serving=self._core.state is State.READY)
-                on_ready(grpc_address, metrics_address)
+                data_address = self._data_plane.address if self._data_plane is not None else None
+                on_ready(grpc_address, metrics_address, data_address)
                 await self._stop.wait()
             await self._drain(grpc_server)
         finally:
             await grpc_server.stop(0)
-            if self._same_host is not None:
-                await self._same_host.stop()
+            for beside in self._beside_grpc():
+                await beside.stop()
             await self._observe.stop()
             self._driver.close()
 
@@ -155,14 +161,23 @@ class Server:
             lambda: self._loaded_bytes / max(1, self._plan.bf16_bytes),
             lambda: self._background(self._set_health(serving=False)),
             self._same_host,
+            self._data_plane,
         )
 
-    def _make_same_host(self) -> SameHost | None:
+    def _beside_grpc(self) -> list[SameHost | DataPlane]:
+        """What else trainers come to."""
+        return [each for each in (self._same_host, self._data_plane) if each is not None]
+
+    def _make_data_plane(self, parts: Parts) -> DataPlane | None:
+        """Raises InvalidRequest for an address without protection."""
+        place = self._config.data_plane
+        return None if place is None else DataPlane(place.address, place.reached_at, self._config.security, parts)
+
+    def _make_same_host(self, parts: Parts) -> SameHost | None:
         """Raises ListenError where it was asked for by name and cannot be."""
         place = self._config.same_host
         if place is None:
             return None
-        parts = Parts(self._driver, self._metrics, self._entrance.pace, self._budget, self._tools.pool)
         try:
             return SameHost(place.directory, parts)
         except ListenError as error:
@@ -207,6 +222,6 @@ class Server:
         await self._health.enter_graceful_shutdown()
         _log.info("draining: %d members are joined", len(core.runs.members))
         await driver.until(lambda: core.has_stopped)
-        if self._same_host is not None:
-            await self._same_host.stop(_STREAM_GRACE_S)
+        for beside in self._beside_grpc():
+            await beside.stop(_STREAM_GRACE_S)
         await grpc_server.stop(_STREAM_GRACE_S)

@@ -14,8 +14,9 @@ import kt_expert_client as kt
 import pytest
 import torch
 from kt_expert_client.run import Run
-from kt_expert_client.wire.same_host import SameHostTransport
 from kt_expert_client.wire.shared_memory import SharedMemory
+from kt_expert_client.wire.socket_transport import SocketTransport
+from kt_expert_proto.v1 import service_pb2 as pb
 from support.batches import LORA, batch
 from support.server import ServerProcess
 from support.waiting import wait_until
@@ -44,10 +45,10 @@ def _open(client: kt.Client) -> Run:
     return client.open_run(lora=LORA, wire_dtype="fp32", seed=3)
 
 
-def _transport(run: Run) -> SameHostTransport:
+def _transport(run: Run) -> SocketTransport:
     link = run._session._link
     assert link is not None
-    assert isinstance(link.transport, SameHostTransport)
+    assert isinstance(link.transport, SocketTransport)
     return link.transport
 
 
@@ -162,13 +163,17 @@ def test_a_server_without_it_is_reached_by_a_stream(
     with ServerProcess(qwen3_checkpoint, tmp_path / "log", "--same-host", "off") as server:
         with (
             kt.connect(server.address, transport="same-host") as client,
-            pytest.raises(kt.InvalidRequest, match=r"transport is 'same-host' and memory cannot be shared .* --same-host off"),
+            pytest.raises(
+                kt.InvalidRequest,
+                match=r"'same-host', and there is no connection on this host: .* --same-host off",
+            ),
         ):
             _open(client)
         with caplog.at_level(logging.INFO), kt.connect(server.address, transport="auto") as client:
             _pass(_open(client), 1)
             assert client.transport == "stream"
-    assert "reached through a stream and not through shared memory: the server was started with --same-host off" in caplog.text
+    assert "there is no connection on this host, so tcp is used: the server was started with --same-host off" in caplog.text
+    assert "there is no connection to the server's data port, so stream is used: the server was started without" in caplog.text
 
 
 def test_a_socket_that_is_not_here_is_told(
@@ -188,7 +193,8 @@ def test_somebody_elses_socket_gets_neither_secret_nor_trust(
     """It answers as a server would that does not know the secret."""
     monkeypatch.setenv("KT_EXPERT_SAME_HOST_DIR", str(tmp_path))
     with kt.connect(server.address) as client:
-        path = client._transports._ask().socket_path
+        offer = client._stub.OfferSameHost(pb.SameHostRequest(), timeout=10.0)
+        path = str(tmp_path / Path(offer.socket_path).name)
         with socket.socket(socket.AF_UNIX) as impostor:
             impostor.bind(path)
             impostor.listen()
@@ -216,7 +222,7 @@ def test_somebody_elses_socket_gets_neither_secret_nor_trust(
 @pytest.mark.parametrize("variable", ["KT_EXPERT_TRANSPORT", None])
 def test_a_transport_there_is_not(server: ServerProcess, variable: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KT_EXPERT_TRANSPORT", "rdma" if variable else "auto")
-    with pytest.raises(kt.InvalidRequest, match=r"is 'rdma', expected one of auto, stream, same-host"):
+    with pytest.raises(kt.InvalidRequest, match=r"is 'rdma', expected one of auto, same-host, tcp, stream"):
         kt.connect(server.address, transport=None if variable else "rdma")
 
 

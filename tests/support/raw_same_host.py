@@ -9,9 +9,11 @@ import socket
 from collections.abc import Iterator
 
 import numpy as np
-from kt_expert_proto.codec import Decoder, Encoder, Messages
+from kt_expert_proto.codec import Decoder, Encoder
+from kt_expert_proto.handshake import ACCEPTED, CHALLENGE_BYTES, NONCE_BYTES, proof
 from kt_expert_proto.header import FrameError, FrameType, Header
-from kt_expert_proto.same_host import ACCEPTED, CHALLENGE_BYTES, CONTROL_BYTES, MAGIC, NONCE_BYTES, proof, region_bytes
+from kt_expert_proto.messages import Messages
+from kt_expert_proto.same_host import CONTROL_BYTES, MAGIC, region_bytes
 from kt_expert_proto.shared import Place
 from kt_expert_proto.v1 import service_pb2 as pb
 from kt_expert_proto.v1.session_pb2 import ErrorDetail
@@ -54,7 +56,7 @@ class RawSameHost(RawMember):
 
     def _frames(self) -> Iterator[Frame]:
         decoder: Decoder[_Bytes] = Decoder(self._collector, self)
-        messages = Messages()
+        messages = Messages(decoder)
         while size := self.socket.recv_into(messages.room()):
             for message in messages.received(size):
                 decoder.feed(message)

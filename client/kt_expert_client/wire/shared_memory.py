@@ -10,8 +10,9 @@ import weakref
 
 import numpy as np
 import torch
+from kt_expert_proto.handshake import NONCE_BYTES
 from kt_expert_proto.header import FrameError, Header
-from kt_expert_proto.same_host import CONTROL_BYTES, NONCE_BYTES, region_bytes
+from kt_expert_proto.same_host import CONTROL_BYTES, region_bytes
 from kt_expert_proto.shared import Allocator, Borrower, Place
 
 _LEAST_SHARED_BYTES = 32 * 1024  # below, a tensor is sent quicker with its frame

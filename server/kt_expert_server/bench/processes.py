@@ -76,6 +76,7 @@ class Process:
 @contextmanager
 def serve(model: Path, threads: int) -> Iterator[tuple[Process, str]]:
     """A server on free ports, and its address."""
-    arguments = ("--model", str(model), "--listen", "127.0.0.1:0", "--metrics-listen", "127.0.0.1:0", "--threads", str(threads))
+    ports = [part for option in ("--listen", "--metrics-listen", "--data-listen") for part in (option, "127.0.0.1:0")]
+    arguments = ("--model", str(model), *ports, "--threads", str(threads))
     with Process("-m", "kt_expert_server", *arguments) as server:
         yield server, server.line().split()[1].removeprefix("grpc=")

@@ -25,8 +25,8 @@ from kt_expert_server.bench.shapes import LayerShape
 from kt_expert_server.config import ISA_VARIABLE
 from kt_expert_server.engine.passes import TILE_TOKENS
 
-TRANSPORTS = ("stream", "same-host")
-_KEYS = {"stream": "stream", "same-host": "shm"}
+TRANSPORTS = ("stream", "tcp", "same-host")
+_KEYS = {"stream": "stream", "tcp": "data_plane", "same-host": "shm"}
 _SUFFIXES = {
     "32 MiB": "",
     "32 MiB, two in flight": "_two",
@@ -36,7 +36,7 @@ _SUFFIXES = {
 _RANK = 16  # of LoRA on every projection
 _MODEL_TYPE = "qwen3_moe"
 _MS_PER_S = 1000.0
-_BAR_HEIGHT = 0.4
+_BAR_HEIGHT = 0.25
 _DECODES = 20  # calls of one token in a row: one alone is mostly the time to wake up
 
 

@@ -35,7 +35,8 @@ from kt_expert_server.bench.shapes import LayerShape
 from kt_expert_server.engine.passes import TILE_TOKENS
 from kt_expert_server.errors import InvalidRequest
 
-RAW = ("tcp", "unix", "memcpy")
+RAW_TCP, RAW_UNIX = "raw tcp", "raw unix"
+RAW = (RAW_TCP, RAW_UNIX, "memcpy")
 _ICEORYX = "iceoryx2"
 _HIDDEN, _TOP_K, _EXPERTS = 4096, 2, 8
 _SHAPE = LayerShape("echo", _EXPERTS, _HIDDEN, 64, _TOP_K)
@@ -88,7 +89,7 @@ def measure_transport(repeats: int, sizes: tuple[int, ...] = _SIZES) -> Figures:
         for transport in TRANSPORTS:
             trainers[transport] = stack.enter_context(Process("-m", "kt_expert_client.bench.remote"))
             trainers[transport].ask(open=address, rank=0, transport=transport)
-        raw = {kind: stack.enter_context(_echo(kind, Path(folder))) for kind in ("tcp", "unix")}
+        raw = {kind: stack.enter_context(_echo(kind, Path(folder))) for kind in (RAW_TCP, RAW_UNIX)}
         shared = {}
         if _ICEORYX in kinds:
             name = f"kt-expert-bench-{os.getpid()}"
@@ -138,7 +139,7 @@ def _compute_s(local: LayerBench, size: int) -> Round:
 @contextmanager
 def _echo(kind: str, folder: Path) -> Iterator[tuple[socket.socket, subprocess.Popen[bytes]]]:
     """A connection to a process that sends everything back, and the process."""
-    if kind == "tcp":
+    if kind == RAW_TCP:
         listening = socket.create_server(("127.0.0.1", 0))
     else:
         listening = socket.socket(socket.AF_UNIX)
@@ -149,7 +150,7 @@ def _echo(kind: str, folder: Path) -> Iterator[tuple[socket.socket, subprocess.P
         process = subprocess.Popen(command, pass_fds=[listening.fileno()])
         connection = socket.socket(listening.family)
         connection.connect(listening.getsockname())
-    if kind == "tcp":
+    if kind == RAW_TCP:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     try:
         yield connection, process
@@ -203,11 +204,14 @@ def transport_as_json(found: Figures) -> dict[str, Any]:
     if (_ICEORYX, _SMALL) in found.rounds:
         anchor["iceoryx2_8kib_ms"] = found.seconds(_ICEORYX, _SMALL) * _MS_PER_S
     return anchor | {
-        "stream_32mib_vs_tcp": found.ratio("stream", "tcp", _LARGE),
+        "stream_32mib_vs_tcp": found.ratio("stream", RAW_TCP, _LARGE),
         "stream_cpu_s_per_gib": found.cpu_s_per_gib("stream", _LARGE),
-        "tcp_cpu_s_per_gib": found.cpu_s_per_gib("tcp", _LARGE),
+        "tcp_cpu_s_per_gib": found.cpu_s_per_gib(RAW_TCP, _LARGE),
+        "data_plane_32mib_vs_tcp": found.ratio("tcp", RAW_TCP, _LARGE),
+        "data_plane_cpu_s_per_gib": found.cpu_s_per_gib("tcp", _LARGE),
+        "data_plane_8kib_ms": found.seconds("tcp", _SMALL) * _MS_PER_S,
         "shm_cpu_s_per_gib": found.cpu_s_per_gib("same-host", _LARGE),
-        "shm_32mib_vs_tcp": found.ratio("same-host", "tcp", _LARGE),
+        "shm_32mib_vs_tcp": found.ratio("same-host", RAW_TCP, _LARGE),
         "shm_32mib_ms": found.seconds("same-host", _LARGE) * _MS_PER_S,
         "stream_8kib_ms": found.seconds("stream", _SMALL) * _MS_PER_S,
         "doorbell_8kib_ms": found.seconds("same-host", _SMALL) * _MS_PER_S,

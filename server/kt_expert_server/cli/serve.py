@@ -27,6 +27,7 @@ from kt_expert_server.config import (
     ISA_VARIABLE,
     SERVED_FORMATS,
     Address,
+    DataPlanePlace,
     SameHostPlace,
     Security,
     ServerConfig,
@@ -118,6 +119,13 @@ def _parser() -> argparse.ArgumentParser:
         metavar="DIR|auto|off",
         help="directory of the socket through which trainers on this host share memory with the server",
     )
+    parser.add_argument(
+        "--data-listen",
+        default="off",
+        metavar="HOST:PORT|off",
+        help="port beside gRPC for tensors of trainers on other hosts (port 0: a free one)",
+    )
+    parser.add_argument("--data-address", metavar="HOST:PORT", help="where trainers reach --data-listen, if that is elsewhere")
     _add_runs(parser)
     _add_security(parser)
     parser.add_argument("--log-level", default="info", choices=("debug", "info", "warning", "error"))
@@ -221,6 +229,7 @@ def _config(options: argparse.Namespace) -> ServerConfig:
         shutdown_timeout_s=options.shutdown_timeout,
         calls_per_second=options.calls_per_second,
         same_host=SameHostPlace.parse(options.same_host),
+        data_plane=DataPlanePlace.parse(options.data_listen, options.data_address),
     )
 
 
@@ -278,9 +287,10 @@ async def _serve(config: ServerConfig, plan: ModelPlan) -> None:
     server = Server(config, plan)
     with _LoadProgress(plan.bf16_bytes) as progress:
 
-        def on_ready(grpc_address: Address, metrics_address: Address) -> None:
+        def on_ready(grpc_address: Address, metrics_address: Address, data_address: Address | None) -> None:
             progress.finish()
-            print(f"ready grpc={grpc_address} metrics={metrics_address}", flush=True)
+            data = f" data={data_address}" if data_address is not None else ""
+            print(f"ready grpc={grpc_address} metrics={metrics_address}{data}", flush=True)
 
         await server.run(progress.advance, on_ready)
 

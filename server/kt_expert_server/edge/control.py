@@ -13,6 +13,7 @@ from kt_expert_proto.v1 import service_pb2 as pb
 from kt_expert_proto.v1 import service_pb2_grpc
 
 from kt_expert_server.checkpoints.store import CheckpointStore
+from kt_expert_server.edge.data_plane import DataPlane
 from kt_expert_server.edge.driver import Driver
 from kt_expert_server.edge.entrance import Entrance
 from kt_expert_server.edge.same_host.listener import SameHost
@@ -51,11 +52,13 @@ class ControlService(service_pb2_grpc.ExpertServicer):
         load_progress: Callable[[], float],
         on_drain: Callable[[], None],
         same_host: SameHost | None,
+        data_plane: DataPlane | None,
     ) -> None:
         self._driver, self._core = driver, driver.core
         self._engine, self._budget, self._store = engine, budget, store
         self._entrance, self._guard, self._version = entrance, guard, version
-        self._progress, self._on_drain, self._same_host = load_progress, on_drain, same_host
+        self._progress, self._on_drain = load_progress, on_drain
+        self._same_host, self._data_plane = same_host, data_plane
         self._begun = time.monotonic()
 
     async def Hello(self, request: pb.HelloRequest, context: Context) -> pb.HelloResponse:  # noqa: N802
@@ -145,6 +148,18 @@ class ControlService(service_pb2_grpc.ExpertServicer):
             return pb.SameHostOffer(socket_path=str(same_host.path), offer_id=offer.offer_id, secret=offer.secret)
 
         return await self._answer("OfferSameHost", context, body)
+
+    async def OfferDataPlane(self, request: pb.DataPlaneRequest, context: Context) -> pb.DataPlaneOffer:  # noqa: N802
+        del request
+
+        async def body() -> pb.DataPlaneOffer:
+            caller, plane = await self._entrance.trainer(context), self._data_plane
+            if plane is None:
+                return pb.DataPlaneOffer(reason="the server was started without --data-listen")
+            offer = plane.offer(caller)
+            return pb.DataPlaneOffer(host=plane.host, port=plane.port, offer_id=offer.offer_id, secret=offer.secret)
+
+        return await self._answer("OfferDataPlane", context, body)
 
     def _status(self, identity: str) -> pb.GetStatusResponse:
         core, engine = self._core, self._engine

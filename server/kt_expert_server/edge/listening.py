@@ -1,4 +1,4 @@
-"""Binding the gRPC port: where, with what protection, and never half."""
+"""Binding ports: where, with what protection, and never half."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from typing import cast
 import grpc
 
 from kt_expert_server.config import Address, Security
+from kt_expert_server.edge.tls import TlsFiles
 from kt_expert_server.errors import InvalidRequest, ListenError
 
 _REASONS = {
@@ -34,8 +35,9 @@ def is_loopback(address: Address) -> bool:
         return False
 
 
-def check_security(address: Address, security: Security) -> None:
-    """Raises InvalidRequest for an address that others reach without protection, or a token that would travel in the clear."""
+def check_security(address: Address, security: Security, option: str = "--listen") -> None:
+    """Raises InvalidRequest for an address that others reach without protection, or a token that would travel in the clear.
+    `option` is what gave the address."""
     local = is_loopback(address)
     has_tls = security.certificate is not None
     if security.token_file is not None and not has_tls and not local:
@@ -45,7 +47,7 @@ def check_security(address: Address, security: Security) -> None:
     if local or security.allow_remote or (has_tls and security.token_file is not None):
         return
     raise InvalidRequest(
-        f"--listen {address} can be reached from other machines; give --tls-cert, --tls-key and --token-file, or say "
+        f"{option} {address} can be reached from other machines; give --tls-cert, --tls-key and --token-file, or say "
         "--insecure-allow-remote if everybody on that network may train and read adapters"
     )
 
@@ -66,6 +68,23 @@ def bind(server: grpc.aio.Server, address: Address, security: Security) -> Addre
     return Address(address.host, port)
 
 
+def listen(address: Address, backlog: int) -> tuple[list[socket.socket], Address]:
+    """Sockets that do not wait, on every address the name stands for, all or none, and the address with the port. Raises
+    ListenError."""
+    made: list[socket.socket] = []
+    port = address.port
+    try:
+        for host in _resolve(address):
+            made.append(_listening(host, port, address, "data", backlog))
+            made[-1].setblocking(False)
+            port = made[-1].getsockname()[1]
+    except ListenError:
+        for each in made:
+            each.close()
+        raise
+    return made, Address(address.host, port)
+
+
 def _resolve(address: Address) -> list[str]:
     """Numeric addresses of the host, without repetition. Raises ListenError."""
     try:
@@ -77,17 +96,24 @@ def _resolve(address: Address) -> list[str]:
 
 def _probe(host: str, port: int, address: Address) -> None:
     """gRPC says only that it failed; the socket says why."""
+    _listening(host, port, address, "gRPC", backlog=1).close()
+
+
+def _listening(host: str, port: int, address: Address, what: str, backlog: int) -> socket.socket:
+    """Raises ListenError."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with contextlib.closing(socket.socket(family, socket.SOCK_STREAM)) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    made = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if family == socket.AF_INET6:
-            probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        try:
-            probe.bind((host, port))
-            probe.listen()
-        except OSError as error:
-            reason = _REASONS.get(error.errno or 0, error.strerror)
-            raise ListenError(f"cannot listen for gRPC on {address} ({host}): {reason}") from error
+            made.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        made.bind((host, port))
+        made.listen(backlog)
+    except OSError as error:
+        made.close()
+        reason = _REASONS.get(error.errno or 0, error.strerror)
+        raise ListenError(f"cannot listen for {what} on {address} ({host}): {reason}") from error
+    return made
 
 
 def _add(server: grpc.aio.Server, target: str, address: Address, credentials: grpc.ServerCredentials | None) -> int:
@@ -118,44 +144,10 @@ def _prepare_socket(path: Path) -> None:
 
 def _credentials(security: Security) -> grpc.ServerCredentials | None:
     """Read anew for every connection whose files have changed. Raises InvalidRequest for files that cannot be read."""
-    if security.certificate is None or security.key is None:
+    files = TlsFiles.of(security)
+    if files is None:
         return None
-    files = _TlsFiles(security.certificate, security.key, security.client_ca)
-    changed = cast("Callable[[], grpc.ServerCertificateConfiguration]", files.changed)  # None is allowed; the stubs lack it
+    renew = cast("Callable[[], grpc.ServerCertificateConfiguration]", lambda: files.renewed(files.configuration))  # or None
     return grpc.dynamic_ssl_server_credentials(
-        files.configuration(), changed, require_client_authentication=security.client_ca is not None
+        files.configuration(), renew, require_client_authentication=security.client_ca is not None
     )
-
-
-class _TlsFiles:
-    """Certificate, key and the authority of clients, as they are on disk."""
-
-    def __init__(self, certificate: Path, key: Path, client_ca: Path | None) -> None:
-        self._paths = [path for path in (certificate, key, client_ca) if path is not None]
-        self._has_ca = client_ca is not None
-        self._seen = self._state()
-
-    def configuration(self) -> grpc.ServerCertificateConfiguration:
-        try:
-            certificate, key, *authority = [path.read_bytes() for path in self._paths]
-        except OSError as error:
-            raise InvalidRequest(f"TLS file {error.filename} cannot be read: {error.strerror}") from error
-        return grpc.ssl_server_certificate_configuration([(key, certificate)], authority[0] if self._has_ca else None)
-
-    def changed(self) -> grpc.ServerCertificateConfiguration | None:
-        """None where nothing changed, or where the new files cannot be read: the old ones then stay."""
-        try:
-            state = self._state()
-            if state == self._seen:
-                return None
-            configuration = self.configuration()
-        except (OSError, InvalidRequest):
-            return None
-        self._seen = state
-        return configuration
-
-    def _state(self) -> list[tuple[int, int]]:
-        try:
-            return [(status.st_mtime_ns, status.st_ino) for status in map(os.stat, self._paths)]
-        except OSError as error:
-            raise InvalidRequest(f"TLS file {error.filename} cannot be read: {error.strerror}") from error

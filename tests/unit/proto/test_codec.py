@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from kt_expert_proto.codec import Decoder, Encoder, Memory, Messages, Outbound
+from kt_expert_proto.codec import Decoder, Encoder, Memory, Outbound
 from kt_expert_proto.dtypes import ITEM_BYTES, Dtype
 from kt_expert_proto.header import (
     HEADER_BYTES,
@@ -183,41 +183,6 @@ def test_another_version_is_named() -> None:
     with pytest.raises(FrameError, match="frame has version 99, expected") as caught:
         unpack(memoryview(packed), 0)
     assert not isinstance(caught.value, DamagedFrame)
-
-
-@given(st.lists(st.binary(max_size=3000), min_size=1, max_size=20), st.data())
-def test_messages_are_found_in_a_stream_of_bytes(contents: list[bytes], data: st.DataObject) -> None:
-    """However its pieces come."""
-    encoder = Encoder()
-    sent = [message for content in contents for message in encoder.messages([(Header(FrameType.RESULT, 1), content)])]
-    stream, messages, found = b"".join(sent), Messages(), []
-    while stream:
-        size = data.draw(st.integers(1, min(len(stream), len(messages.room()))))
-        messages.room()[:size] = stream[:size]
-        stream = stream[size:]
-        found += [bytes(message) for message in messages.received(size)]
-    assert found == sent
-
-
-def test_large_messages_find_room_again_and_again() -> None:
-    messages, encoder = Messages(), Encoder()
-    content = bytes(MAX_PAYLOAD_BYTES)
-    for number in range(8):
-        (message,) = encoder.messages([(Header(FrameType.RESULT, number), content)])
-        for begin in range(0, len(message), 700_001):
-            piece = message[begin : begin + 700_001]
-            assert len(messages.room()) >= len(piece)
-            messages.room()[: len(piece)] = piece
-            found = [bytes(each) for each in messages.received(len(piece))]
-        assert found == [message]
-
-
-@pytest.mark.parametrize("length", [0, PREFIX.size, MAX_MESSAGE_BYTES + 1, 2**32 - 1])
-def test_a_length_that_no_message_has_is_refused(length: int) -> None:
-    messages = Messages()
-    messages.room()[: PREFIX.size] = PREFIX.pack(length)
-    with pytest.raises(DamagedFrame, match=f"announces {length} bytes"):
-        list(messages.received(PREFIX.size))
 
 
 class _Connection:

@@ -9,8 +9,9 @@ import secrets
 from collections.abc import Callable
 
 import numpy as np
+from kt_expert_proto.handshake import NONCE_BYTES
 from kt_expert_proto.header import Header
-from kt_expert_proto.same_host import CONTROL_BYTES, NONCE_BYTES, SEALS
+from kt_expert_proto.same_host import CONTROL_BYTES, SEALS
 from kt_expert_proto.shared import Allocator, Borrower, Place
 from numpy.typing import NDArray
 

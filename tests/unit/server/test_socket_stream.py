@@ -1,4 +1,4 @@
-"""A connection on one host whose core refuses it, falls over, or has much to say."""
+"""A connection over a socket whose core refuses it, falls over, or has much to say."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from collections.abc import Callable, Coroutine
 from typing import Any
 
 import pytest
-from kt_expert_proto.codec import Decoder, Encoder, Messages
+from kt_expert_proto.codec import Decoder, Encoder
 from kt_expert_proto.header import FrameType, Header, Op
-from kt_expert_proto.same_host import CONTROL_BYTES
+from kt_expert_proto.messages import Messages
 from kt_expert_proto.status import STATUS_NUMBERS
 from kt_expert_proto.v1.session_pb2 import ErrorDetail
+from kt_expert_server.edge.accepting import Parts
 from kt_expert_server.edge.entrance import Caller
 from kt_expert_server.edge.pace import Pace
-from kt_expert_server.edge.same_host.memory import SharedMemory
-from kt_expert_server.edge.same_host.stream import SameHostStream
+from kt_expert_server.edge.socket_stream import SocketStream
+from kt_expert_server.edge.sockets import PlainWire
+from kt_expert_server.engine.budget import MemoryBudget
 from kt_expert_server.engine.buffers import BufferPool
 from kt_expert_server.errors import OutOfCapacity
 from kt_expert_server.observe.metrics import Metrics
-
-REGION = 4 * CONTROL_BYTES
 
 
 class _Trainer:
@@ -31,7 +31,7 @@ class _Trainer:
         self.frames: list[tuple[Header, Any]] = []
         self.end: ErrorDetail | None = None
         decoder: Decoder[Any] = Decoder(self, self)
-        messages = Messages()
+        messages = Messages(decoder)
         while size := connection.recv_into(messages.room()):
             for message in messages.received(size):
                 decoder.feed(message)
@@ -55,11 +55,11 @@ class _Trainer:
 class _Driver:
     """What a stream asks of the driver. `on_feed` stands for the core."""
 
-    def __init__(self, on_open: Callable[[SameHostStream], int], on_feed: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, on_open: Callable[[SocketStream], int], on_feed: Callable[[], None] = lambda: None) -> None:
         self._on_open, self._on_feed = on_open, on_feed
         self.closed: list[int] = []
 
-    def open_stream(self, transport: SameHostStream, identity: str, memory: object) -> int:
+    def open_stream(self, transport: SocketStream, identity: str, memory: object) -> int:
         del identity, memory
         return self._on_open(transport)
 
@@ -74,10 +74,9 @@ class _Driver:
 async def _run(driver: _Driver, trainer: Callable[[socket.socket], Coroutine[Any, Any, None]] | None = None) -> _Trainer:
     here, there = socket.socketpair(socket.AF_UNIX)
     here.setblocking(False)
-    memory = SharedMemory(REGION)
-    memory.close()
-    pace = Pace(100.0, lambda: None)
-    made = SameHostStream(driver, Metrics("0", "x", "y"), pace, Caller("", "here"), here, memory, BufferPool())  # type: ignore[arg-type]
+    pool = BufferPool()
+    parts = Parts(driver, Metrics("0", "x", "y"), Pace(100.0, lambda: None), MemoryBudget(1, (pool,)), pool)  # type: ignore[arg-type]
+    made = SocketStream(parts, Caller("", "here"), PlainWire(here, has_checksums=False))
     reading = asyncio.get_running_loop().run_in_executor(None, _Trainer, there)
     if trainer is not None:
         await trainer(there)
@@ -89,7 +88,7 @@ async def _run(driver: _Driver, trainer: Callable[[socket.socket], Coroutine[Any
 
 
 def test_a_stream_too_many_is_told_so() -> None:
-    def refuse(_: SameHostStream) -> int:
+    def refuse(_: SocketStream) -> int:
         raise OutOfCapacity("256 streams are open", retry_delay_s=5.0)
 
     found = asyncio.run(_run(_Driver(refuse)))
@@ -118,7 +117,7 @@ def test_all_that_was_said_before_an_end_arrives() -> None:
     """More than the socket takes at once."""
     content = bytes(100_000)
 
-    def talk(stream: SameHostStream) -> int:
+    def talk(stream: SocketStream) -> int:
         for number in range(20):
             stream.send(Header(FrameType.RESULT, number, op=Op.FORWARD), content)
         stream.end(None)
@@ -131,7 +130,7 @@ def test_all_that_was_said_before_an_end_arrives() -> None:
 
 
 def test_an_error_takes_the_place_of_what_waits() -> None:
-    def talk(stream: SameHostStream) -> int:
+    def talk(stream: SocketStream) -> int:
         for number in range(20):
             stream.send(Header(FrameType.RESULT, number, op=Op.FORWARD), bytes(100_000))
         stream.end(OutOfCapacity("enough"))
