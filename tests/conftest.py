@@ -28,7 +28,8 @@ def qwen3_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def server(qwen3_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     """One server for all tests that leave it as they found it."""
     directory = tmp_path_factory.mktemp("server")
-    with ServerProcess(qwen3_checkpoint, directory / "log", "--state-dir", str(directory / "state")) as process:
+    options = ("--state-dir", str(directory / "state"), "--data-listen", "127.0.0.1:0")
+    with ServerProcess(qwen3_checkpoint, directory / "log", *options) as process:
         yield process
 
 

@@ -15,7 +15,7 @@ from kt_expert_proto.header import (
     HEADER_BYTES,
     MAX_MESSAGE_BYTES,
     MAX_PAYLOAD_BYTES,
-    PREFIX,
+    PREFIX_BYTES,
     DamagedFrame,
     FrameError,
     FrameType,
@@ -23,7 +23,9 @@ from kt_expert_proto.header import (
     Piece,
     check_piece,
     is_piece,
+    message_bytes,
     pack,
+    pack_prefix,
     unpack,
 )
 from kt_expert_proto.shared import Place
@@ -75,7 +77,7 @@ class Encoder:
     def __init__(self, *, checksum: bool = True, piece_bytes: int = MAX_PAYLOAD_BYTES) -> None:
         self._checksum = checksum
         self._piece_bytes = piece_bytes
-        self._message_bytes = PREFIX.size + HEADER_BYTES + piece_bytes
+        self._message_bytes = PREFIX_BYTES + HEADER_BYTES + piece_bytes
         self._sequence = 0
 
     def messages(self, frames: Iterable[Outbound]) -> Iterator[bytes]:
@@ -86,15 +88,15 @@ class Encoder:
         """The same messages, each as the parts it is made of, which are not copied: a source is read until the message that
         has the last of it is sent."""
         waiting: list[Part] = [b""]
-        size = PREFIX.size
+        size = PREFIX_BYTES
         for header, payload in frames:
             for packed, piece in self._pieces(header, payload):
-                if size > PREFIX.size and size + HEADER_BYTES + len(piece) > self._message_bytes:
+                if size > PREFIX_BYTES and size + HEADER_BYTES + len(piece) > self._message_bytes:
                     yield _with_length(waiting, size)
-                    waiting, size = [b""], PREFIX.size
+                    waiting, size = [b""], PREFIX_BYTES
                 waiting += (packed, piece)
                 size += HEADER_BYTES + len(piece)
-        if size > PREFIX.size:
+        if size > PREFIX_BYTES:
             yield _with_length(waiting, size)
 
     def _pieces(self, header: Header, payload: bytes | Source | Place) -> Iterator[tuple[bytes, Part]]:
@@ -119,7 +121,7 @@ class Encoder:
 
 def _with_length(parts: list[Part], size: int) -> list[Part]:
     """`parts` begins with room for it."""
-    parts[0] = PREFIX.pack(size)
+    parts[0] = pack_prefix(size)
     return parts
 
 
@@ -166,12 +168,12 @@ class Decoder(Generic[B]):
     def feed(self, message: bytes | memoryview) -> None:
         """Takes one message off the wire. Raises FrameError for what may not come, DamagedFrame for what is not as it was sent;
         the stream is then of no more use."""
-        least = PREFIX.size + HEADER_BYTES
-        if not least <= len(message) <= MAX_MESSAGE_BYTES or PREFIX.unpack_from(message)[0] != len(message):
+        least = PREFIX_BYTES + HEADER_BYTES
+        if not least <= len(message) <= MAX_MESSAGE_BYTES or message_bytes(message) != len(message):
             raise DamagedFrame(
                 f"message of {len(message)} bytes, expected {least} to {MAX_MESSAGE_BYTES} and what it announces"
             )
-        view, position = memoryview(message), PREFIX.size
+        view, position = memoryview(message), PREFIX_BYTES
         while position < len(message):
             piece = unpack(view, position)
             position += HEADER_BYTES + len(piece.payload)

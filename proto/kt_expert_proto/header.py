@@ -37,7 +37,7 @@ from crc32c import crc32c
 
 from kt_expert_proto.dtypes import ITEM_BYTES, Dtype
 
-PROTOCOL_VERSION = 7
+PROTOCOL_VERSION = 8
 MAX_PAYLOAD_BYTES = 1024 * 1024  # larger messages lose the allocator's recycled arenas, smaller ones cost more calls
 FLAG_CHECKSUM = 1
 FLAG_SHARED = 2  # of a TENSOR in memory that both ends see (kt_expert_proto/shared.py); the checksum covers its place alone
@@ -47,8 +47,12 @@ _HEADER = struct.Struct("<IBBHQIHBBB3sIIQIIIII")
 _CHECKSUM = struct.Struct("<I")
 _CHECKSUM_AT, _FLAGS_AT = 48, 6
 HEADER_BYTES = _HEADER.size
-PREFIX = struct.Struct("<I")  # before the pieces of a message: its length, so that a cut one is found at once
-MAX_MESSAGE_BYTES = PREFIX.size + HEADER_BYTES + MAX_PAYLOAD_BYTES
+# Before the pieces of a message: its length, so that a cut one is found at once, and the length's complement: on a bare socket
+# a length that was changed on its way would have both ends wait for bytes that never come.
+_PREFIX = struct.Struct("<II")
+PREFIX_BYTES = _PREFIX.size
+MAX_MESSAGE_BYTES = PREFIX_BYTES + HEADER_BYTES + MAX_PAYLOAD_BYTES
+_ALL_BITS = 0xFFFFFFFF
 _RESERVED = b"\0\0\0"
 _WITHOUT_FLAG = "a checksum without its flag: the frame was damaged on its way"
 
@@ -59,6 +63,22 @@ class FrameError(ValueError):
 
 class DamagedFrame(FrameError):
     """Bytes that are not what was sent: cut, changed, lost, repeated or reordered on their way. Another stream may serve."""
+
+
+def pack_prefix(size: int) -> bytes:
+    """Of a message of so many bytes, the prefix among them."""
+    return _PREFIX.pack(size, size ^ _ALL_BITS)
+
+
+def message_bytes(memory: bytes | memoryview, at: int = 0) -> int:
+    """How long the message is whose prefix lies there. Raises DamagedFrame for what cannot be one."""
+    size, complement = _PREFIX.unpack_from(memory, at)
+    if size ^ _ALL_BITS != complement or not PREFIX_BYTES + HEADER_BYTES <= size <= MAX_MESSAGE_BYTES:
+        raise DamagedFrame(
+            f"a message announces {size} bytes and their complement as {complement}, expected "
+            f"{PREFIX_BYTES + HEADER_BYTES} to {MAX_MESSAGE_BYTES} bytes"
+        )
+    return int(size)
 
 
 class FrameType(enum.IntEnum):

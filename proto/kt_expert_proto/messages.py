@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from typing import Any
 
 from kt_expert_proto.codec import Decoder, Part
-from kt_expert_proto.header import HEADER_BYTES, MAX_MESSAGE_BYTES, PREFIX, DamagedFrame
+from kt_expert_proto.header import HEADER_BYTES, MAX_MESSAGE_BYTES, PREFIX_BYTES, message_bytes
 
 _JOINED_BYTES = 64 * 1024  # a message up to this size is copied rather than sent in parts
-_HEAD_BYTES = PREFIX.size + HEADER_BYTES
+_HEAD_BYTES = PREFIX_BYTES + HEADER_BYTES
 
 
 class Messages:
@@ -40,10 +40,8 @@ class Messages:
                 self._decoder.filled()
             return
         self._end += size_bytes
-        while self._end - self._begin >= PREFIX.size:
-            length = PREFIX.unpack_from(self._memory, self._begin)[0]
-            if not PREFIX.size < length <= MAX_MESSAGE_BYTES:
-                raise DamagedFrame(f"a message announces {length} bytes, expected at most {MAX_MESSAGE_BYTES}")
+        while self._end - self._begin >= PREFIX_BYTES:
+            length = message_bytes(self._memory, self._begin)
             if self._end - self._begin < length:
                 self._find_place(length)
                 break

@@ -12,7 +12,7 @@ from typing import Any
 import grpc
 import pytest
 from kt_expert_proto.dtypes import Dtype
-from kt_expert_proto.header import PREFIX, FrameError, FrameType, Header, Op, Tensor, pack
+from kt_expert_proto.header import PREFIX_BYTES, FrameError, FrameType, Header, Op, Tensor, pack, pack_prefix
 from kt_expert_proto.v1 import service_pb2 as pb
 from kt_expert_server.members.limits import Limits
 from kt_expert_server.members.wire import check_instance
@@ -46,7 +46,7 @@ def frame(rng: random.Random, sequence: int, epoch: int) -> bytes:
     )  # fmt: skip
     payload = rng.randbytes(rng.choice((0, 2, 8, 24, 192)))
     piece = pack(header, sequence, rng.choice((0, 0, 0, 8)), payload, checksum=True) + payload
-    message = PREFIX.pack(PREFIX.size + len(piece)) + piece
+    message = pack_prefix(PREFIX_BYTES + len(piece)) + piece
     if rng.random() < 0.1:
         message = rng.randbytes(len(message))
     return message

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import grpc
-from kt_expert_proto.header import MAX_MESSAGE_BYTES, PREFIX, FrameType, Tensor, pack
+from kt_expert_proto.header import MAX_MESSAGE_BYTES, PREFIX_BYTES, FrameType, Tensor, pack, pack_prefix
 from support.raw import HIDDEN, RawMember
 
 
@@ -20,7 +20,7 @@ def test_more_bytes_than_the_header_announces(attacker: RawMember) -> None:
     header = attacker.header(FrameType.TENSOR, request_id, tensor=Tensor.HIDDEN_STATES)
     payload = bytes(3 * HIDDEN * 4 + 4)
     piece = pack(header, 2, 0, payload, checksum=True) + payload
-    attacker.send_bytes(PREFIX.pack(PREFIX.size + len(piece)) + piece)
+    attacker.send_bytes(pack_prefix(PREFIX_BYTES + len(piece)) + piece)
     assert attacker.stream_error().code() is grpc.StatusCode.INVALID_ARGUMENT
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import random
 import signal
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -19,16 +18,11 @@ from kt_expert_client.adapter import AdapterTensors
 from support.batches import LORA, train_step
 from support.proxy import FaultProxy, SameHostProxy
 from support.server import ServerProcess
+from support.sockets import free_port
 from support.waiting import wait_until
 
 STEPS = 8
 REPLAY = RunOptions(replay_window=0.1)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 class Restartable:
@@ -91,6 +85,36 @@ def test_cuts_of_shared_memory_are_not_noticed(
         kt.connect(server.address, transport="same-host") as client,
     ):
         _cut_while_training(client, proxy, undisturbed)
+
+
+def through(proxy: FaultProxy, port: int) -> tuple[str, ...]:
+    """Has a server's data port behind a proxy to it."""
+    return "--data-listen", f"127.0.0.1:{port}", "--data-address", proxy.address
+
+
+def test_cuts_of_the_data_port_are_not_noticed(qwen3_checkpoint: Path, undisturbed: AdapterTensors, tmp_path: Path) -> None:
+    port = free_port()
+    with (
+        FaultProxy(f"127.0.0.1:{port}") as proxy,
+        ServerProcess(qwen3_checkpoint, tmp_path / "log", *through(proxy, port)) as server,
+        kt.connect(server.address, transport="tcp") as client,
+    ):
+        _cut_while_training(client, proxy, undisturbed)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_damage_at_the_data_port_is_found_and_mended(
+    qwen3_checkpoint: Path, undisturbed: AdapterTensors, tmp_path: Path, seed: int
+) -> None:
+    port = free_port()
+    with (
+        FaultProxy(f"127.0.0.1:{port}") as proxy,
+        ServerProcess(qwen3_checkpoint, tmp_path / "log", *through(proxy, port)) as server,
+        kt.connect(server.address, transport="tcp") as client,
+    ):
+        run = client.open_run(lora=LORA, wire_dtype="fp32", seed=3)
+        got = train(run, range(STEPS), lambda step: proxy.damage_next(1000 * seed + step))
+        assert same(got, undisturbed)
 
 
 def _cut_while_training(client: kt.Client, proxy: FaultProxy | SameHostProxy, undisturbed: AdapterTensors) -> None:

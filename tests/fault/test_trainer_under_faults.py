@@ -14,10 +14,11 @@ from kt_expert_client import RunOptions
 from peft import get_peft_model
 from support.proxy import FaultProxy, SameHostProxy
 from support.server import ServerProcess
+from support.sockets import free_port
 from support.training import SEED, history, lora_config, trainer
 from transformers import AutoModelForCausalLM, TrainerCallback
 
-from fault.test_reconnecting import Restartable
+from fault.test_reconnecting import Restartable, through
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*(gradient|activation)_checkpointing.*:FutureWarning"),
@@ -54,7 +55,7 @@ def adapter_of(model: Any, directory: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("transport", ["stream", "same-host"])
+@pytest.mark.parametrize("transport", ["stream", "tcp", "same-host"])
 def test_sixty_steps_with_cuts_and_restarts_end_with_the_same_bits(
     server: ServerProcess, qwen3_checkpoint: Path, tmp_path: Path, transport: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -65,7 +66,10 @@ def test_sixty_steps_with_cuts_and_restarts_end_with_the_same_bits(
     own, cut_off = tmp_path / "own", tmp_path / "cut"
     monkeypatch.setenv("KT_EXPERT_TRANSPORT", transport)
     monkeypatch.setenv("KT_EXPERT_SAME_HOST_DIR", str(cut_off))
-    restartable = Restartable(qwen3_checkpoint, tmp_path, "--checkpoint-every", "3", "--same-host", str(own))
+    port = free_port()
+    data = FaultProxy(f"127.0.0.1:{port}")
+    options = ("--checkpoint-every", "3", "--same-host", str(own), *through(data, port))
+    restartable = Restartable(qwen3_checkpoint, tmp_path, *options)
     rng, stop = random.Random(5), threading.Event()
 
     def restart(step: int) -> None:
@@ -73,12 +77,12 @@ def test_sixty_steps_with_cuts_and_restarts_end_with_the_same_bits(
             restartable.kill()
             restartable.start()
 
-    with FaultProxy(restartable.address) as proxy, SameHostProxy(own, cut_off) as other:
+    with FaultProxy(restartable.address) as proxy, SameHostProxy(own, cut_off) as other, data:
 
         def cut() -> None:
             while not stop.wait(rng.expovariate(1 / MEAN_CUT_S)):
-                proxy.cut()
-                other.cut()
+                for each in (proxy, other, data):
+                    each.cut()
 
         model = offloaded(qwen3_checkpoint, proxy.address, RunOptions(replay_window=0.5))
         disturbed = trainer(model, tmp_path / "b", max_steps=STEPS)

@@ -172,8 +172,8 @@ def test_a_server_without_it_is_reached_by_a_stream(
         with caplog.at_level(logging.INFO), kt.connect(server.address, transport="auto") as client:
             _pass(_open(client), 1)
             assert client.transport == "stream"
-    assert "there is no connection on this host, so tcp is used: the server was started with --same-host off" in caplog.text
-    assert "there is no connection to the server's data port, so stream is used: the server was started without" in caplog.text
+    assert "there is no connection on this host, so tcp is tried: the server was started with --same-host off" in caplog.text
+    assert "there is no connection to the server's data port, so stream is tried: the server was started without" in caplog.text
 
 
 def test_a_socket_that_is_not_here_is_told(

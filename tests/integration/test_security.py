@@ -188,6 +188,11 @@ def test_what_would_be_unsafe_does_not_start(
         (["--listen", "no-such-host.invalid:1", "--insecure-allow-remote"], 11, "the host name is not known"),
         (["--listen", f"unix:{readable}"], 11, "there is a file of that name that is no socket"),
         (["--listen", f"unix:{tmp_path}/none/kt.sock"], 11, "there is no directory"),
+        (["--listen", "127.0.0.1:0", "--data-listen", "0.0.0.0:0"], 2, "--data-listen 0.0.0.0:0 can be reached from other"),
+        (["--listen", "127.0.0.1:0", "--data-listen", "unix:/tmp/x"], 2, "--data-listen is unix:/tmp/x, expected HOST:PORT"),
+        (["--listen", "127.0.0.1:0", "--data-address", "a:1"], 2, "says where --data-listen is reached; give that, too"),
+        (["--listen", "127.0.0.1:0", "--data-listen", "127.0.0.1:0", "--data-address", "a:0"], 2, "the port that trainers"),
+        (["--listen", "127.0.0.1:0", "--data-listen", f"127.0.0.1:{port}"], 11, "cannot listen for data on"),
     ]
     for arguments, status, text in cases:
         got, stderr = refused(*model, *arguments)

@@ -6,27 +6,24 @@ import mmap
 import os
 import secrets
 import socket
-from collections.abc import Iterator
 
 import numpy as np
-from kt_expert_proto.codec import Decoder, Encoder
 from kt_expert_proto.handshake import ACCEPTED, CHALLENGE_BYTES, NONCE_BYTES, proof
-from kt_expert_proto.header import FrameError, FrameType, Header
-from kt_expert_proto.messages import Messages
+from kt_expert_proto.header import FrameError, Header
 from kt_expert_proto.same_host import CONTROL_BYTES, MAGIC, region_bytes
 from kt_expert_proto.shared import Place
 from kt_expert_proto.v1 import service_pb2 as pb
-from kt_expert_proto.v1.session_pb2 import ErrorDetail
 
-from support.raw import TIMEOUT_S, Frame, RawMember, _Bytes, _Collector
+from support.raw import TIMEOUT_S, _Bytes
+from support.raw_socket import RawSocket
 
 
-class RawSameHost(RawMember):
+class RawSameHost(RawSocket):
     """`lent` are the places of the server's region that it was shown and has not given back."""
 
-    def open(self) -> None:
+    def connect(self) -> socket.socket:
         offer = self.stub.OfferSameHost(pb.SameHostRequest(), metadata=self._metadata, timeout=TIMEOUT_S)
-        self.socket, self.descriptor = shake_hands(offer)
+        connection, self.descriptor = shake_hands(offer)
         self.region = region_bytes(self.descriptor)
         memory = np.frombuffer(mmap.mmap(self.descriptor, CONTROL_BYTES + 2 * self.region), np.uint8)
         self.outgoing, self.incoming = (
@@ -35,40 +32,17 @@ class RawSameHost(RawMember):
         )
         self.lent: list[Place] = []
         self.freed_places: list[Place] = []
-        self.end: ErrorDetail | None = None
-        self._encoder = Encoder(checksum=False)
-        self._collector = _Collector()
-        self._incoming = self._frames()
+        return connection
 
     def __exit__(self, *_: object) -> None:
-        self.socket.close()
+        super().__exit__()
         os.close(self.descriptor)
-        self.channel.close()
-
-    def send_bytes(self, message: bytes) -> None:
-        self.socket.sendall(message)
 
     def put(self, content: np.ndarray, place: Place) -> Place:
         """Writes a tensor's bytes there."""
         raw = np.ascontiguousarray(content).view(np.uint8).reshape(-1)
         self.outgoing[place.offset : place.offset + raw.nbytes] = raw
         return place
-
-    def _frames(self) -> Iterator[Frame]:
-        decoder: Decoder[_Bytes] = Decoder(self._collector, self)
-        messages = Messages(decoder)
-        while size := self.socket.recv_into(messages.room()):
-            for message in messages.received(size):
-                decoder.feed(message)
-                frames, self._collector.frames = self._collector.frames, []
-                yield from frames
-
-    def ended_with(self) -> ErrorDetail:
-        """The error that ended the stream."""
-        for _ in self._incoming:
-            pass
-        assert self.end is not None, "the stream ended without an error"
-        return self.end
 
     # ConnectionReceiver
 
@@ -80,12 +54,6 @@ class RawSameHost(RawMember):
 
     def freed(self, place: Place) -> None:
         self.freed_places.append(place)
-
-    def ended(self, payload: bytes) -> None:
-        self.end = ErrorDetail.FromString(payload)
-
-    def free(self, place: Place) -> None:
-        self.send((Header(FrameType.FREE), place.pack()))
 
 
 def shake_hands(offer: pb.SameHostOffer, *, secret: bytes | None = None) -> tuple[socket.socket, int]:

@@ -39,6 +39,7 @@ class ServerProcess:
         assert ready[0] == "ready"
         self.address = ready[1].removeprefix("grpc=")
         self.metrics_address = ready[2].removeprefix("metrics=")
+        self.data_address = ready[3].removeprefix("data=") if len(ready) > 3 else None
 
     def __enter__(self) -> ServerProcess:
         return self

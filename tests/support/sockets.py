@@ -14,3 +14,10 @@ def connections(listener: socket.socket) -> Iterator[socket.socket]:
         except OSError:
             return
         yield connection
+
+
+def free_port() -> int:
+    """A port that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -95,5 +95,5 @@ class Transports:
         if self.name == name:
             self.name = _ORDER[_ORDER.index(name) + 1]
             self._failures = 0
-            _log.info("there is no connection %s, so %s is used: %s", _WHAT[name], self.name, reason)
+            _log.info("there is no connection %s, so %s is tried: %s", _WHAT[name], self.name, reason)
         return None

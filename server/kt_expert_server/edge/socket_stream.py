@@ -218,7 +218,7 @@ class SocketStream:
                     self._wait_to_write(waits=True)
                     return
                 sent += before
-                if sent >= _TURN_BYTES:
+                if sent >= _TURN_BYTES and self._next_message():  # asked at once: what has left may be acknowledged now
                     self._wait_to_write(waits=False)
                     self._flush_soon()
                     return

@@ -11,7 +11,7 @@ from kt_expert_proto.header import (
     HEADER_BYTES,
     MAX_MESSAGE_BYTES,
     MAX_PAYLOAD_BYTES,
-    PREFIX,
+    PREFIX_BYTES,
     DamagedFrame,
     FrameError,
     FrameType,
@@ -19,6 +19,7 @@ from kt_expert_proto.header import (
     Op,
     Tensor,
     pack,
+    pack_prefix,
     unpack,
 )
 from kt_expert_proto.shared import Place
@@ -119,7 +120,7 @@ def test_a_half_received_tensor_is_given_back() -> None:
 
 def pieces(*contents: tuple[Header, int, int, bytes]) -> bytes:
     joined = b"".join(pack(*head, payload, checksum=True) + payload for *head, payload in contents)
-    return PREFIX.pack(PREFIX.size + len(joined)) + joined
+    return pack_prefix(PREFIX_BYTES + len(joined)) + joined
 
 
 HIDDEN = Header(FrameType.TENSOR, 1, tensor=Tensor.HIDDEN_STATES, dtype=Dtype.BF16, rows=4, columns=1)
@@ -143,7 +144,7 @@ def test_pieces_that_do_not_fit_are_refused(what: str) -> None:
 def test_a_message_cut_between_two_frames_is_found() -> None:
     (message,) = Encoder().messages([(Header(FrameType.ACK, 1), b""), (Header(FrameType.RELEASE, 1), b"")])
     with pytest.raises(DamagedFrame, match="and what it announces"):
-        transfer([message[: PREFIX.size + HEADER_BYTES]])
+        transfer([message[: PREFIX_BYTES + HEADER_BYTES]])
 
 
 def test_sequence_numbers_are_checked() -> None:
@@ -152,7 +153,7 @@ def test_sequence_numbers_are_checked() -> None:
         transfer(frames)
 
 
-@given(st.integers(0, PREFIX.size + HEADER_BYTES + 9), st.integers(0, 7))
+@given(st.integers(0, PREFIX_BYTES + HEADER_BYTES + 9), st.integers(0, 7))
 def test_every_changed_bit_is_found(at: int, bit: int) -> None:
     message = bytearray(next(iter(Encoder().messages([(Header(FrameType.ACK, 77, epoch=3), b"0123456789")]))))
     message[at] ^= 1 << bit
