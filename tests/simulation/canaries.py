@@ -6,6 +6,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
+import kt_expert_proto.codec as codec_module
 import kt_expert_proto.header as header_module
 from kt_expert_client.session.calls import Call
 from kt_expert_client.session.core import SessionCore
@@ -358,6 +359,7 @@ CANARIES = (
     Canary("a step waits for all ranks but one", patched(Barrier, "complete", _quorum)),
     Canary("a member goes with its stream", patched(ServerCore, "stream_closed", _member_goes_with_its_stream)),
     Canary("checksums are not compared", nothing(header_module, "_check")),
+    Canary("a piece received in its place is not checked", nothing(codec_module, "check_piece"), 3000),
     Canary("a request's tensors are never given back", patched(Entry, "drop_tensors", _request_tensors_kept)),
     Canary("a ticket's memory stays reserved", patched(Tickets, "drop", _tickets_reserved_for_ever)),
     Canary("the newest checkpoints are removed", patched(saving.Saving, "_prune", _oldest_kept)),

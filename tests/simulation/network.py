@@ -41,11 +41,16 @@ class Connection:
 
     def __init__(
         self, heap: EventHeap, rng: random.Random, faults: Callable[[], Faults], ends: tuple[End, End],
-        shared: Shared | None = None,
+        shared: Shared | None = None, *, is_socket: bool = False,
     ) -> None:  # fmt: skip
-        """`shared`: memory of both ends, who are on one host then. Nothing is lost, repeated or damaged between them."""
+        """`shared`: memory of both ends, who are on one host then. Nothing is lost, repeated or damaged between them.
+        `is_socket`: a bare one, whose bytes come in order or not at all, and in any bites."""
         self._heap, self._rng, self.shared = heap, rng, shared
-        self._faults = faults if shared is None else lambda: replace(faults(), lose=0.0, repeat=0.0, damage=0.0, truncate=0.0)
+        self.bites_rng = random.Random(rng.getrandbits(64)) if is_socket or shared is not None else None
+        if shared is not None:
+            self._faults = lambda: replace(faults(), lose=0.0, repeat=0.0, damage=0.0, truncate=0.0)
+        else:
+            self._faults = (lambda: replace(faults(), repeat=0.0, truncate=0.0)) if is_socket else faults
         self._ends = ends
         self._arrives = [0.0, 0.0]  # when the last message of each direction does: messages keep their order
         self._heard = [False, False]  # which side knows of the end

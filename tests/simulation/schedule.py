@@ -93,6 +93,7 @@ def _undisturbed(plan: Plan) -> tuple[str, dict[int, str]]:
 
 
 _ON_ONE_HOST = 0.5  # of the connections
+_OVER_A_SOCKET = 0.5  # of the others
 
 
 class World:
@@ -121,7 +122,8 @@ class World:
             return None
         nobody = _Nobody()
         shared = Shared() if self.rng.random() < _ON_ONE_HOST else None
-        connection = Connection(self.heap, self.rng, lambda: self.faults, (nobody, nobody), shared)
+        is_socket = self.rng.random() < _OVER_A_SOCKET
+        connection = Connection(self.heap, self.rng, lambda: self.faults, (nobody, nobody), shared, is_socket=is_socket)
         stream = self.server.accept(connection)
         if stream is None:
             return None

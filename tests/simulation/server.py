@@ -25,6 +25,7 @@ from simulation.heap import EventHeap
 from simulation.model import base_model
 from simulation.network import Connection
 from simulation.shared import Shared
+from simulation.sockets import Bites
 
 _TILE_TOKENS = (2, 1024)  # most batches are computed in several parts, or whole and together with others'
 _BUDGET_BYTES = 1 << 26
@@ -258,6 +259,7 @@ class _Stream:
         self._process, self.number, self.connection = process, number, connection
         self._encoder = Encoder(piece_bytes=process.piece_bytes)
         self._decoder: Decoder[PooledBuffer] = Decoder(self, None if connection.shared is None else self)
+        self._bites = None if connection.bites_rng is None else Bites(self._decoder, connection.bites_rng)
         self._waiting: list[Outbound] = []
         self._is_over = False
         self.tensors = None if connection.shared is None else connection.shared.serve(process.pool, self._free)
@@ -296,7 +298,7 @@ class _Stream:
         if self._is_over:
             return
         try:
-            self._decoder.feed(message)
+            (self._bites or self._decoder).feed(message)
         except FrameError as error:
             if self.tensors is not None:
                 raise AssertionError(f"a frame made no sense on one host: {error}") from error

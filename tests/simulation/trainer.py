@@ -18,6 +18,7 @@ from kt_expert_proto.status import STATUS_NUMBERS
 from simulation.calls import TIMEOUT_S
 from simulation.heap import EventHeap
 from simulation.network import Connection
+from simulation.sockets import Bites
 from simulation.training import Plan, Script, Training
 
 _REPLAY_BYTES = 1 << 24
@@ -282,6 +283,7 @@ class _Link:
         self._process, self.connection = process, connection
         self.encoder = Encoder(piece_bytes=process.plan.piece_bytes)
         self.decoder: Decoder[Buffer] = Decoder(self, None if connection.shared is None else self)
+        self._bites = None if connection.bites_rng is None else Bites(self.decoder, connection.bites_rng)
 
     def admit(self, header: Header) -> Buffer | None:
         return self._process.core.admit(header)
@@ -307,7 +309,7 @@ class _Link:
         if self is not self._process._link:
             return
         try:
-            self.decoder.feed(message)
+            (self._bites or self.decoder).feed(message)
         except FrameError as error:
             if self.connection.shared is not None:
                 raise AssertionError(f"a frame made no sense on one host: {error}") from error
