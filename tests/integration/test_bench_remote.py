@@ -16,7 +16,7 @@ TINY = LayerShape("tiny", 8, 256, 128, 2)
 def test_a_remote_call_beside_the_engines_own(in_flight: int) -> None:
     case = Case("tiny", TINY, 16, 1, in_flight=in_flight, calls=3)
     found = measure_remote([case], 2)
-    assert [each.transport for each in found] == ["stream", "same-host"]
+    assert [each.transport for each in found] == ["stream", "tcp", "same-host"]
     for each in found:
         assert len(each.local) == len(each.remote) == 2
         assert each.ratio > 1.0
@@ -29,11 +29,10 @@ def test_the_report_has_every_case(tmp_path: Path) -> None:
     ]
     found = measure_remote(wanted, 1)
     report = remote_as_json(found)
-    kinds = [
-        f"{prefix}_ratio{cores}{two}" for prefix in ("stream", "shm") for cores in ("", "_all_cores") for two in ("", "_two")
-    ]
-    stalls = {"stream_stall_ms", "shm_stall_ms"}
-    assert report.keys() == {*kinds, *stalls, "decode_extra_ms_stream", "decode_extra_ms_shm", "in_process_ms"}
+    ways = ("stream", "data_plane", "shm")
+    kinds = [f"{way}_ratio{cores}{two}" for way in ways for cores in ("", "_all_cores") for two in ("", "_two")]
+    beside = [name for way in ways for name in (f"{way}_stall_ms", f"decode_extra_ms_{way}")]
+    assert report.keys() == {*kinds, *beside, "in_process_ms"}
     console = Console(record=True, width=140)
     print_remote(console, found)
     assert "one token" in console.export_text()

@@ -31,7 +31,7 @@ with kt.connect(sys.argv[1]) as client:
 TOOL = (sys.executable, "-m", "kt_expert_server.cli.tool", "trace")
 
 
-@pytest.mark.parametrize("transport", ["stream", "same-host"])
+@pytest.mark.parametrize("transport", ["stream", "tcp", "same-host"])
 def test_every_call_is_accounted_for(server: ServerProcess, transport: str) -> None:
     heard: list[CallTimes] = []
     registry = CollectorRegistry()

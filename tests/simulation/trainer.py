@@ -82,6 +82,7 @@ class TrainerProcess:
         self._link: _Link | None = None
         self._script: Script | None = None
         self._aside: Call | None = None  # nobody waits for it
+        self._cancelled: set[Call] = set()
         self._tick_at: float | None = None
         self._tick()
 
@@ -253,6 +254,7 @@ class TrainerProcess:
 
     def _cancel(self, call: Call) -> None:
         if call in self.core._in_flight:
+            self._cancelled.add(call)
             self.core.cancel(call)
             self.carry_out()
 
@@ -260,6 +262,10 @@ class TrainerProcess:
 
     def cancel_later(self, call: Call, most_s: float) -> None:
         self.after(most_s * self._rng.random(), self._cancel, call)
+
+    def was_cancelled(self, call: Call) -> bool:
+        """By this trainer, whose calls nobody else may end."""
+        return call in self._cancelled
 
     def release_later(self, ticket: int, delay_s: float) -> None:
         self.after(delay_s, self._release, ticket)

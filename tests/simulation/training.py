@@ -84,6 +84,7 @@ class Process(Protocol):
     results: dict[Tensor, Buffer]  # of the latest outcome
 
     def cancel_later(self, call: Call, most_s: float) -> None: ...
+    def was_cancelled(self, call: Call) -> bool: ...
     def release_later(self, ticket: int, delay_s: float) -> None: ...
     def ask_aside(self, call: Call) -> None: ...
 
@@ -192,7 +193,8 @@ class Training:
             call, error = yield make()
             if error is None:
                 return call
-            assert isinstance(error, Cancelled), f"{call.op.name} failed: {type(error).__name__}: {error}"
+            told = f"{call.op.name} failed: {type(error).__name__}: {error}"
+            assert isinstance(error, Cancelled) and self._process.was_cancelled(call), told  # noqa: PT018
 
     def _evaluate(self, layer: int, x: np.ndarray, ids: np.ndarray, weights: np.ndarray) -> Script:
         """A forward whose ticket nobody uses."""

@@ -20,6 +20,7 @@ from support.batches import LAYERS, LORA, batch, train_step
 from support.models import save_checkpoint
 from support.proxy import FaultProxy, SameHostProxy
 from support.server import ServerProcess
+from support.sockets import free_port
 
 TRAINERS = 3
 TROUBLE = 0.2  # chance that a round is cancelled, and that one ends without a word
@@ -46,7 +47,7 @@ class Sample:
 def trainer(address: str, seed: int, stop: threading.Event, rounds: list[int]) -> None:
     rng = random.Random(seed)
     while not stop.is_set():
-        client = kt.connect(address, transport=("stream", "same-host")[seed % 2])
+        client = kt.connect(address, transport=("stream", "same-host", "tcp")[seed % 3])
         run = client.open_run(lora=LORA, wire_dtype="fp32", seed=seed)
         for round_ in range(rng.randrange(1, 12)):
             if stop.is_set():
@@ -116,18 +117,21 @@ def main(minutes: float) -> int:
         checkpoint = save_checkpoint("qwen3_moe", Path(directory) / "model")
         own, cut = Path(directory) / "own", Path(directory) / "cut"
         os.environ["KT_EXPERT_SAME_HOST_DIR"] = str(cut)
-        with (
-            ServerProcess(checkpoint, Path(directory) / "log", *FORGETFUL, "--same-host", str(own)) as server,
-            FaultProxy(server.address) as proxy,
-            SameHostProxy(own, cut) as other,
-        ):
-            return _soak(server, proxy, other, minutes)
+        port = free_port()
+        with FaultProxy(f"127.0.0.1:{port}") as data:
+            options = ("--same-host", str(own), "--data-listen", f"127.0.0.1:{port}", "--data-address", data.address)
+            with (
+                ServerProcess(checkpoint, Path(directory) / "log", *FORGETFUL, *options) as server,
+                FaultProxy(server.address) as proxy,
+                SameHostProxy(own, cut) as other,
+            ):
+                return _soak(server, proxy, other, data, minutes)
 
 
-def _soak(server: ServerProcess, proxy: FaultProxy, other: SameHostProxy, minutes: float) -> int:
+def _soak(server: ServerProcess, proxy: FaultProxy, other: SameHostProxy, data: FaultProxy, minutes: float) -> int:
     stop, rounds, watch = threading.Event(), [0] * TRAINERS, Watch(server)
     threads = [threading.Thread(target=trainer, args=(proxy.address, seed, stop, rounds)) for seed in range(TRAINERS)]
-    threads.append(threading.Thread(target=trouble, args=((proxy, other), stop)))
+    threads.append(threading.Thread(target=trouble, args=((proxy, other, data), stop)))
     for thread in threads:
         thread.start()
     deadline = time.monotonic() + 60 * minutes
@@ -145,6 +149,7 @@ def _soak(server: ServerProcess, proxy: FaultProxy, other: SameHostProxy, minute
     grew = grew or heap > MOST_GROWTH_PER_MINUTE or resident > MOST_RESIDENT_GROWTH
     print(
         f"soak: {minutes:g} minutes, {sum(rounds)} steps, {proxy.cuts} cuts of streams, {other.cuts} of shared memory, "
+        f"{data.cuts} of the data port, "
         f"heap {heap / 1024:+.0f} KiB a minute, resident memory {resident / 1024:+.0f} KiB, "
         f"descriptors {min(descriptors)} to {max(descriptors)}, threads {min(threads_seen)} to {max(threads_seen)}, "
         f"trainers that failed {died}"
