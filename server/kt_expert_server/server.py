@@ -101,21 +101,23 @@ class Server:
         """Serves until SIGTERM or SIGINT, then drains. Raises ListenError or ModelError before it is ready."""
         self._install_signals()
         metrics_address = await self._observe.start(self._config.metrics_listen)
-        grpc_server, grpc_address = await self._start_grpc()
         try:
-            for beside in self._beside_grpc():
+            for beside in self._beside_grpc():  # before gRPC, which offers them
                 beside.start()
-            model = await self._load(on_loaded_bytes)
-            if model is not None:
-                _warn_of_misplaced(model)
-                self._driver.do(lambda _: self._core.become_ready(model))
-                await self._set_health(serving=self._core.state is State.READY)
-                data_address = self._data_plane.address if self._data_plane is not None else None
-                on_ready(grpc_address, metrics_address, data_address)
-                await self._stop.wait()
-            await self._drain(grpc_server)
+            grpc_server, grpc_address = await self._start_grpc()
+            try:
+                model = await self._load(on_loaded_bytes)
+                if model is not None:
+                    _warn_of_misplaced(model)
+                    self._driver.do(lambda _: self._core.become_ready(model))
+                    await self._set_health(serving=self._core.state is State.READY)
+                    data_address = self._data_plane.address if self._data_plane is not None else None
+                    on_ready(grpc_address, metrics_address, data_address)
+                    await self._stop.wait()
+                await self._drain(grpc_server)
+            finally:
+                await grpc_server.stop(0)
         finally:
-            await grpc_server.stop(0)
             for beside in self._beside_grpc():
                 await beside.stop()
             await self._observe.stop()

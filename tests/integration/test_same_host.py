@@ -182,7 +182,7 @@ def test_a_socket_that_is_not_here_is_told(
     monkeypatch.setenv("KT_EXPERT_SAME_HOST_DIR", str(tmp_path))
     with caplog.at_level(logging.INFO), kt.connect(server.address, transport="auto") as client:
         _open(client)
-        assert client.transport == "stream"
+        assert client.transport == "tcp"  # the next one
     assert f"its socket {tmp_path}/" in caplog.text
     assert "is not to be reached from here: No such file or directory" in caplog.text
 
@@ -214,7 +214,7 @@ def test_somebody_elses_socket_gets_neither_secret_nor_trust(
             with caplog.at_level(logging.INFO):
                 run = _open(client)
             thread.join()
-            assert client.transport == "stream"
+            assert client.transport == "tcp"  # the next one
             _pass(run, 1)
     assert "the memory has seals" in caplog.text
 

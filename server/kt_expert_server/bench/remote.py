@@ -14,6 +14,7 @@ from typing import Any
 
 import kt_expert_native as native
 import numpy as np
+from kt_expert_proto.malloc import keep_freed_memory
 from rich.console import Console
 from rich.table import Table
 from safetensors.numpy import save_file
@@ -90,6 +91,7 @@ def cases(cores: int) -> list[Case]:
 
 def measure_remote(wanted: list[Case], repeats: int) -> list[Figures]:
     """Raises InvalidRequest where the client's package is not there."""
+    keep_freed_memory()  # as the server does: otherwise fresh pages would count for the engine
     found = []
     with tempfile.TemporaryDirectory() as folder:
         for case in wanted:

@@ -24,7 +24,7 @@ _REFUSALS = {
 
 
 class Outgoing:
-    """Frames that wait to be sent, an iterator over them. Their buffers are held until the encoder has copied them. `lend`
+    """Frames that wait to be sent, an iterator over them. Their buffers are held until the encoder has done with them. `lend`
     gives the place of a buffer that the trainer sees, which is sent in its stead."""
 
     def __init__(
@@ -81,7 +81,8 @@ class Outgoing:
         return op.name.lower() if op in (Op.FORWARD, Op.BACKWARD) else None
 
     def release_copied(self) -> None:
-        """To be called with each message that the encoder yields, before it is sent: its trainer may acknowledge at once."""
+        """To be called with each message that the encoder yields: before it is sent where that is a copy, and when it has been
+        sent where it is not. Its trainer may acknowledge as soon as it has it."""
         for buffer in self._copied:
             buffer.release()
         self._copied.clear()

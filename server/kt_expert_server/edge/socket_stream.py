@@ -116,9 +116,8 @@ class SocketStream:
         if self._is_ending:
             return
         if error is not None:
-            self._unsent = [
-                bytes(part) for part in self._unsent
-            ]  # the rest of a message has to leave, its memory may be another's
+            # The rest of a message that was begun has to leave, and its memory will be another's.
+            self._unsent = [bytes(part) for part in self._unsent]
             self._outgoing.clear()
             self._writing = None
             self._add(Header(FrameType.END), error_detail(error).SerializeToString())

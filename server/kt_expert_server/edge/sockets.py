@@ -101,17 +101,24 @@ async def receive(wire: Wire, size: int) -> bytes:
 async def begin_tls(connection: socket.socket, context: ssl.SSLContext) -> TlsWire:
     """The server's side of TLS's handshake. The wire has the socket then. Raises OSError."""
     secured = context.wrap_socket(connection, server_side=True, do_handshake_on_connect=False)
+    try:
+        await _shake_hands(secured)
+    except BaseException:
+        secured.close()
+        raise
+    return TlsWire(secured)
+
+
+async def _shake_hands(secured: ssl.SSLSocket) -> None:
     while True:
         try:
             secured.do_handshake()
-            return TlsWire(secured)
         except ssl.SSLWantReadError:
             await _until_readable(secured.fileno())
         except ssl.SSLWantWriteError:
             await _until_writable(secured.fileno())
-        except BaseException:
-            secured.close()
-            raise
+        else:
+            return
 
 
 def refuse(wire: Wire, reason: str) -> None:
