@@ -19,6 +19,7 @@ from kt_expert_client.adapter import ActiveAdapter, AdapterTensors, GradientTarg
 from kt_expert_client.adapters import RunAdapters
 from kt_expert_client.asking import Asking
 from kt_expert_client.errors import InvalidRequest
+from kt_expert_client.fast_forward import FastForward, FastForwards
 from kt_expert_client.optimizers import ParamGroup, Update, step_groups
 from kt_expert_client.profile.recorder import Recorder
 from kt_expert_client.profile.times import Stamps
@@ -36,10 +37,22 @@ _SEEDS = 1 << 64
 class ForwardHandle:
     """A forward in flight."""
 
-    def __init__(self, pending: Pending, output: Delivery, recorder: Recorder) -> None:
-        self.pending = pending
-        self._output = output
-        self._recorder = recorder
+    def __init__(
+        self, asked: Pending | FastForward, output: Delivery, recorder: Recorder, like_it: FastForwards | None = None
+    ) -> None:  # fmt: skip
+        """`like_it` hears by which number the like of it may be asked for."""
+        self._fast = asked if isinstance(asked, FastForward) else None
+        self._pending = None if isinstance(asked, FastForward) else asked
+        self._output, self._recorder, self._like_it = output, recorder, like_it
+        self._result: torch.Tensor | None = None  # of a fast one
+
+    @property
+    def pending(self) -> Pending:
+        """The request as the session has it. One that was not the session's becomes so."""
+        if self._pending is None:
+            assert self._fast is not None  # noqa: S101
+            self._pending, self._fast = self._fast.ordinary(), None
+        return self._pending
 
     @property
     def ticket(self) -> int:
@@ -49,11 +62,24 @@ class ForwardHandle:
 
     def result(self, timeout_s: float | None = None) -> torch.Tensor:
         """The output [T, H] on the device and in the dtype of the hidden states. Raises the request's error."""
+        if self._result is None and self._pending is None and self._fast is not None:
+            self._result = self._fast.result()
+        if self._result is not None:
+            return self._result
         wanted = time.monotonic()
         self.pending.wait(timeout_s)
         output = self._output.tensor(_received(self.pending, Tensor.OUTPUT))
         self._recorder.end(self.pending.call, wanted)
+        if self._like_it is not None and self.pending.call.head is not None:
+            self._like_it.learn(self.pending.call.head.fast_entry)
         return output
+
+    def abandon(self, session: Session) -> None:
+        """Nobody will ask for its result."""
+        if self._pending is not None:
+            session.abandon(self._pending)
+        elif self._fast is not None and self._result is None:
+            self._fast.drop()
 
 
 class BackwardHandle:
@@ -151,18 +177,29 @@ class Run:
             self._out(Tensor.ROUTING_WEIGHTS, Dtype.FP32, routing_weights, borrow=borrow),
             self._out(Tensor.HIDDEN_STATES, self._wire, hidden_states, borrow=borrow),
         )
-        forward = pb.Forward(
-            top_k=expert_ids.shape[1],
-            save_for_backward=save_for_backward,
-            adapters=[each.to_proto() for each in (self._default if adapters is None else adapters)],
-            dropout_seed=seed,
-        )
-        opened = pb.RequestOpen(forward=forward, timed=stamps is not None)
-        call = self._pass(Op.FORWARD, layer, tokens, hidden, opened, sent, timeout_s, stamps)
-        call.expects = {Tensor.OUTPUT: tokens * hidden * ITEM_BYTES[self._wire]}
-        call.pinned = hidden_states.is_cuda
+        active = self._default if adapters is None else tuple(adapters)
         output = Delivery(self._staging, self._wire, (tokens, hidden), hidden_states.device, hidden_states.dtype)
-        return ForwardHandle(self._session.submit(call), output, self._recorder)
+        size, pinned = tokens * hidden * ITEM_BYTES[self._wire], hidden_states.is_cuda
+
+        def ask() -> Pending:
+            forward = pb.Forward(
+                top_k=expert_ids.shape[1],
+                save_for_backward=save_for_backward,
+                adapters=[each.to_proto() for each in active],
+                dropout_seed=seed,
+            )
+            opened = pb.RequestOpen(forward=forward, timed=stamps is not None)
+            call = self._pass(Op.FORWARD, layer, tokens, hidden, opened, sent, timeout_s, stamps)
+            call.expects, call.pinned = {Tensor.OUTPUT: size}, pinned
+            return self._session.submit(call)
+
+        if save_for_backward or seed or stamps is not None:
+            return ForwardHandle(ask(), output, self._recorder)
+        like_it = FastForwards(self._session, (layer, expert_ids.shape[1], active))
+        begun = like_it.begin(sent)
+        if begun is None:
+            return ForwardHandle(ask(), output, self._recorder, like_it)
+        return ForwardHandle(FastForward(begun, sent, output, ask), output, self._recorder, like_it)
 
     def submit_backward(
         self,
@@ -221,7 +258,7 @@ class Run:
     def abandon(self, forward: ForwardHandle) -> None:
         """Nobody will ask for its result. Never waits and never fails; what it kept is freed."""
         if not self._closed:
-            self._session.abandon(forward.pending)
+            forward.abandon(self._session)
 
     def grad_norm(self, timeout_s: float = DEFAULT_BARRIER_TIMEOUT_S, *, order: float = 2.0) -> float:
         """Barrier: norm of the gradients of the adapter the run began with, averaged over the world size."""

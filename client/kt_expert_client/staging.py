@@ -7,7 +7,9 @@ plain copy.
 
 from __future__ import annotations
 
+import math
 import threading
+from collections.abc import Callable
 
 import torch
 from kt_expert_proto.dtypes import TORCH_NAMES, Dtype
@@ -22,8 +24,9 @@ def byte_view(tensor: torch.Tensor) -> memoryview:
     """The bytes of a contiguous CPU tensor, not copied."""
     if not tensor.numel():
         return memoryview(bytearray())  # an empty result is written into like others
-    view: memoryview = tensor.view(torch.uint8).reshape(-1).numpy().data
-    return view
+    known = tensor if tensor.dtype is not torch.bfloat16 else tensor.view(torch.int16)  # numpy has no bf16
+    view: memoryview = known.numpy().data
+    return view.cast("B")
 
 
 class HostTensor:
@@ -85,7 +88,9 @@ class Staging:
     def to_host(self, tensor: torch.Tensor, dtype: Dtype, *, borrow: bool) -> HostTensor:
         """A detached host copy. `borrow`: the tensor does not change until the outcome of its request is there, so a CPU
         tensor that is contiguous and of that dtype is used as it lies, and the device need not wait for the copy."""
-        source, wanted = tensor.detach(), TORCH_DTYPES[dtype]
+        source, wanted = tensor.detach() if tensor.requires_grad else tensor, TORCH_DTYPES[dtype]
+        if borrow and source.is_cpu and source.dtype is wanted and source.is_contiguous():
+            return HostTensor(source)
         if not source.is_cuda:
             host = source.to(dtype=wanted, device="cpu").contiguous()
             is_callers = host.untyped_storage().data_ptr() == source.untyped_storage().data_ptr()
@@ -163,3 +168,14 @@ class Delivery:
             self._delivered = self._staging.to_device(host, self._device, self._dtype)
             received.release()
         return self._delivered
+
+    def receive(self, fill: Callable[[memoryview], bool]) -> torch.Tensor | None:
+        """The same for a tensor whose bytes `fill` receives; None where it says that there are none. To be called once."""
+        if self._device.type != "cuda":
+            host = torch.empty(self._shape, dtype=self._wire)
+            return host.to(dtype=self._dtype, device=self._device) if fill(byte_view(host)) else None
+        buffer = self._staging.buffer(math.prod(self._shape) * self._wire.itemsize, pinned=True)
+        if not fill(buffer.view):
+            buffer.release()
+            return None
+        return self.tensor(buffer)

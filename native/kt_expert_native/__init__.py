@@ -11,6 +11,8 @@ bits. Errors::
 """
 
 from kt_expert_native._core import (
+    FAST_PAYLOAD_BYTES,
+    FAST_TOKENS,
     MAX_MEMORY_NODES,
     AdapterSpec,
     AdapterTensors,
@@ -18,6 +20,8 @@ from kt_expert_native._core import (
     CancelToken,
     DeadlineExceeded,
     Engine,
+    FastPath,
+    Gate,
     InvalidArgument,
     LayerSpec,
     LayerStep,
@@ -34,11 +38,15 @@ from kt_expert_native._core import (
 )
 
 __all__ = [
+    "FAST_PAYLOAD_BYTES",
+    "FAST_TOKENS",
     "MAX_MEMORY_NODES",
     "CancelToken",
     "Cancelled",
     "DeadlineExceeded",
     "Engine",
+    "FastPath",
+    "Gate",
     "InvalidArgument",
     "LayerSpec",
     "LayerStep",

@@ -201,3 +201,34 @@ MAX_MEMORY_NODES: int
 def list_memory_nodes() -> list[tuple[int, list[int]]]: ...
 def list_isas() -> list[tuple[str, str]]: ...
 def measure_loops(threads: int, tasks: int, task_s: float, loops: int) -> float: ...
+
+FAST_PAYLOAD_BYTES: int
+FAST_TOKENS: int
+
+class Gate:
+    """Whoever is inside has the engine for itself, and whatever its operations read and write. A context manager."""
+
+    def __init__(self) -> None: ...
+    def __enter__(self) -> None: ...
+    def __exit__(self, *_: object) -> None: ...
+
+class FastPath:
+    """Small forwards that keep nothing, from a socket to the engine and back without the interpreter (fast_path.h)."""
+
+    def __init__(self, engine: Engine, gate: Gate, descriptor: int, spin_s: float, first_entry: int) -> None:
+        """Takes the descriptor of a stream socket that waits."""
+
+    def grant(
+        self, weights: LayerWeights, adapter: AdapterTensors | None, scales: tuple[float, float, float] | None, dtype: str,
+        top_k: int,
+    ) -> int:  # fmt: skip
+        """By which the other end asks. Weights and adapter have to live until it is revoked. Raises InvalidArgument."""
+
+    def revoke(self) -> None:
+        """Nothing that was granted is used any more when this returns."""
+
+    def stop(self) -> None:
+        """Ends the connection, and waits for a forward that is under way."""
+
+    def take_counts(self) -> dict[str, float]:
+        """forwards, tokens, flops, seconds and busy, since the last call."""

@@ -1,8 +1,8 @@
 """How a trainer and a server on one host meet, and the memory that both see.
 
-The handshake on a unix socket is that of kt_expert_proto/handshake.py. With its proof the server sends the memory, as a
-descriptor; the client's proof is about the NONCE_BYTES at the front of it, so the client shows that it sees the very memory
-that the server does.
+The handshake on a unix socket is that of kt_expert_proto/handshake.py. With its proof the server sends two descriptors: the
+memory, and an end of a socket for small forwards (kt_expert_proto/fast_path.py). The client's proof is about the NONCE_BYTES
+at the front of the memory, so the client shows that it sees the very memory that the server does.
 
 The memory is a file without a name, of a size that nobody can change (F_SEAL_SHRINK, F_SEAL_GROW, F_SEAL_SEAL): a control
 page, then the region that the client writes, then the one that the server writes, both equally large.

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import kt_expert_native as native
+from kt_expert_proto.fast_path import MOST_SPIN_US
 
 from kt_expert_server.cgroups import cpu_limit, memory_limit
 from kt_expert_server.errors import InvalidRequest
@@ -28,6 +29,7 @@ DEFAULT_CALLS_PER_SECOND = 10.0
 ISA_VARIABLE = "KT_EXPERT_ISA"  # forces an instruction set
 _ADDRESS = re.compile(r"^(?P<host>[^:\s]+|\[[0-9a-fA-F:]+\]):(?P<port>\d{1,5})$")
 _MAX_PORT = 65535
+_US_PER_S = 1_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,19 +86,23 @@ class SameHostPlace:
 
     directory: Path
     is_wanted: bool
+    spin_s: float = 0.0  # that the server looks for a small forward before it sleeps
 
     @classmethod
-    def parse(cls, text: str) -> SameHostPlace | None:
-        """DIR, `auto` for one of the user's own, or `off`. Raises InvalidRequest for a relative path."""
+    def parse(cls, text: str, spin_us: int = 0) -> SameHostPlace | None:
+        """DIR, `auto` for one of the user's own, or `off`. Raises InvalidRequest for a relative path, or too long a spin."""
+        if not 0 <= spin_us <= MOST_SPIN_US:
+            raise InvalidRequest(f"--spin is {spin_us}, expected microseconds from 0 to {MOST_SPIN_US}")
+        spin_s = spin_us / _US_PER_S
         if text == "off":
             return None
         if text == "auto":
             runtime = os.environ.get("XDG_RUNTIME_DIR", "")
             own = Path(runtime) / "kt-expert" if runtime else Path(tempfile.gettempdir()) / f"kt-expert-{os.geteuid()}"
-            return cls(own, is_wanted=False)
+            return cls(own, is_wanted=False, spin_s=spin_s)
         if not Path(text).is_absolute():
             raise InvalidRequest(f"--same-host is {text!r}, expected an absolute path, auto or off")
-        return cls(Path(text), is_wanted=True)
+        return cls(Path(text), is_wanted=True, spin_s=spin_s)
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,7 @@ from importlib.metadata import version
 from typing import Any
 
 import grpc
+import kt_expert_native as native
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 from kt_expert_proto.channel import SERVER_OPTIONS
@@ -79,12 +80,13 @@ class Server:
         if self._store is not None:
             self._store.prepare()
         self._core = ServerCore(self._tools, config.limits, self._store)
-        self._driver = Driver(self._core, self._metrics)
+        gate = native.Gate()
+        self._driver = Driver(self._core, self._metrics, gate)
         check_security(config.listen, config.security)
         tokens = config.security.token_file
         authenticator = Authenticator() if tokens is None else Authenticator.from_file(tokens)
         self._entrance = Entrance(authenticator, Pace(config.calls_per_second, self._metrics.paced))
-        parts = Parts(self._driver, self._metrics, self._entrance.pace, self._budget, pool)
+        parts = Parts(self._driver, self._metrics, self._entrance.pace, self._budget, pool, engine, gate)
         self._same_host, self._data_plane = self._make_same_host(parts), self._make_data_plane(parts)
         self._observe = ObserveServer(
             lambda: self._core.state, lambda: self._metrics.render(self._core, self._budget, engine.threads)
@@ -181,7 +183,7 @@ class Server:
         if place is None:
             return None
         try:
-            return SameHost(place.directory, parts)
+            return SameHost(place.directory, parts, place.spin_s)
         except ListenError as error:
             if place.is_wanted:
                 raise

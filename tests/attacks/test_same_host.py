@@ -59,17 +59,19 @@ def _forward(attacker: RawSameHost, request_id: int) -> list[tuple[Header, bytes
 
 
 def test_the_secret_has_to_be_known(attacker: RawSameHost) -> None:
-    connection, descriptor = shake_hands(_offer(attacker), secret=bytes(32))
+    connection, *descriptors = shake_hands(_offer(attacker), secret=bytes(32))
     with connection:
         assert b"has not shown that it sees this server's memory" in connection.recv(1024)
-    os.close(descriptor)
+    for each in descriptors:
+        os.close(each)
 
 
 def test_an_offer_is_good_once_and_for_one(attacker: RawSameHost) -> None:
     offer = _offer(attacker)
-    connection, descriptor = shake_hands(offer)
+    connection, *descriptors = shake_hands(offer)
     connection.close()
-    os.close(descriptor)
+    for each in descriptors:
+        os.close(each)
     for offer_id in (offer.offer_id, bytes(16)):
         with pytest.raises(FrameError, match="was not offered, or not lately"):
             shake_hands(pb.SameHostOffer(socket_path=offer.socket_path, offer_id=offer_id, secret=offer.secret))

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import kt_expert_client as kt
+import kt_expert_native as native
 import pytest
 import torch
 from kt_expert_client.run import Run
@@ -130,7 +131,7 @@ def test_memory_is_counted_and_given_back(server: ServerProcess) -> None:
     before = shared()
     with kt.connect(server.address, transport="same-host") as client:
         run = _open(client)
-        assert shared() - before == 4096 + 2 * len(_memory(run)._outgoing)
+        assert shared() - before == 4096 + 2 * len(_memory(run)._outgoing) + 2 * native.FAST_PAYLOAD_BYTES
     wait_until(lambda: shared() <= before)
 
 
@@ -205,7 +206,7 @@ def test_somebody_elses_socket_gets_neither_secret_nor_trust(
                     connection.recv(1024)
                     descriptor = os.memfd_create("impostor", os.MFD_ALLOW_SEALING)
                     os.ftruncate(descriptor, 3 * 4096)
-                    socket.send_fds(connection, [b"\1" + bytes(32)], [descriptor])
+                    socket.send_fds(connection, [b"\1" + bytes(32)], [descriptor, descriptor])
                     os.close(descriptor)
                     connection.recv(1024)
 

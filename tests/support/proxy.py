@@ -13,6 +13,7 @@ from pathlib import Path
 from support.sockets import connections
 
 _CHUNK = 65536
+_DESCRIPTORS = 2  # that come with the shared memory
 _LOOK_S = 0.02  # for sockets of servers that were started again
 
 
@@ -152,7 +153,7 @@ class SameHostProxy(_Faults):
 def _received(source: socket.socket) -> tuple[bytes, list[int]]:
     if source.family != socket.AF_UNIX:
         return source.recv(_CHUNK), []
-    data, descriptors, _, _ = socket.recv_fds(source, _CHUNK, 1)
+    data, descriptors, _, _ = socket.recv_fds(source, _CHUNK, _DESCRIPTORS)
     return data, descriptors
 
 

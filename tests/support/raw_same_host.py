@@ -23,7 +23,7 @@ class RawSameHost(RawSocket):
 
     def connect(self) -> socket.socket:
         offer = self.stub.OfferSameHost(pb.SameHostRequest(), metadata=self._metadata, timeout=TIMEOUT_S)
-        connection, self.descriptor = shake_hands(offer)
+        connection, self.descriptor, self.fast_descriptor = shake_hands(offer)
         self.region = region_bytes(self.descriptor)
         memory = np.frombuffer(mmap.mmap(self.descriptor, CONTROL_BYTES + 2 * self.region), np.uint8)
         self.outgoing, self.incoming = (
@@ -37,6 +37,7 @@ class RawSameHost(RawSocket):
     def __exit__(self, *_: object) -> None:
         super().__exit__()
         os.close(self.descriptor)
+        os.close(self.fast_descriptor)
 
     def put(self, content: np.ndarray, place: Place) -> Place:
         """Writes a tensor's bytes there."""
@@ -56,16 +57,16 @@ class RawSameHost(RawSocket):
         self.freed_places.append(place)
 
 
-def shake_hands(offer: pb.SameHostOffer, *, secret: bytes | None = None) -> tuple[socket.socket, int]:
+def shake_hands(offer: pb.SameHostOffer, *, secret: bytes | None = None) -> tuple[socket.socket, int, int]:
     """Connects as the client does. Raises FrameError with the server's sentence where it refuses."""
     connection = socket.socket(socket.AF_UNIX)
     connection.settimeout(TIMEOUT_S)
     connection.connect(offer.socket_path)
     connection.sendall(MAGIC + offer.offer_id + secrets.token_bytes(CHALLENGE_BYTES))
-    answer, descriptors, _, _ = socket.recv_fds(connection, 1024, 1)
+    answer, descriptors, _, _ = socket.recv_fds(connection, 1024, 2)
     if answer[:1] != ACCEPTED:
         connection.close()
         raise FrameError(answer[1:].decode())
     nonce = os.pread(descriptors[0], NONCE_BYTES, 0)
     connection.sendall(proof(secret or offer.secret, b"client", nonce))
-    return connection, descriptors[0]
+    return connection, descriptors[0], descriptors[1]

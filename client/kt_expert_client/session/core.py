@@ -94,6 +94,15 @@ class SessionCore:
             return False
         return self._in_flight.has_room(size_bytes, self.joined)
 
+    @property
+    def is_steady(self) -> bool:
+        """Joined, and nothing is on its way that changes what a forward computes with."""
+        return (
+            self._phase is Phase.JOINED
+            and self._postponed is None
+            and not any(call.changes_state for call in self._in_flight.calls.values())
+        )
+
     def submit(self, call: Call, now: float) -> None:
         """Takes a call for which there is room. Raises why the session has ended, or OutOfCapacity."""
         if self.failure is not None:

@@ -19,6 +19,7 @@ from kt_expert_client.session.core import SessionCore
 from kt_expert_client.session.inflight import ANSWER_SLACK_S
 from kt_expert_client.waiting import SILENT_S
 from kt_expert_client.wire.base import Opener, Transport
+from kt_expert_client.wire.fast_path import FastPath
 
 _log = logging.getLogger(__name__)
 _LEAVE_TIMEOUT_S = 10.0
@@ -140,6 +141,14 @@ class Session:
                 raise
             self._carry_out()
         return pending
+
+    def fast_path(self) -> FastPath | None:
+        """For a forward that keeps nothing, where it may be asked for now: what was submitted before comes first."""
+        with self._lock:
+            link = self._link
+            if link is None or link.transport is None or not self._core.is_steady or os.getpid() != self._pid:
+                return None
+            return link.transport.fast_path
 
     def cancel(self, call: Call) -> None:
         with self._lock:

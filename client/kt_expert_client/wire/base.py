@@ -24,6 +24,7 @@ from kt_expert_proto.codec import Buffer, Outbound
 from kt_expert_proto.header import FrameType, Header
 
 from kt_expert_client.errors import KtExpertError
+from kt_expert_client.wire.fast_path import FastPath
 
 QUIET = (FrameType.ACK, FrameType.RELEASE)
 MAX_QUIET_S = 0.001  # far below what a call takes, and long enough for the next one of a model's forward
@@ -47,6 +48,10 @@ class Receiver(Protocol):
 
 class Transport(Protocol):
     """One connection."""
+
+    @property
+    def fast_path(self) -> FastPath | None:
+        """For small forwards that keep nothing, where the connection has one."""
 
     def send(self, frames: Sequence[Outbound]) -> None: ...
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import grpc
+from kt_expert_proto.fast_path import MOST_SPIN_US
 from kt_expert_proto.v1 import service_pb2 as pb
 from kt_expert_proto.v1 import service_pb2_grpc
 
@@ -18,18 +19,18 @@ from kt_expert_client.wire import data_plane, same_host
 from kt_expert_client.wire.base import Receiver, Transport
 from kt_expert_client.wire.grpc_stream import GrpcStreamTransport, Metadata
 from kt_expert_client.wire.same_host import connect_same_host
-from kt_expert_client.wire.shared_memory import SharedMemory
-from kt_expert_client.wire.socket_transport import Connector, NotPossibleError, SocketTransport
-from kt_expert_client.wire.sockets import Wire
+from kt_expert_client.wire.socket_transport import Connected, Connector, NotPossibleError, SocketTransport
 
 TRANSPORT_VARIABLE = "KT_EXPERT_TRANSPORT"
 DIRECTORY_VARIABLE = "KT_EXPERT_SAME_HOST_DIR"  # where this process sees the directory of the server's socket, if elsewhere
 AUTO, STREAM, SAME_HOST, TCP = "auto", "stream", "same-host", "tcp"
+SPIN_VARIABLE = "KT_EXPERT_SPIN"  # microseconds that a small forward looks for its answer before its thread sleeps
 _KNOWN = (AUTO, SAME_HOST, TCP, STREAM)
 _ORDER = (SAME_HOST, TCP, STREAM)  # in which `auto` tries them
 _WHAT = {SAME_HOST: same_host.WHAT, TCP: data_plane.WHAT}  # completes "a connection"
 _ASK_TIMEOUT_S = 20.0
 _MOST_FAILURES = 3
+_US_PER_S = 1_000_000
 _log = logging.getLogger(__name__)
 
 
@@ -39,7 +40,8 @@ class Transports:
     def __init__(
         self, channel: grpc.Channel, metadata: Metadata, wanted: str | None, address: ServerAddress, credentials: Credentials
     ) -> None:  # fmt: skip
-        """`wanted` defaults to the environment's, and that to auto. Raises InvalidRequest for one there is not."""
+        """`wanted` defaults to the environment's, and that to auto. Raises InvalidRequest for one there is not, and for a
+        variable that makes no sense."""
         self._wanted = wanted or os.environ.get(TRANSPORT_VARIABLE, AUTO)
         if self._wanted not in _KNOWN:
             given = f"transport is {wanted!r}" if wanted else f"{TRANSPORT_VARIABLE} is {self._wanted!r}"
@@ -47,6 +49,7 @@ class Transports:
         self._channel, self._metadata, self._address = channel, metadata, address
         self._stub = service_pb2_grpc.ExpertStub(channel)
         self._data_plane = data_plane.DataPlane(address, data_plane.tls_context(address, credentials))
+        self._spin_s = _spin_s()
         self._failures = 0  # handshakes in a row that did not come to their end
         self.name = _ORDER[0] if self._wanted == AUTO else self._wanted
 
@@ -60,13 +63,13 @@ class Transports:
         )
         return SocketTransport(connector, receiver)
 
-    def _connect_same_host(self) -> tuple[Wire, SharedMemory | None]:
+    def _connect_same_host(self) -> Connected:
         offer: pb.SameHostOffer = self._ask(self._stub.OfferSameHost, pb.SameHostRequest())
         if offer.socket_path and DIRECTORY_VARIABLE in os.environ:
             offer.socket_path = os.path.join(os.environ[DIRECTORY_VARIABLE], os.path.basename(offer.socket_path))
-        return connect_same_host(offer)
+        return connect_same_host(offer, self._spin_s)
 
-    def _connect_data_plane(self) -> tuple[Wire, SharedMemory | None]:
+    def _connect_data_plane(self) -> Connected:
         proxy = self._address.proxy_variable
         if proxy is not None:
             raise NotPossibleError(f"connections to {self._address.text} go through the proxy that {proxy} names")
@@ -97,3 +100,11 @@ class Transports:
             self._failures = 0
             _log.info("there is no connection %s, so %s is tried: %s", _WHAT[name], self.name, reason)
         return None
+
+
+def _spin_s() -> float:
+    """What the environment says. Raises InvalidRequest."""
+    given = os.environ.get(SPIN_VARIABLE, "0")
+    if not given.isdecimal() or int(given) > MOST_SPIN_US:
+        raise InvalidRequest(f"{SPIN_VARIABLE} is {given!r}, expected microseconds from 0 to {MOST_SPIN_US}")
+    return int(given) / _US_PER_S

@@ -21,7 +21,7 @@ from kt_expert_proto.v1.service_pb2 import DataPlaneOffer
 from kt_expert_client.address import ServerAddress
 from kt_expert_client.credentials import Credentials
 from kt_expert_client.errors import InvalidRequest
-from kt_expert_client.wire.socket_transport import NotPossibleError
+from kt_expert_client.wire.socket_transport import Connected, NotPossibleError
 from kt_expert_client.wire.sockets import PlainWire, TlsWire, Wire
 
 WHAT = "to the server's data port"
@@ -52,7 +52,7 @@ class DataPlane:
         self._address, self._context = address, context
         self._was_reached = False
 
-    def connect(self, offer: DataPlaneOffer) -> tuple[Wire, None]:
+    def connect(self, offer: DataPlaneOffer) -> Connected:
         """Raises NotPossibleError, or OSError where the connection ended. Where it was possible before, whatever is the matter
         now may pass, and is an OSError too."""
         if not offer.port:
@@ -64,7 +64,7 @@ class DataPlane:
                 raise ConnectionError(str(error)) from error
             raise
         self._was_reached = True
-        return wire, None
+        return Connected(wire)
 
     def _connect(self, host: str, offer: DataPlaneOffer) -> Wire:
         try:

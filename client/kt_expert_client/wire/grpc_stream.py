@@ -22,6 +22,8 @@ Metadata = tuple[tuple[str, str], ...]
 class GrpcStreamTransport:
     """Implements Transport. Unbounded queue on purpose: the session's credits bound what can wait in it."""
 
+    fast_path = None
+
     def __init__(self, channel: grpc.Channel, metadata: Metadata, receiver: Receiver) -> None:
         keep_freed_memory()
         self._outgoing: queue.SimpleQueue[Sequence[Outbound] | None] = queue.SimpleQueue()

@@ -16,6 +16,7 @@ from kt_expert_proto.v1.session_pb2 import ErrorDetail
 
 from kt_expert_client.errors import KtExpertError, ServerFault, ServerUnavailable, from_rpc, from_status
 from kt_expert_client.wire.base import MAX_QUIET_S, Receiver, is_quiet
+from kt_expert_client.wire.fast_path import FastPath
 from kt_expert_client.wire.shared_memory import SharedMemory
 from kt_expert_client.wire.sockets import Wire
 
@@ -30,13 +31,22 @@ class NotPossibleError(Exception):
 
 
 @dataclass(frozen=True, slots=True)
+class Connected:
+    """A connection, and what came with it."""
+
+    wire: Wire
+    memory: SharedMemory | None = None
+    fast_path: FastPath | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Connector:
     """`connect` gets an offer from the server and shakes hands; it raises NotPossibleError, grpc.RpcError, or OSError where the
     connection ended. `on_refusal` hears why there can be no such connection, and says what is to be raised; None: another
     transport is tried next. `on_connected` hears whether the handshake came to its end. `what` completes "a connection"."""
 
     what: str
-    connect: Callable[[], tuple[Wire, SharedMemory | None]]
+    connect: Callable[[], Connected]
     on_refusal: Callable[[str], KtExpertError | None]
     on_connected: Callable[[bool], None]
 
@@ -54,6 +64,7 @@ class SocketTransport:
         self._closed = False
         self._wire: Wire | None = None
         self._memory: SharedMemory | None = None
+        self.fast_path: FastPath | None = None
         self._end: KtExpertError | None = None
         self._reader = threading.Thread(target=self._read, name="kt-expert-reader", daemon=True)
         self._reader.start()
@@ -97,6 +108,8 @@ class SocketTransport:
             wire = self._wire
         if wire is not None:
             wire.end()
+        if self.fast_path is not None:
+            self.fast_path.close()
 
     # ConnectionReceiver
 
@@ -181,15 +194,18 @@ class SocketTransport:
         self.close()
         if self._wire is not None:
             self._wire.close()
+        if self.fast_path is not None:
+            self.fast_path.close()
         with self._lock:
             self._memory = None  # but for what tensors have of it
         self._receiver.on_end(self._end or end)
 
     def _open(self) -> Wire:
-        wire, memory = self._connector.connect()
+        connected = self._connector.connect()
+        wire = connected.wire
         self._connector.on_connected(True)
         with self._lock:
-            self._wire, self._memory = wire, memory
+            self._wire, self._memory, self.fast_path = wire, connected.memory, connected.fast_path
             self._encoder = Encoder(checksum=not wire.has_checksums)
             if self._closed:
                 raise ConnectionResetError("closed while it was opened")

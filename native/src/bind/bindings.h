@@ -10,5 +10,6 @@ void bind_layer(pybind11::module_& module);
 void bind_adapter(pybind11::module_& module);
 void bind_optimizer(pybind11::module_& module);
 void bind_engine(pybind11::module_& module);
+void bind_fast_path(pybind11::module_& module);
 
 }  // namespace kt_expert

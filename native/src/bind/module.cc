@@ -74,6 +74,7 @@ PYBIND11_MODULE(_core, module) {
   kt_expert::bind_adapter(module);
   kt_expert::bind_optimizer(module);
   kt_expert::bind_engine(module);
+  kt_expert::bind_fast_path(module);
   module.def("list_weight_formats", &kt_expert::list_weight_formats, "Every form weights can be held in.");
   module.attr("MAX_MEMORY_NODES") = kt_expert::kMaxMemoryNodes;
   module.def("list_memory_nodes", &kt_expert::list_memory_nodes,

@@ -120,6 +120,13 @@ def _parser() -> argparse.ArgumentParser:
         help="directory of the socket through which trainers on this host share memory with the server",
     )
     parser.add_argument(
+        "--spin",
+        type=int,
+        default=0,
+        metavar="US",
+        help="microseconds to look for a small forward of a trainer on this host before sleeping",
+    )
+    parser.add_argument(
         "--data-listen",
         default="off",
         metavar="HOST:PORT|off",
@@ -228,7 +235,7 @@ def _config(options: argparse.Namespace) -> ServerConfig:
         memory_limit_bytes=limit,
         shutdown_timeout_s=options.shutdown_timeout,
         calls_per_second=options.calls_per_second,
-        same_host=SameHostPlace.parse(options.same_host),
+        same_host=SameHostPlace.parse(options.same_host, options.spin),
         data_plane=DataPlanePlace.parse(options.data_listen, options.data_address),
     )
 

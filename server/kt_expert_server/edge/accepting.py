@@ -10,6 +10,8 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
+import kt_expert_native as native
+
 from kt_expert_server.edge.driver import Driver
 from kt_expert_server.edge.pace import Pace
 from kt_expert_server.engine.budget import MemoryBudget
@@ -33,6 +35,8 @@ class Parts:
     pace: Pace
     budget: MemoryBudget
     pool: BufferPool
+    engine: native.Engine
+    gate: native.Gate
 
 
 class Acceptor:

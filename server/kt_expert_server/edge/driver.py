@@ -10,11 +10,13 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
+import kt_expert_native as native
 from kt_expert_proto.header import DamagedFrame, FrameError, Header
 
 from kt_expert_server.edge.lane import EngineLane
 from kt_expert_server.edge.transport import Transport
 from kt_expert_server.engine.buffers import PooledBuffer, TensorMemory
+from kt_expert_server.engine.fast_path import FastForwards
 from kt_expert_server.engine.passes import PassWork
 from kt_expert_server.engine.together import SharedPass
 from kt_expert_server.engine.work import PASSES, Work, as_server_error
@@ -44,11 +46,12 @@ class StreamReceiver:
 class Driver:
     """Used from the event loop's thread."""
 
-    def __init__(self, core: ServerCore, observer: Observer) -> None:
+    def __init__(self, core: ServerCore, observer: Observer, gate: native.Gate) -> None:
+        """`gate`: whoever is inside has the engine for itself."""
         self.core = core
         self._observer = observer
         self._loop = asyncio.get_event_loop()
-        self._engine = EngineLane(self._loop)
+        self._engine = EngineLane(self._loop, gate)
         self._disk = ThreadPoolExecutor(1, thread_name_prefix="kt-disk")
         self._transports: dict[int, Transport] = {}
         self._next_stream = 1
@@ -57,10 +60,12 @@ class Driver:
         self._changed: set[asyncio.Future[None]] = set()
         self._is_carrying_out = False
 
-    def open_stream(self, transport: Transport, identity: str, memory: TensorMemory | None = None) -> int:
-        """`memory`: that the trainer sees too. Raises OutOfCapacity."""
+    def open_stream(
+        self, transport: Transport, identity: str, memory: TensorMemory | None = None, fast: FastForwards | None = None
+    ) -> int:  # fmt: skip
+        """`memory`: that the trainer sees too. `fast`: see ServerCore.stream_opened. Raises OutOfCapacity."""
         stream = self._next_stream
-        self.core.stream_opened(stream, identity, time.monotonic(), memory)
+        self.core.stream_opened(stream, identity, time.monotonic(), memory, fast)
         self._next_stream += 1
         self._transports[stream] = transport
         self._carry_out()

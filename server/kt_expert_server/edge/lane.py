@@ -6,7 +6,7 @@ import queue
 import threading
 from asyncio import AbstractEventLoop
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 
 Job = Callable[[], None]
 Done = Callable[[BaseException | None], None]
@@ -16,8 +16,9 @@ class EngineLane:
     """Runs one job after another, and calls back on the event loop. An executor's futures would take longer than a small job's
     way from one thread to the other."""
 
-    def __init__(self, loop: AbstractEventLoop) -> None:
-        self._loop = loop
+    def __init__(self, loop: AbstractEventLoop, gate: AbstractContextManager[object]) -> None:
+        """A job runs inside the gate."""
+        self._loop, self._gate = loop, gate
         self._jobs: queue.SimpleQueue[tuple[Job, Done] | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None  # from the first job on: what never begins has nothing to end
 
@@ -39,7 +40,8 @@ class EngineLane:
             job, done = taken
             error: BaseException | None = None
             try:
-                job()
+                with self._gate:
+                    job()
             except BaseException as raised:  # the event loop's thread decides what it means
                 error = raised
             with suppress(RuntimeError):  # the loop was closed meanwhile: nobody waits for it

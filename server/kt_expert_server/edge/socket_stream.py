@@ -20,6 +20,7 @@ from kt_expert_server.edge.outgoing import LAST_WORDS_S, Outgoing
 from kt_expert_server.edge.same_host.memory import SharedMemory, SharedTensors
 from kt_expert_server.edge.sockets import Wire
 from kt_expert_server.engine.buffers import PooledBuffer
+from kt_expert_server.engine.fast_path import FastForwards
 from kt_expert_server.errors import InternalError, ServerError
 from kt_expert_server.members.requests import error_detail
 
@@ -57,10 +58,12 @@ class SocketStream:
     """Implements Transport. Reading and writing happen in callbacks of the event loop: tasks between the socket and the core
     would cost a small request a turn of the loop each way."""
 
-    def __init__(self, parts: Parts, caller: Caller, wire: Wire, memory: SharedMemory | None = None) -> None:
-        """`memory`: that the trainer sees too."""
+    def __init__(
+        self, parts: Parts, caller: Caller, wire: Wire, memory: SharedMemory | None = None, fast: FastForwards | None = None
+    ) -> None:  # fmt: skip
+        """`memory`: that the trainer sees too. `fast`: what it may ask of the engine beside this stream."""
         self._driver, self._metrics, self._caller = parts.driver, parts.metrics, caller
-        self._wire, self._loop = wire, asyncio.get_running_loop()
+        self._wire, self._fast, self._loop = wire, fast, asyncio.get_running_loop()
         self._tensors = self._share(memory, parts) if memory is not None else None
         lend = self._tensors.lend if self._tensors is not None else lambda _: None
         self._outgoing = Outgoing(parts.pace, caller.paced_as, lend)
@@ -81,7 +84,7 @@ class SocketStream:
     async def run(self) -> None:
         """Returns when either side has ended the stream."""
         try:
-            self._stream = self._driver.open_stream(self, self._caller.identity, self._tensors)
+            self._stream = self._driver.open_stream(self, self._caller.identity, self._tensors, self._fast)
         except ServerError as error:  # there are too many
             self.end(error)
             await self._over

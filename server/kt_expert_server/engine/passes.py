@@ -23,6 +23,7 @@ from kt_expert_server.adapters.tensor_sets import find_adapter
 from kt_expert_server.adapters.window import Windows
 from kt_expert_server.engine.budget import MemoryBudget, Reservation
 from kt_expert_server.engine.buffers import BufferPool, PooledBuffer, TensorMemory
+from kt_expert_server.engine.fast_path import NOT_GRANTED, FastForward, FastForwards
 from kt_expert_server.engine.kinds import Kind
 from kt_expert_server.engine.tickets import SavedTicket, Tickets, UsedAdapter, UsedWeights
 from kt_expert_server.engine.training_memory import reserve_training
@@ -67,6 +68,7 @@ class Trained:
     ticket_policy: str  # what a ticket keeps: "activations" or "inputs"
     training: Callable[[Sequence[LayerLora]], TrainingBytes]  # what training such layers takes
     memory: TensorMemory | None = None  # that its trainer sees too
+    fast: FastForwards | None = None  # of its trainer's connection
 
     def take(self, tools: Tools, size_bytes: int) -> PooledBuffer:
         """Memory for a tensor that goes to its trainer."""
@@ -258,7 +260,21 @@ class ForwardWork(PassWork):
             FrameType.TENSOR, layer=self._header.layer, op=Op.FORWARD, tensor=Tensor.OUTPUT, dtype=self._header.dtype,
             rows=self._header.rows, columns=self._header.columns,
         )  # fmt: skip
-        return Outcome(ResultHead(), [(about, y)])
+        return Outcome(ResultHead(fast_entry=self._fast_entry()), [(about, y)])
+
+    def _fast_entry(self) -> int:
+        """By which the like of this forward may be asked past all else, where nothing is kept of it."""
+        fast, header = self._trained.fast, self._header
+        few = header.rows <= native.FAST_TOKENS and header.tensor_bytes <= native.FAST_PAYLOAD_BYTES // 2
+        if fast is None or self._policy != "nothing" or self._seed or len(self._used) > 1 or not few:
+            return NOT_GRANTED
+        parameters, scales = self._active
+        lora = native.AdapterSpec() if not self._used else self._used[0].active.layer.spec
+        key = header.layer, header.dtype, self._top_k, tuple((each.name, each.scales) for each in self._asked)
+        scratch = self._tools.engine.scratch_bytes(self._layer.spec, lora, native.FAST_TOKENS, self._top_k)
+        weights = weights_of(self._layer, self._replaced)
+        dtype = _DTYPE_NAMES[header.dtype]
+        return fast.grant(FastForward(key, weights, parameters, scales, dtype, self._top_k, scratch), self._trained.owner)
 
     def end(self) -> None:
         super().end()

@@ -16,6 +16,7 @@ from kt_expert_proto.v1.session_pb2 import Join, Joined
 
 from kt_expert_server.checkpoints.store import CheckpointStore
 from kt_expert_server.engine.buffers import PooledBuffer, TensorMemory
+from kt_expert_server.engine.fast_path import FastForwards
 from kt_expert_server.engine.passes import Tools
 from kt_expert_server.errors import InvalidRequest, OutOfCapacity, ServerError, ServerUnavailable
 from kt_expert_server.members import wire
@@ -53,6 +54,7 @@ class _Stream:
     identity: str
     opened_at: float
     memory: TensorMemory | None  # that both ends see
+    fast: FastForwards | None
     is_joining: bool = False
     exchange: Exchange | None = None
 
@@ -71,6 +73,7 @@ class ServerCore:
         self.runs.requests = self.requests
         self._saving.reserve = self.runs.reclaim.reserve
         self.dispatch.after_failure = self._advance_all
+        self.dispatch.before_change = self._revoke
         self.dispatch.reclaim, self.dispatch.explain = self.runs.reclaim.for_job, self.runs.reclaim.with_retry
         self._stopping: Stopping | None = None
         self._streams: dict[int, _Stream] = {}
@@ -80,14 +83,17 @@ class ServerCore:
     def become_ready(self, model: BaseModel) -> None:
         self.model = model
 
-    def stream_opened(self, stream: int, identity: str, now: float, memory: TensorMemory | None = None) -> None:
-        """`memory`: which the trainer sees as well. Raises OutOfCapacity where there are too many."""
+    def stream_opened(
+        self, stream: int, identity: str, now: float, memory: TensorMemory | None = None, fast: FastForwards | None = None
+    ) -> None:  # fmt: skip
+        """`memory`: which the trainer sees as well. `fast`: through which it may ask for small forwards past this core. Raises
+        OutOfCapacity where there are too many."""
         if len(self._streams) >= self.limits.max_streams:
             raise OutOfCapacity(
                 f"{len(self._streams)} streams are open, the limit is {self.limits.max_streams}; try again later",
                 retry_delay_s=_CROWDED_RETRY_S,
             )
-        self._streams[stream] = _Stream(identity, now, memory)
+        self._streams[stream] = _Stream(identity, now, memory, fast)
 
     def stream_closed(self, stream: int, now: float) -> None:
         """By the peer or the network. Accepted requests go on, half-received ones are dropped."""
@@ -98,7 +104,7 @@ class ServerCore:
         state.exchange.close()
         member = state.exchange.member
         if member.stream == stream:
-            member.stream = member.memory = None
+            member.detach()
             member.lease.detach(now)
             member.lapse_was_told = False
             if member.is_leaving:
@@ -199,6 +205,19 @@ class ServerCore:
         """A last word to every member."""
         for stream in list(self._streams):
             self.fail(stream, error, self.dispatch.now)
+
+    def report_fast(self) -> None:
+        """Tells the observer of forwards that passed this core by."""
+        for member in self.runs.members:
+            if member.fast is not None:
+                member.fast.report(self._tools.observer)
+
+    def _revoke(self, name: str) -> None:
+        """What forwards of that run compute with is about to change."""
+        run = self.runs.by_name.get(name)
+        for member in () if run is None else run.members.values():
+            if member.fast is not None:
+                member.fast.revoke()
 
     def warn(self, text: str, level: int) -> None:
         self.dispatch.note(text, level)
@@ -326,7 +345,8 @@ class ServerCore:
         if older is not None:
             self._streams.pop(older).exchange.close()  # type: ignore[union-attr]  # a member's stream has joined
             self.dispatch.emit(EndStream(older, wire.replaced(member.rank, epoch)))
-        member.stream, member.memory = stream, state.memory
+        member.detach()
+        member.stream, member.memory, member.fast = stream, state.memory, state.fast
         member.lease.attach()
         tools = self._tools
         state.exchange = Exchange(

@@ -45,6 +45,7 @@ class Dispatch:
         self._next_disk = 1
         # Set by the core: what goes on when work has failed before it ran, and what gives up memory for it, if anything can.
         self.after_failure: Callable[[], None] = lambda: None
+        self.before_change: Callable[[str], None] = lambda _: None  # of a run by anything but a forward
         self.reclaim: Callable[[Job], bool] = lambda _: False
         self.explain: Callable[[OutOfCapacity, str], OutOfCapacity] = lambda error, _: error
         self.now = 0.0  # the time of the event that is being handled
@@ -132,6 +133,8 @@ class Dispatch:
 
     def _begin(self, job: Job) -> bool:
         """False where it has failed before it ran."""
+        if job.work.kind != "forward":
+            self.before_change(job.run)
         error = self._prepare(job)
         if error is not None:
             self._end(job, error)

@@ -78,6 +78,7 @@ class Requests:
 
     def forget(self, member: Member) -> None:
         """The member is gone: nothing of its requests is to be done any more, and nothing they hold is needed."""
+        member.lose_fast()
         for entry in member.log.clear():
             job = self._jobs.get(entry)
             if entry.phase is Phase.RUNNING:

@@ -13,6 +13,7 @@ from kt_expert_server.adapters.sizes import TrainingBytes
 from kt_expert_server.adapters.window import Windows
 from kt_expert_server.checkpoints.manifest import MemberMark
 from kt_expert_server.engine.buffers import TensorMemory
+from kt_expert_server.engine.fast_path import FastForwards
 from kt_expert_server.engine.passes import Trained
 from kt_expert_server.engine.tickets import Tickets
 from kt_expert_server.members.barrier import Barrier
@@ -39,6 +40,7 @@ class Member:
     epoch: int = 0
     stream: int | None = None
     memory: TensorMemory | None = None  # where its trainer sees outcomes without their being sent
+    fast: FastForwards | None = None  # what its trainer may ask of the engine past all else
     is_leaving: bool = False
     is_gone: bool = False
     lapse_was_told: bool = False  # to those who wait for it
@@ -58,7 +60,20 @@ class Member:
     @property
     def trained(self) -> Trained:
         run = self.run
-        return Trained(run.name, run.adapters, self.windows, self.tickets, run.config.tickets, run.training, self.memory)
+        return Trained(
+            run.name, run.adapters, self.windows, self.tickets, run.config.tickets, run.training, self.memory, self.fast
+        )  # fmt: skip
+
+    def detach(self) -> None:
+        """Its stream has ended."""
+        self.lose_fast()
+        self.stream = self.memory = None
+
+    def lose_fast(self) -> None:
+        """Its trainer may ask nothing of the engine past the core any more."""
+        if self.fast is not None:
+            self.fast.revoke()
+            self.fast = None
 
     def __str__(self) -> str:
         return f"rank {self.rank} of run {self.run.name!r}"

@@ -32,6 +32,8 @@ class Metrics:
         self._batch = self._histogram("batch_tokens", "Tokens of a request", ["pass"], TOKEN_BUCKETS)
         self._engine_stages = self._counter("engine_stage_seconds", "Time of the engine by what it did", ["pass", "stage"])
         self._shared_batches = self._counter("shared_batches", "Batches that shared one pass over the weights", ["pass"])
+        self._fast_forwards = self._counter("fast_forwards", "Small forwards that passed the scheduler by", ["outcome"])
+        self._fast_seconds = self._counter("fast_forward_seconds", "Time of the engine for them", [])
         self._imbalance = self._gauge("load_imbalance_ratio", "Most tokens of an expert over the mean", ["layer"])
         self._queue_depth = self._gauge("queue_depth", "Operations waiting for the engine or running", [])
         self._inflight = self._gauge("inflight_requests", "Requests accepted and without an outcome", [])
@@ -72,6 +74,7 @@ class Metrics:
         }
         self._passes = {each: (self._tokens.labels(each), self._batch.labels(each)) for each in PASSES}
         self._stages_of_engine: dict[tuple[str, str], Counter] = {}
+        self._fast = {each: self._fast_forwards.labels(each) for each in ("done", "busy")}
         self._shared = {each: self._shared_batches.labels(each) for each in PASSES}
         self._all_flops = self._flops.labels(isa, weight_format)
         prometheus_client.ProcessCollector(registry=self.registry)
@@ -103,6 +106,13 @@ class Metrics:
     def shared(self, direction: str, batches: int) -> None:
         self._shared[direction].inc(batches)
 
+    def fast(self, forwards: int, busy: int, tokens: int, flops: float, seconds: float) -> None:
+        self._fast["done"].inc(forwards)
+        self._fast["busy"].inc(busy)
+        self._fast_seconds.inc(seconds)
+        self._passes["forward"][0].inc(tokens)
+        self._all_flops.inc(flops)
+
     def imbalance(self, layer: int, ratio: float) -> None:
         self._imbalance.labels(str(layer)).set(ratio)
 
@@ -131,6 +141,7 @@ class Metrics:
 
     def render(self, core: ServerCore, budget: MemoryBudget, threads: int) -> bytes:
         """The text exposition, with the gauges read now."""
+        core.report_fast()
         for state in State:
             self._state.labels(state.value).set(1 if core.state is state else 0)
         members = core.runs.members

@@ -19,6 +19,9 @@ class Observer(Protocol):
     def shared(self, direction: str, batches: int) -> None:
         """So many batches share a pass over the weights."""
 
+    def fast(self, forwards: int, busy: int, tokens: int, flops: float, seconds: float) -> None:
+        """Small forwards that went past the scheduler, and those that found the engine at work."""
+
     def imbalance(self, layer: int, ratio: float) -> None:
         """Most tokens of an expert over the mean of all experts."""
 
@@ -47,6 +50,9 @@ class NullObserver:
 
     def shared(self, direction: str, batches: int) -> None:
         del direction, batches
+
+    def fast(self, forwards: int, busy: int, tokens: int, flops: float, seconds: float) -> None:
+        del forwards, busy, tokens, flops, seconds
 
     def imbalance(self, layer: int, ratio: float) -> None:
         del layer, ratio

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import secrets
 import socket
@@ -10,6 +11,7 @@ import struct
 from contextlib import suppress
 from pathlib import Path
 
+import kt_expert_native as native
 from kt_expert_proto.handshake import ACCEPTED, CHALLENGE_BYTES, GREETING_BYTES, PROOF_BYTES, is_proof, proof
 from kt_expert_proto.same_host import CONTROL_BYTES, MAGIC, MAX_PATH_BYTES
 
@@ -19,6 +21,7 @@ from kt_expert_server.edge.offers import Offer, Offers
 from kt_expert_server.edge.same_host.memory import SharedMemory
 from kt_expert_server.edge.socket_stream import SocketStream
 from kt_expert_server.edge.sockets import PlainWire, receive, refuse
+from kt_expert_server.engine.fast_path import GrantedForwards
 from kt_expert_server.engine.kinds import Kind
 from kt_expert_server.errors import ListenError, NotAuthenticated, NotPermitted, OutOfCapacity, ServerError
 
@@ -28,6 +31,7 @@ _CREDENTIALS = struct.Struct("3i")  # of SO_PEERCRED: process, user, group
 _ROOT = 0
 _FULL_REGION_BYTES = 128 * 1024 * 1024  # each way: two large batches in flight and the outcomes of two more
 _LEAST_REGION_BYTES = 1024 * 1024
+_FAST_BYTES = 2 * native.FAST_PAYLOAD_BYTES  # a small forward and its answer
 _PART_OF_LIMIT = 32  # a region takes at most this part of the server's memory limit
 
 
@@ -40,9 +44,10 @@ def region_bytes(limit_bytes: int) -> int:
 class SameHost:
     """Listens in a directory of its user's own. Used from the event loop's thread."""
 
-    def __init__(self, directory: Path, parts: Parts) -> None:
-        """Raises ListenError for a directory that others can write to, or that cannot be made."""
-        self._parts = parts
+    def __init__(self, directory: Path, parts: Parts, spin_s: float = 0.0) -> None:
+        """`spin_s`: how long the server looks for a small forward before it sleeps. Raises ListenError for a directory that
+        others can write to, or that cannot be made."""
+        self._parts, self._spin_s = parts, spin_s
         self._region_bytes = region_bytes(parts.budget.limit_bytes)
         self.path = _prepare(directory) / f"{secrets.token_hex(8)}.sock"
         if len(os.fsencode(self.path)) > MAX_PATH_BYTES:
@@ -86,18 +91,32 @@ class SameHost:
         """Makes the memory, hands it over, and carries the stream. Raises NotAuthenticated, OutOfCapacity."""
         if not self._region_bytes:
             raise OutOfCapacity("the server's memory limit leaves no room for memory that trainers share")
-        size = CONTROL_BYTES + 2 * self._region_bytes
+        size = CONTROL_BYTES + 2 * self._region_bytes + _FAST_BYTES
         held = self._parts.budget.reserve(Kind.SHARED, size, offer.caller.identity, "memory that a trainer on this host shares")
         try:
             memory = _made(self._region_bytes)
+            here, there = socket.socketpair()
             try:
                 async with self._acceptor.greeting():
-                    await _hand_over(wire, memory, offer, greeting)
+                    await _hand_over(wire, memory, there, offer, greeting)
+            except BaseException:
+                here.close()
+                raise
             finally:
                 memory.close()
-            await SocketStream(self._parts, offer.caller, wire, memory).run()
+                there.close()
+            await self._stream(wire, memory, here, offer.caller)
         finally:
             held.release()
+
+    async def _stream(self, wire: PlainWire, memory: SharedMemory, fast_end: socket.socket, caller: Caller) -> None:
+        parts = self._parts
+        fast = GrantedForwards(parts.engine, parts.gate, parts.budget, fast_end.detach(), self._spin_s)
+        try:
+            await SocketStream(parts, caller, wire, memory, fast).run()
+        finally:
+            fast.report(parts.metrics)
+            await asyncio.get_running_loop().run_in_executor(None, fast.stop)
 
 
 def _made(region_bytes: int) -> SharedMemory:
@@ -108,10 +127,13 @@ def _made(region_bytes: int) -> SharedMemory:
         raise OutOfCapacity(f"memory to share could not be made: {error.strerror}") from error
 
 
-async def _hand_over(wire: PlainWire, memory: SharedMemory, offer: Offer, greeting: bytes) -> None:
-    """Sends the memory with the server's proof, and takes the trainer's. Raises NotAuthenticated."""
+async def _hand_over(
+    wire: PlainWire, memory: SharedMemory, fast_end: socket.socket, offer: Offer, greeting: bytes
+) -> None:  # fmt: skip
+    """Sends the memory, and the trainer's end for small forwards, with the server's proof, and takes the trainer's. Raises
+    NotAuthenticated."""
     answer = ACCEPTED + proof(offer.secret, b"server", greeting[-CHALLENGE_BYTES:])
-    socket.send_fds(wire.socket, [answer], [memory.descriptor])  # an empty socket takes so little at once
+    socket.send_fds(wire.socket, [answer], [memory.descriptor, fast_end.fileno()])  # an empty socket takes so little at once
     given = await receive(wire, PROOF_BYTES)
     if not is_proof(given, offer.secret, b"client", memory.nonce):
         raise NotAuthenticated("the trainer has not shown that it sees this server's memory")
