@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -24,15 +25,13 @@ def test_a_remote_call_beside_the_engines_own(in_flight: int) -> None:
 
 
 def test_the_report_has_every_case(tmp_path: Path) -> None:
-    wanted = [
-        Case(each.name, TINY, 4, 1, in_flight=each.in_flight, looks_for_stalls=each.looks_for_stalls) for each in cases(1)
-    ]
+    wanted = [replace(each, shape=TINY, tokens=4, threads=1, calls=2) for each in cases(1)]
     found = measure_remote(wanted, 1)
     report = remote_as_json(found)
     ways = ("stream", "data_plane", "shm")
     kinds = [f"{way}_ratio{cores}{two}" for way in ways for cores in ("", "_all_cores") for two in ("", "_two")]
     beside = [name for way in ways for name in (f"{way}_stall_ms", f"decode_extra_ms_{way}")]
-    assert report.keys() == {*kinds, *beside, "in_process_ms"}
+    assert report.keys() == {*kinds, *beside, "decode_extra_ms_shm_spin", "in_process_ms"}
     console = Console(record=True, width=140)
     print_remote(console, found)
     assert "one token" in console.export_text()

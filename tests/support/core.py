@@ -10,12 +10,13 @@ import kt_expert_native as native
 import numpy as np
 from kt_expert_proto.dtypes import Dtype
 from kt_expert_proto.header import FrameType, Header, Op, Tensor
-from kt_expert_proto.lora import LayerLora
+from kt_expert_proto.lora import DEFAULT_ADAPTER, LayerLora
 from kt_expert_proto.v1 import service_pb2 as pb
 from kt_expert_proto.v1 import session_pb2 as spb
 from kt_expert_server.checkpoints.store import CheckpointStore
 from kt_expert_server.engine.budget import MemoryBudget
 from kt_expert_server.engine.buffers import BufferPool, PooledBuffer
+from kt_expert_server.engine.fast_path import FastForwards
 from kt_expert_server.engine.passes import Tools
 from kt_expert_server.engine.quotas import Quotas
 from kt_expert_server.errors import ServerError
@@ -132,14 +133,14 @@ class CoreMember:
 
     def __init__(
         self, server: CoreServer, run: str = "run", *, rank: int = 0, world_size: int = 1, identity: str = "",
-        instance: str = CREATED, ephemeral: bool = False, epoch: int = 1, **join: Any,
+        instance: str = CREATED, ephemeral: bool = False, epoch: int = 1, fast: FastForwards | None = None, **join: Any,
     ) -> None:  # fmt: skip
         self.server, self.epoch, self.next_id = server, epoch, 1
         self.frames: list[tuple[Header, bytes]] = []
         self.ended: ServerError | None = None
         self.stream = 1 + max(server.members, default=0)
         server.members[self.stream] = self
-        server.core.stream_opened(self.stream, identity, server.now)
+        server.core.stream_opened(self.stream, identity, server.now, fast=fast)
         joins = spb.Join(run=run, config=run_config(world_size), rank=rank, instance=instance, ephemeral=ephemeral, **join)
         self._receive(Header(FrameType.JOIN, epoch=epoch), joins.SerializeToString())
         server.carry_out()
@@ -162,12 +163,14 @@ class CoreMember:
         self.server.carry_out()
         return self.take(request_id)
 
-    def forward(self, tokens: int = TOKENS, layer: int = 0, expert_ids: int | None = None, of: int = 0) -> int:
+    def forward(
+        self, tokens: int = TOKENS, layer: int = 0, expert_ids: int | None = None, of: int = 0, *, save: bool = True
+    ) -> int:  # fmt: skip
         """Batch number `of`, all routes to one expert where it is given. Returns the request's id, which is the ticket."""
         x, ids, weights = _batch(tokens, of)
         if expert_ids is not None:
             ids = np.full_like(ids, expert_ids)
-        opened = spb.RequestOpen(forward=spb.Forward(top_k=TOP_K, save_for_backward=True, adapters=ACTIVE))
+        opened = spb.RequestOpen(forward=spb.Forward(top_k=TOP_K, save_for_backward=save, adapters=ACTIVE))
         return self._pass(Op.FORWARD, opened, [
             (Tensor.EXPERT_IDS, Dtype.INT32, ids),
             (Tensor.ROUTING_WEIGHTS, Dtype.FP32, weights),
@@ -178,6 +181,12 @@ class CoreMember:
         """Of layer 0."""
         opened = spb.RequestOpen(backward=spb.Backward(ticket=ticket, targets=targets(LORA[0])))
         return self._pass(Op.BACKWARD, opened, [(Tensor.GRAD_OUTPUT, Dtype.FP32, _batch(tokens)[0])])
+
+    def write(self, tensor: str, values: np.ndarray) -> int:
+        """A parameter of the default adapter in layer 0, [E * rows, columns]."""
+        name = spb.TensorName(adapter=DEFAULT_ADAPTER, tensor=tensor, part=pb.ADAPTER_PART_PARAMETER)
+        opened = spb.RequestOpen(write_tensor=name)
+        return self._pass(Op.WRITE_TENSOR, opened, [(Tensor.ADAPTER, Dtype.FP32, values)], columns=values.shape[1])
 
     def cancel(self, request_id: int) -> None:
         self._receive(Header(FrameType.CANCEL, request_id, epoch=self.epoch), b"")
@@ -215,11 +224,12 @@ class CoreMember:
         self.server.carry_out()
 
     def _pass(
-        self, op: Op, opened: spb.RequestOpen, tensors: list[tuple[Tensor, Dtype, np.ndarray]], layer: int = 0
+        self, op: Op, opened: spb.RequestOpen, tensors: list[tuple[Tensor, Dtype, np.ndarray]], layer: int = 0,
+        columns: int = HIDDEN,
     ) -> int:  # fmt: skip
         request_id, self.next_id = self.next_id, self.next_id + 1
         rows = tensors[-1][2].shape[0]
-        header = Header(FrameType.REQUEST, request_id, layer, op, Tensor.NONE, Dtype.FP32, rows, HIDDEN, 60_000, self.epoch)
+        header = Header(FrameType.REQUEST, request_id, layer, op, Tensor.NONE, Dtype.FP32, rows, columns, 60_000, self.epoch)
         self._receive(header, opened.SerializeToString())
         for tensor, dtype, values in tensors:
             about = Header(FrameType.TENSOR, request_id, layer, op, tensor, dtype, *values.shape, epoch=self.epoch)

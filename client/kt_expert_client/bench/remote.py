@@ -4,6 +4,7 @@ On standard input come JSON objects, one a line, each answered by one:
 
 * {"open": address, "rank": r, "transport": t, "seed": s} joins a run with LoRA, or without for rank 0
 * {"call": {...}} times forwards and backwards of one batch
+* {"decode": {...}} times forwards of one batch that keep nothing
 * {"echo": {...}} times forwards that compute nothing
 * {"stall": {...}} tells how long another thread of this process stood still during calls
 * {"train": {...}} trains for some seconds beside others
@@ -57,6 +58,16 @@ class Timer:
                 each_back.result()
             backwards.append((time.perf_counter() - begun) / in_flight)
         return {"forward_s": statistics.median(forwards), "backward_s": statistics.median(backwards)}
+
+    def decode(self, tokens: int, repeats: int) -> dict[str, float]:
+        """Median seconds of a forward that keeps nothing."""
+        hidden, _, ids, weights = self._batch(tokens)
+        times = []
+        for _ in range(repeats):
+            begun = time.perf_counter()
+            self._run.submit_forward(0, hidden, ids, weights, save_for_backward=False, borrow=True).result()
+            times.append(time.perf_counter() - begun)
+        return {"forward_s": statistics.median(times)}
 
     def stall(self, tokens: int, calls: int) -> dict[str, float]:
         """The longest gap that a thread which looks at the clock all the time sees, during such calls and without them."""
@@ -128,6 +139,8 @@ def main() -> None:
             timer = Timer(asked["open"], int(asked["rank"]), asked.get("transport"), int(asked.get("seed", _SEED)))
         elif "call" in asked and timer is not None:
             answer = timer.call(**asked["call"])
+        elif "decode" in asked and timer is not None:
+            answer = timer.decode(**asked["decode"])
         elif "echo" in asked and timer is not None:
             answer = timer.echo(**asked["echo"])
         elif "stall" in asked and timer is not None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -27,10 +28,13 @@ def cpu_s_of(pid: int) -> float:
 class Process:
     """A child that is talked to line by line."""
 
-    def __init__(self, *command: str) -> None:
+    def __init__(self, *command: str, environment: Mapping[str, str] | None = None) -> None:
+        """`environment`: variables beside this process's own."""
         self._process = subprocess.Popen(
-            [sys.executable, *command], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
-        )
+            [sys.executable, *command], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1,
+            env={**os.environ, **(environment or {})},
+        )  # fmt: skip
+        self.server: Process | None = None  # that this one talks to, where it has one of its own
 
     def __enter__(self) -> Process:
         return self
@@ -74,9 +78,9 @@ class Process:
 
 
 @contextmanager
-def serve(model: Path, threads: int) -> Iterator[tuple[Process, str]]:
+def serve(model: Path, threads: int, *options: str) -> Iterator[tuple[Process, str]]:
     """A server on free ports, and its address."""
     ports = [part for option in ("--listen", "--metrics-listen", "--data-listen") for part in (option, "127.0.0.1:0")]
-    arguments = ("--model", str(model), *ports, "--threads", str(threads))
+    arguments = ("--model", str(model), *ports, "--threads", str(threads), *options)
     with Process("-m", "kt_expert_server", *arguments) as server:
         yield server, server.line().split()[1].removeprefix("grpc=")

@@ -7,19 +7,21 @@ import json
 import os
 import statistics
 import tempfile
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import kt_expert_native as native
 import numpy as np
+from kt_expert_proto.fast_path import MOST_SPIN_US
 from kt_expert_proto.malloc import keep_freed_memory
 from rich.console import Console
 from rich.table import Table
 from safetensors.numpy import save_file
 
-from kt_expert_server.bench.layer import LayerBench, make_batch
+from kt_expert_server.bench.layer import Batch, LayerBench, make_batch
 from kt_expert_server.bench.plots import figure_for
 from kt_expert_server.bench.processes import Process, serve
 from kt_expert_server.bench.shapes import LayerShape
@@ -27,7 +29,8 @@ from kt_expert_server.config import ISA_VARIABLE
 from kt_expert_server.engine.passes import TILE_TOKENS
 
 TRANSPORTS = ("stream", "tcp", "same-host")
-_KEYS = {"stream": "stream", "tcp": "data_plane", "same-host": "shm"}
+SPINNING = "same-host, spinning"  # for small forwards: both ends look for the other's word before they sleep
+_KEYS = {"stream": "stream", "tcp": "data_plane", "same-host": "shm", SPINNING: "shm_spin"}
 _SUFFIXES = {
     "32 MiB": "",
     "32 MiB, two in flight": "_two",
@@ -37,7 +40,7 @@ _SUFFIXES = {
 _RANK = 16  # of LoRA on every projection
 _MODEL_TYPE = "qwen3_moe"
 _MS_PER_S = 1000.0
-_BAR_HEIGHT = 0.25
+_BAR_HEIGHT = 0.2
 _DECODES = 20  # calls of one token in a row: one alone is mostly the time to wake up
 
 
@@ -52,6 +55,11 @@ class Case:
     in_flight: int = 1
     calls: int = 1  # in one round
     looks_for_stalls: bool = False
+    is_decode: bool = False  # forwards alone, of which nothing is kept
+
+    @property
+    def transports(self) -> tuple[str, ...]:
+        return (*TRANSPORTS, SPINNING) if self.is_decode else TRANSPORTS
 
 
 @dataclass(slots=True)
@@ -68,7 +76,7 @@ class Figures:
 
     @property
     def ratio(self) -> float:
-        """Forward and backward, remote over in process."""
+        """Remote over in process: forward and backward, or for decoding forwards alone."""
         return statistics.median(theirs / ours for ours, theirs in zip(self.local, self.remote, strict=True))
 
     @property
@@ -85,7 +93,7 @@ def cases(cores: int) -> list[Case]:
         Case("32 MiB, two in flight", large, 4096, 1, in_flight=2),
         Case("32 MiB, all cores", large, 4096, cores),
         Case("32 MiB, all cores, two in flight", large, 4096, cores, in_flight=2),
-        Case("one token", decode, 1, cores, calls=_DECODES),
+        Case("one token", decode, 1, cores, calls=_DECODES, is_decode=True),
     ]
 
 
@@ -106,19 +114,14 @@ def _measure(case: Case, model: Path, repeats: int) -> list[Figures]:
     """Rounds of a call in process and one through each transport."""
     engine = native.Engine(case.threads, os.environ.get(ISA_VARIABLE, ""))
     local, batch = LayerBench(engine, case.shape, "bf16"), make_batch(case.shape, case.tokens)
-    found = [Figures(case, transport) for transport in TRANSPORTS]
+    found = [Figures(case, transport) for transport in case.transports]
     with ExitStack() as open_ones:
-        _, address = open_ones.enter_context(serve(model, case.threads))
-        trainers = [open_ones.enter_context(Process("-m", "kt_expert_client.bench.remote")) for _ in TRANSPORTS]
-        for trainer, transport in zip(trainers, TRANSPORTS, strict=True):
-            trainer.ask(open=address, rank=_RANK, transport=transport)
-        asked = {"tokens": case.tokens, "in_flight": case.in_flight, "repeats": case.calls}
+        trainers = {each: open_ones.enter_context(trainer_for(each, model, case.threads)) for each in case.transports}
         for number in range(repeats + 1):  # the first warms up
-            # In the parts in which a server computes it, which is quicker.
-            times = [local.run(batch, _RANK, backward=True, tile_tokens=TILE_TOKENS) for _ in range(case.calls)]
-            forward, backward = (statistics.median(float(each[side] or 0.0) for each in times) for side in (0, 1))
-            for trainer, figures in zip(trainers, found, strict=True):
-                remote = trainer.ask(call=asked)
+            forward, backward = _in_process(local, batch, case)
+            for figures in found:
+                trainer = trainers[figures.transport]
+                remote = _call(trainer, case)
                 if number:
                     figures.local.append(forward + backward)
                     figures.local_forward.append(forward)
@@ -126,9 +129,35 @@ def _measure(case: Case, model: Path, repeats: int) -> list[Figures]:
                     figures.remote_forward.append(remote["forward_s"])
                 if number and case.looks_for_stalls:
                     figures.stalls.append(trainer.ask(stall={"tokens": case.tokens, "calls": 1})["during_s"])
-        for trainer in trainers:
+        for trainer in trainers.values():
             trainer.ask(close=True)
     return found
+
+
+@contextmanager
+def trainer_for(transport: str, model: Path, threads: int, rank: int = _RANK) -> Iterator[Process]:
+    """A trainer with a server of its own: servers of one benchmark are idle while others are measured."""
+    spin = ("--spin", str(MOST_SPIN_US)) if transport == SPINNING else ()
+    environment = {"KT_EXPERT_SPIN": str(MOST_SPIN_US)} if transport == SPINNING else {}
+    with ExitStack() as both:
+        server, address = both.enter_context(serve(model, threads, *spin))
+        trainer = both.enter_context(Process("-m", "kt_expert_client.bench.remote", environment=environment))
+        trainer.ask(open=address, rank=rank, transport="same-host" if transport == SPINNING else transport)
+        trainer.server = server
+        yield trainer
+
+
+def _in_process(local: LayerBench, batch: Batch, case: Case) -> tuple[float, float]:
+    """Seconds of a forward and of a backward, in the parts in which a server computes it, which is quicker."""
+    times = [local.run(batch, _RANK, backward=not case.is_decode, tile_tokens=TILE_TOKENS) for _ in range(case.calls)]
+    forward, backward = (statistics.median(float(each[side] or 0.0) for each in times) for side in (0, 1))
+    return forward, backward
+
+
+def _call(trainer: Process, case: Case) -> dict[str, float]:
+    if case.is_decode:
+        return {"backward_s": 0.0, **trainer.ask(decode={"tokens": case.tokens, "repeats": case.calls})}
+    return trainer.ask(call={"tokens": case.tokens, "in_flight": case.in_flight, "repeats": case.calls})
 
 
 def write_model(folder: Path, shape: LayerShape) -> None:
@@ -172,7 +201,10 @@ def remote_as_json(found: list[Figures]) -> dict[str, Any]:
 
 
 def print_remote(console: Console, found: list[Figures]) -> None:
-    table = Table(title="forward and backward of one layer, LoRA of rank 16", title_justify="left")
+    table = Table(
+        title="forward and backward of one layer, LoRA of rank 16; of one token a forward alone",
+        title_justify="left",
+    )
     for name in ("case", "through", "in process, ms", "remote, ms", "ratio", "forward adds, ms", "longest stall, ms"):
         table.add_column(name, justify="left" if name in ("case", "through") else "right")
     for each in found:
@@ -187,11 +219,12 @@ def print_remote(console: Console, found: list[Figures]) -> None:
 def plot_remote(found: list[Figures], path: Path) -> None:
     """Remote over in process, a bar for each case and transport. Needs matplotlib."""
     with figure_for(path, (8.0, 4.5)) as axis:
-        for index, transport in enumerate(TRANSPORTS):
+        names = list(dict.fromkeys(each.case.name for each in found))
+        for index, transport in enumerate((*TRANSPORTS, SPINNING)):
             rows = [each for each in found if each.transport == transport]
-            heights = [place + index * _BAR_HEIGHT for place in range(len(rows))]
+            heights = [names.index(each.case.name) + index * _BAR_HEIGHT for each in rows]
             axis.barh(heights, [each.ratio for each in rows], height=_BAR_HEIGHT, label=transport)
-        axis.set_yticks(range(len(rows)), [each.case.name for each in rows])
+        axis.set_yticks(range(len(names)), names)
         axis.axvline(1.0, color="black", linestyle="--", label="in process")
         axis.invert_yaxis()
         axis.set_xlabel("forward and backward, remote over in process")

@@ -29,8 +29,8 @@ from kt_expert_server.bench import iceoryx
 from kt_expert_server.bench.echo import LENGTH_BYTES
 from kt_expert_server.bench.layer import LayerBench
 from kt_expert_server.bench.plots import figure_for
-from kt_expert_server.bench.processes import Process, cpu_s_of, serve
-from kt_expert_server.bench.remote import TRANSPORTS, write_model
+from kt_expert_server.bench.processes import Process, cpu_s_of
+from kt_expert_server.bench.remote import SPINNING, TRANSPORTS, trainer_for, write_model
 from kt_expert_server.bench.shapes import LayerShape
 from kt_expert_server.engine.passes import TILE_TOKENS
 from kt_expert_server.errors import InvalidRequest
@@ -82,13 +82,12 @@ def measure_transport(repeats: int, sizes: tuple[int, ...] = _SIZES) -> Figures:
     local = LayerBench(engine, _SHAPE, "bf16")
     kinds = (*RAW, *((_ICEORYX,) if iceoryx.is_installed() else ()), *TRANSPORTS)
     found: dict[tuple[str, int], list[Round]] = {(kind, size): [] for kind in kinds for size in sizes}
+    found |= {(SPINNING, _SMALL): []}
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         write_model(Path(folder) / "model", _SHAPE)
-        server, address = stack.enter_context(serve(Path(folder) / "model", 1))
-        trainers = {}
-        for transport in TRANSPORTS:
-            trainers[transport] = stack.enter_context(Process("-m", "kt_expert_client.bench.remote"))
-            trainers[transport].ask(open=address, rank=0, transport=transport)
+        trainers = {
+            each: stack.enter_context(trainer_for(each, Path(folder) / "model", 1, rank=0)) for each in (*TRANSPORTS, SPINNING)
+        }
         raw = {kind: stack.enter_context(_echo(kind, Path(folder))) for kind in (RAW_TCP, RAW_UNIX)}
         shared = {}
         if _ICEORYX in kinds:
@@ -102,7 +101,8 @@ def measure_transport(repeats: int, sizes: tuple[int, ...] = _SIZES) -> Figures:
                     took[_ICEORYX] = _iceoryx_round(*shared[size])
                 computing = _compute_s(local, size)
                 for transport, trainer in trainers.items():
-                    took[transport] = _round(trainer, server, size, computing)
+                    if transport != SPINNING or size == _SMALL:
+                        took[transport] = _round(trainer, size, computing)
                 if number:
                     for kind, each in took.items():
                         found[kind, size].append(each)
@@ -111,7 +111,9 @@ def measure_transport(repeats: int, sizes: tuple[int, ...] = _SIZES) -> Figures:
     return Figures(found)
 
 
-def _round(trainer: Process, server: Process, size: int, computing: Round) -> Round:
+def _round(trainer: Process, size: int, computing: Round) -> Round:
+    server = trainer.server
+    assert server is not None  # noqa: S101  # it was made with one
     before = server.cpu_s()
     took = trainer.ask(echo={"tokens": size // _BF16_BYTES // _HIDDEN, "least_s": _LEAST_ROUND_S, "most": _MOST_IN_ROUND})
     cpu_s = took["cpu_s"] + (server.cpu_s() - before) / took["calls"]
@@ -215,6 +217,7 @@ def transport_as_json(found: Figures) -> dict[str, Any]:
         "shm_32mib_ms": found.seconds("same-host", _LARGE) * _MS_PER_S,
         "stream_8kib_ms": found.seconds("stream", _SMALL) * _MS_PER_S,
         "doorbell_8kib_ms": found.seconds("same-host", _SMALL) * _MS_PER_S,
+        "doorbell_spin_8kib_ms": found.seconds(SPINNING, _SMALL) * _MS_PER_S,
         "ms": {f"{kind}, {size} bytes": found.seconds(kind, size) * _MS_PER_S for kind, size in found.rounds},
     }
 
@@ -225,9 +228,14 @@ def print_transport(console: Console, found: Figures) -> None:
     for name in ("KiB", *kinds):
         table.add_column(name, justify="right")
     for size in dict.fromkeys(size for _, size in found.rounds):
-        shown = [f"{found.seconds(kind, size) * _MS_PER_S:.3f} ({found.cpu_s_per_gib(kind, size):.2f})" for kind in kinds]
-        table.add_row(str(size // 1024), *shown)
+        table.add_row(str(size // 1024), *(_shown(found, kind, size) for kind in kinds))
     console.print(table)
+
+
+def _shown(found: Figures, kind: str, size: int) -> str:
+    if (kind, size) not in found.rounds:
+        return ""
+    return f"{found.seconds(kind, size) * _MS_PER_S:.3f} ({found.cpu_s_per_gib(kind, size):.2f})"
 
 
 def plot_transport(found: Figures, path: Path) -> None:
