@@ -134,6 +134,9 @@ class FastCall:
             is_sound = sequence == self._sequence and size == (len(output) if status == DONE else 0)
         except (OSError, ValueError):
             is_sound = False
+        except BaseException:  # an interrupt from the keyboard: where the answer ends is not known any more
+            path._give_up()
+            raise
         if not is_sound:
             path._give_up()
             return False

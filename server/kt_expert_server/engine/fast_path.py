@@ -50,7 +50,7 @@ class GrantedForwards:
     """Implements FastForwards. Used from the event loop's thread, but for stop()."""
 
     def __init__(self, engine: native.Engine, gate: native.Gate, budget: MemoryBudget, descriptor: int, spin_s: float) -> None:
-        """Takes the descriptor."""
+        """Takes the descriptor, unless it raises."""
         self._path = native.FastPath(engine, gate, descriptor, spin_s, 1 + secrets.randbits(_ENTRY_BITS))
         self._budget = budget
         self._granted: dict[Hashable, tuple[int, FastForward]] = {}  # with what the native side uses

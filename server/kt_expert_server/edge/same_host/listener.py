@@ -8,7 +8,7 @@ import secrets
 import socket
 import stat
 import struct
-from contextlib import suppress
+from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 
 import kt_expert_native as native
@@ -93,30 +93,32 @@ class SameHost:
             raise OutOfCapacity("the server's memory limit leaves no room for memory that trainers share")
         size = CONTROL_BYTES + 2 * self._region_bytes + _FAST_BYTES
         held = self._parts.budget.reserve(Kind.SHARED, size, offer.caller.identity, "memory that a trainer on this host shares")
-        try:
-            memory = _made(self._region_bytes)
-            here, there = socket.socketpair()
-            try:
+        with ExitStack() as whole:
+            whole.callback(held.release)
+            here, there = _pair()
+            whole.enter_context(here)
+            with there, closing(_made(self._region_bytes)) as memory:
                 async with self._acceptor.greeting():
                     await _hand_over(wire, memory, there, offer, greeting)
-            except BaseException:
-                here.close()
-                raise
-            finally:
-                memory.close()
-                there.close()
             await self._stream(wire, memory, here, offer.caller)
-        finally:
-            held.release()
 
     async def _stream(self, wire: PlainWire, memory: SharedMemory, fast_end: socket.socket, caller: Caller) -> None:
         parts = self._parts
-        fast = GrantedForwards(parts.engine, parts.gate, parts.budget, fast_end.detach(), self._spin_s)
+        fast = GrantedForwards(parts.engine, parts.gate, parts.budget, fast_end.fileno(), self._spin_s)
+        fast_end.detach()  # it is closed with what has it now
         try:
             await SocketStream(parts, caller, wire, memory, fast).run()
         finally:
             fast.report(parts.metrics)
             await asyncio.get_running_loop().run_in_executor(None, fast.stop)
+
+
+def _pair() -> tuple[socket.socket, socket.socket]:
+    """Two ends for small forwards. Raises OutOfCapacity where the system gives none."""
+    try:
+        return socket.socketpair()
+    except OSError as error:
+        raise OutOfCapacity(f"a socket for small forwards could not be made: {error.strerror}") from error
 
 
 def _made(region_bytes: int) -> SharedMemory:
