@@ -5,8 +5,10 @@
 #include <unistd.h>
 
 #include <array>
+#include <atomic>
 #include <cstring>
-#include <future>
+#include <memory>
+#include <thread>
 #include <vector>
 
 #include "kt_expert/error.h"
@@ -169,6 +171,28 @@ TEST_CASE("who is inside the gate is not waited for") {
   connection.gate_.leave();
   CHECK(connection.ask(entry).status == FastStatus::kDone);
   CHECK(connection.path_->take_counts().busy == 1);
+}
+
+TEST_CASE("nobody passes whoever waits at the gate") {
+  Gate gate;
+  for (int round = 0; round < 200; ++round) {
+    gate.enter();
+    std::atomic<bool> may_leave{false};
+    std::thread waits([&] {
+      gate.enter();
+      while (!may_leave) std::this_thread::yield();
+      gate.leave();
+    });
+    while (gate.waiting() == 0) std::this_thread::yield();
+    gate.leave();
+    bool passed = false;
+    for (int attempt = 0; attempt < 100; ++attempt) passed = gate.try_enter() || passed;
+    CHECK_FALSE(passed);
+    may_leave = true;
+    waits.join();
+    CHECK(gate.try_enter());
+    gate.leave();
+  }
 }
 
 TEST_CASE("what makes no sense is refused, and the next request is served") {

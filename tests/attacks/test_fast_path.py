@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import os
 import socket
+import threading
 import uuid
 from collections.abc import Iterator
 from contextlib import suppress
 
+import grpc
 import numpy as np
 import pytest
 from kt_expert_proto.fast_path import ANSWER_BYTES, BUSY, DONE, MOST_BYTES, MOST_TOKENS, REFUSED, UNKNOWN, answer, request
 from kt_expert_proto.header import FrameType
-from support.raw import EXPERTS, HIDDEN, TOP_K
+from support.raw import EXPERTS, HIDDEN, TOP_K, RawMember
 from support.raw_same_host import RawSameHost
 from support.server import ServerProcess
 
@@ -150,3 +152,28 @@ def test_after_its_stream_there_is_nothing(server: ServerProcess) -> None:
         attacker.socket.close()
         with pytest.raises((ConnectionResetError, BrokenPipeError)):
             attacker.ask_for_ever()
+
+
+def test_who_never_pauses_keeps_nobody_from_the_engine(attacker: Attacker, server: ServerProcess) -> None:
+    """Requests are there before the answers to those before are read."""
+    ahead = 8
+    tensors = attacker.tensors(MOST_TOKENS)
+    message = request(attacker.entry, MOST_TOKENS, 1, len(tensors)) + tensors
+    stop = threading.Event()
+
+    def flood() -> None:
+        attacker.fast.sendall(ahead * message)
+        while not stop.is_set():
+            _, _, size = answer(attacker._exactly(ANSWER_BYTES))
+            attacker._exactly(size)
+            attacker.fast.sendall(message)
+
+    thread = threading.Thread(target=flood)
+    thread.start()
+    try:
+        with RawMember(server.address, f"bystander-{uuid.uuid4().hex}") as other:
+            for _ in range(50):
+                assert other.ask(other.forward_frames(other.take_id()))[0] is grpc.StatusCode.OK
+    finally:
+        stop.set()
+        thread.join()

@@ -29,12 +29,20 @@ namespace kt_expert {
 // Whoever is inside has the engine for itself, and whatever its operations read and write.
 class Gate {
  public:
-  void enter() { mutex_.lock(); }
-  bool try_enter() { return mutex_.try_lock(); }
+  void enter() {
+    ++waiting_;
+    mutex_.lock();
+    --waiting_;
+  }
+  // Not past anybody who waits: a mutex alone would let those in who come again at once, as small forwards do, and a
+  // piece of work that has to be woken up never.
+  bool try_enter() { return waiting_ == 0 && mutex_.try_lock(); }
   void leave() { mutex_.unlock(); }
+  int waiting() const { return waiting_; }
 
  private:
   std::mutex mutex_;
+  std::atomic<int> waiting_{0};
 };
 
 enum class FastStatus : std::uint32_t {
