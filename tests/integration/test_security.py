@@ -188,6 +188,7 @@ def test_what_would_be_unsafe_does_not_start(
         (["--listen", "no-such-host.invalid:1", "--insecure-allow-remote"], 11, "the host name is not known"),
         (["--listen", f"unix:{readable}"], 11, "there is a file of that name that is no socket"),
         (["--listen", f"unix:{tmp_path}/none/kt.sock"], 11, "there is no directory"),
+        (["--listen", "127.0.0.1:0", "--spin", "51"], 2, "--spin is 51, expected microseconds from 0 to 50"),
         (["--listen", "127.0.0.1:0", "--data-listen", "0.0.0.0:0"], 2, "--data-listen 0.0.0.0:0 can be reached from other"),
         (["--listen", "127.0.0.1:0", "--data-listen", "unix:/tmp/x"], 2, "--data-listen is unix:/tmp/x, expected HOST:PORT"),
         (["--listen", "127.0.0.1:0", "--data-address", "a:1"], 2, "says where --data-listen is reached; give that, too"),

@@ -254,6 +254,25 @@ def test_a_closed_run_computes_nothing_more(own: ServerProcess) -> None:
         assert own.metric(DONE) == before
 
 
+@pytest.mark.parametrize("spin", ["51", "-1", "1.5", "much"])
+def test_a_spin_that_makes_no_sense(server: ServerProcess, spin: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KT_EXPERT_SPIN", spin)
+    with pytest.raises(kt.InvalidRequest, match=f"KT_EXPERT_SPIN is '{spin}', expected microseconds from 0 to 50"):
+        kt.connect(server.address)
+
+
+def test_spinning_has_the_same_bits(qwen3_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KT_EXPERT_SPIN", "50")
+    with (
+        ServerProcess(qwen3_checkpoint, tmp_path / "log", "--spin", "50") as spinning,
+        kt.connect(spinning.address, transport="same-host") as client,
+    ):
+        run = opened(client)
+        expected = look(run, 2, 1)
+        assert counted(spinning, lambda: [look(run, 2, 1) for _ in range(20)]) == 20
+        assert torch.equal(look(run, 2, 1), expected)
+
+
 def test_its_memory_is_counted_and_given_back(own: ServerProcess) -> None:
     def scratch() -> float:
         return own.metric('kt_expert_memory_bytes{kind="scratch"}')
