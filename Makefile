@@ -97,7 +97,7 @@ emulated: native-test
 
 # Trainers and server under SEEDS random schedules of faults, in virtual time, from seed FIRST on; and faults planted into the
 # product that must be found. A seed that fails prints how to play it again.
-SEEDS ?= 20000
+SEEDS ?= 12000
 FIRST ?= 1
 simulate: $(STAMP)
 	PYTHONPATH=tests $(BIN)/python -m simulation $(SEEDS) $(FIRST)
