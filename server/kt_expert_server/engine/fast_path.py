@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Protocol
@@ -17,7 +16,6 @@ from kt_expert_server.observe.observer import Observer
 
 NOT_GRANTED = 0
 _MOST_ENTRIES = 4096  # layers times sets of adapters
-_ENTRY_BITS = 62  # entries of two connections are never the same but by a chance of nothing
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,9 +47,12 @@ class FastForwards(Protocol):
 class GrantedForwards:
     """Implements FastForwards. Used from the event loop's thread, but for stop()."""
 
-    def __init__(self, engine: native.Engine, gate: native.Gate, budget: MemoryBudget, descriptor: int, spin_s: float) -> None:
-        """Takes the descriptor, unless it raises."""
-        self._path = native.FastPath(engine, gate, descriptor, spin_s, 1 + secrets.randbits(_ENTRY_BITS))
+    def __init__(
+        self, engine: native.Engine, gate: native.Gate, budget: MemoryBudget, descriptor: int, spin_s: float, first_entry: int
+    ) -> None:  # fmt: skip
+        """Takes the descriptor, unless it raises. Entries are counted from `first_entry` on, which should be random: those of
+        two connections are never the same then."""
+        self._path = native.FastPath(engine, gate, descriptor, spin_s, first_entry)
         self._budget = budget
         self._granted: dict[Hashable, tuple[int, FastForward]] = {}  # with what the native side uses
         self._scratch: Reservation | None = None

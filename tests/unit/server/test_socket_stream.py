@@ -7,6 +7,7 @@ import socket
 from collections.abc import Callable, Coroutine
 from typing import Any
 
+import kt_expert_native as native
 import pytest
 from kt_expert_proto.codec import Decoder, Encoder
 from kt_expert_proto.header import FrameType, Header, Op
@@ -59,8 +60,8 @@ class _Driver:
         self._on_open, self._on_feed = on_open, on_feed
         self.closed: list[int] = []
 
-    def open_stream(self, transport: SocketStream, identity: str, memory: object) -> int:
-        del identity, memory
+    def open_stream(self, transport: SocketStream, identity: str, memory: object, fast: object) -> int:
+        del identity, memory, fast
         return self._on_open(transport)
 
     def close_stream(self, stream: int) -> None:
@@ -75,7 +76,8 @@ async def _run(driver: _Driver, trainer: Callable[[socket.socket], Coroutine[Any
     here, there = socket.socketpair(socket.AF_UNIX)
     here.setblocking(False)
     pool = BufferPool()
-    parts = Parts(driver, Metrics("0", "x", "y"), Pace(100.0, lambda: None), MemoryBudget(1, (pool,)), pool)  # type: ignore[arg-type]
+    pace, budget, engine = Pace(100.0, lambda: None), MemoryBudget(1, (pool,)), native.Engine(1)
+    parts = Parts(driver, Metrics("0", "x", "y"), pace, budget, pool, engine, native.Gate())  # type: ignore[arg-type]
     made = SocketStream(parts, Caller("", "here"), PlainWire(here, has_checksums=False))
     reading = asyncio.get_running_loop().run_in_executor(None, _Trainer, there)
     if trainer is not None:

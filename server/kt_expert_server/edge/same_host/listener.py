@@ -31,6 +31,7 @@ _CREDENTIALS = struct.Struct("3i")  # of SO_PEERCRED: process, user, group
 _ROOT = 0
 _FULL_REGION_BYTES = 128 * 1024 * 1024  # each way: two large batches in flight and the outcomes of two more
 _LEAST_REGION_BYTES = 1024 * 1024
+_ENTRY_BITS = 62  # of a connection's first entry; numbers go up from there
 _FAST_BYTES = 2 * native.FAST_PAYLOAD_BYTES  # a small forward and its answer
 _PART_OF_LIMIT = 32  # a region takes at most this part of the server's memory limit
 
@@ -104,7 +105,8 @@ class SameHost:
 
     async def _stream(self, wire: PlainWire, memory: SharedMemory, fast_end: socket.socket, caller: Caller) -> None:
         parts = self._parts
-        fast = GrantedForwards(parts.engine, parts.gate, parts.budget, fast_end.fileno(), self._spin_s)
+        first_entry = 1 + secrets.randbits(_ENTRY_BITS)
+        fast = GrantedForwards(parts.engine, parts.gate, parts.budget, fast_end.fileno(), self._spin_s, first_entry)
         fast_end.detach()  # it is closed with what has it now
         try:
             await SocketStream(parts, caller, wire, memory, fast).run()
