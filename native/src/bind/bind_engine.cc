@@ -19,12 +19,6 @@ namespace py = pybind11;
 using IdArray = py::array_t<std::int32_t, py::array::c_style>;
 using FloatArray = py::array_t<float, py::array::c_style>;
 
-FloatType float_type_from(const std::string& name) {
-  if (name == "bf16") return FloatType::kBf16;
-  if (name == "fp32") return FloatType::kF32;
-  throw InvalidArgument("token dtype '" + name + "' is not known; choose one of: bf16, fp32");
-}
-
 SavePolicy save_policy_from(const std::string& name) {
   if (name == "nothing") return SavePolicy::kNothing;
   if (name == "activations") return SavePolicy::kActivations;
@@ -224,6 +218,12 @@ std::map<std::string, double> gradient_norms(Engine& engine, double order, doubl
 }
 
 }  // namespace
+
+FloatType float_type_from(const std::string& name) {
+  if (name == "bf16") return FloatType::kBf16;
+  if (name == "fp32") return FloatType::kF32;
+  throw InvalidArgument("token dtype '" + name + "' is not known; choose one of: bf16, fp32");
+}
 
 void bind_engine(py::module_& module) {
   py::class_<CancelToken>(module, "CancelToken")

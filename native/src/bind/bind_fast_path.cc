@@ -6,7 +6,6 @@
 #include <string>
 
 #include "bind/bindings.h"
-#include "kt_expert/error.h"
 #include "kt_expert/fast_path.h"
 
 namespace kt_expert {
@@ -14,19 +13,13 @@ namespace {
 
 namespace py = pybind11;
 
-FloatType type_from(const std::string& name) {
-  if (name == "bf16") return FloatType::kBf16;
-  if (name == "fp32") return FloatType::kF32;
-  throw InvalidArgument("dtype '" + name + "' is not known; choose bf16 or fp32");
-}
-
 std::uint64_t grant(FastPath& path, const LayerWeights& weights, const AdapterTensors* adapter,
                     const std::optional<std::array<float, 3>>& scales, const std::string& dtype, int top_k) {
   FastEntry entry;
   entry.weights = &weights;
   entry.lora = adapter;
   if (scales) entry.scales = AdapterScales{(*scales)[0], (*scales)[1], (*scales)[2]};
-  entry.type = type_from(dtype);
+  entry.type = float_type_from(dtype);
   entry.top_k = top_k;
   const py::gil_scoped_release release;
   return path.grant(entry);

@@ -34,7 +34,6 @@ class Process:
             [sys.executable, *command], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1,
             env={**os.environ, **(environment or {})},
         )  # fmt: skip
-        self.server: Process | None = None  # that this one talks to, where it has one of its own
 
     def __enter__(self) -> Process:
         return self

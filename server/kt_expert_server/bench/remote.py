@@ -116,7 +116,7 @@ def _measure(case: Case, model: Path, repeats: int) -> list[Figures]:
     local, batch = LayerBench(engine, case.shape, "bf16"), make_batch(case.shape, case.tokens)
     found = [Figures(case, transport) for transport in case.transports]
     with ExitStack() as open_ones:
-        trainers = {each: open_ones.enter_context(trainer_for(each, model, case.threads)) for each in case.transports}
+        trainers = {each: open_ones.enter_context(trainer_for(each, model, case.threads))[0] for each in case.transports}
         for number in range(repeats + 1):  # the first warms up
             forward, backward = _in_process(local, batch, case)
             for figures in found:
@@ -135,7 +135,7 @@ def _measure(case: Case, model: Path, repeats: int) -> list[Figures]:
 
 
 @contextmanager
-def trainer_for(transport: str, model: Path, threads: int, rank: int = _RANK) -> Iterator[Process]:
+def trainer_for(transport: str, model: Path, threads: int, rank: int = _RANK) -> Iterator[tuple[Process, Process]]:
     """A trainer with a server of its own: servers of one benchmark are idle while others are measured."""
     spin = ("--spin", str(MOST_SPIN_US)) if transport == SPINNING else ()
     environment = {"KT_EXPERT_SPIN": str(MOST_SPIN_US)} if transport == SPINNING else {}
@@ -143,8 +143,7 @@ def trainer_for(transport: str, model: Path, threads: int, rank: int = _RANK) ->
         server, address = both.enter_context(serve(model, threads, *spin))
         trainer = both.enter_context(Process("-m", "kt_expert_client.bench.remote", environment=environment))
         trainer.ask(open=address, rank=rank, transport="same-host" if transport == SPINNING else transport)
-        trainer.server = server
-        yield trainer
+        yield trainer, server
 
 
 def _in_process(local: LayerBench, batch: Batch, case: Case) -> tuple[float, float]:

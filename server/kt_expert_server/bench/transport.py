@@ -100,20 +100,18 @@ def measure_transport(repeats: int, sizes: tuple[int, ...] = _SIZES) -> Figures:
                 if size in shared:
                     took[_ICEORYX] = _iceoryx_round(*shared[size])
                 computing = _compute_s(local, size)
-                for transport, trainer in trainers.items():
+                for transport, (trainer, server) in trainers.items():
                     if transport != SPINNING or size == _SMALL:
-                        took[transport] = _round(trainer, size, computing)
+                        took[transport] = _round(trainer, server, size, computing)
                 if number:
                     for kind, each in took.items():
                         found[kind, size].append(each)
-        for trainer in trainers.values():
+        for trainer, _ in trainers.values():
             trainer.ask(close=True)
     return Figures(found)
 
 
-def _round(trainer: Process, size: int, computing: Round) -> Round:
-    server = trainer.server
-    assert server is not None  # noqa: S101  # it was made with one
+def _round(trainer: Process, server: Process, size: int, computing: Round) -> Round:
     before = server.cpu_s()
     took = trainer.ask(echo={"tokens": size // _BF16_BYTES // _HIDDEN, "least_s": _LEAST_ROUND_S, "most": _MOST_IN_ROUND})
     cpu_s = took["cpu_s"] + (server.cpu_s() - before) / took["calls"]

@@ -19,7 +19,7 @@ from kt_expert_server.engine.buffers import BufferPool
 from kt_expert_server.errors import ServerError
 from kt_expert_server.observe.metrics import Metrics
 
-GREETING_S = 5.0  # for both messages of the handshake
+_GREETING_S = 5.0  # for both messages of the handshake
 BACKLOG = 64  # connections that wait to be taken
 _MOST_GREETINGS = 64  # connections that have not proved anything yet
 _PAUSE_S = 1.0  # where no connection can be taken
@@ -71,7 +71,7 @@ class Acceptor:
         """Around a handshake: it has an end, and few are under way at a time. Raises TimeoutError."""
         self._greetings += 1
         try:
-            async with asyncio.timeout(GREETING_S):
+            async with asyncio.timeout(_GREETING_S):
                 yield
         finally:
             self._greetings -= 1

@@ -45,7 +45,7 @@ class PlainWire:
 
     def send(self, parts: list[Part]) -> list[Part]:
         try:
-            return rest_of(parts, self.socket.sendmsg(parts) if len(parts) > 1 else self.socket.send(parts[0]))
+            return rest_of(parts, self.socket.sendmsg(parts))
         except BlockingIOError:
             return parts
 
