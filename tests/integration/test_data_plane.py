@@ -14,8 +14,7 @@ import pytest
 import torch
 import trustme
 from kt_expert_client import Credentials
-from kt_expert_client.run import Run
-from support.batches import LORA, batch, train_step
+from support.batches import LORA, batch, one_pass, opened, train_step
 from support.server import ServerProcess
 from support.sockets import free_port
 from support.tokens import token_of, write_tokens
@@ -68,19 +67,6 @@ def secured(qwen3_checkpoint: Path, authority: Authority, tmp_path_factory: pyte
         yield process
 
 
-def _pass(run: Run, seed: int, tokens: int) -> list[torch.Tensor]:
-    """Output, and gradients of hidden states and routing weights."""
-    x, ids, weights = batch(tokens, seed)
-    forward = run.submit_forward(0, x, ids, weights)
-    output = forward.result()
-    back = run.submit_backward(0, forward.ticket, torch.sin(x), replace_gradients=True)
-    return [output, *back.result()]
-
-
-def _open(client: kt.Client) -> Run:
-    return client.open_run(lora=LORA, wire_dtype="fp32", seed=3)
-
-
 @pytest.mark.parametrize("tokens", [0, 1, 257, 4096, LARGE])
 def test_it_gives_the_bits_of_the_stream(
     server: ServerProcess, secured: ServerProcess, authority: Authority, tokens: int
@@ -89,7 +75,7 @@ def test_it_gives_the_bits_of_the_stream(
     ways = ((server.address, "stream", None), (server.address, "tcp", None))
     for address, transport, shown in (*ways, (f"grpcs://{secured.address}", "tcp", Credentials(ca=authority.ca))):
         with kt.connect(address, transport=transport, credentials=shown) as client:
-            found.append(_pass(_open(client), 1, tokens))
+            found.append(one_pass(opened(client), 1, tokens))
             assert client.transport == transport
     for other in found[1:]:
         assert all(torch.equal(*pair) for pair in zip(found[0], other, strict=True))
@@ -102,7 +88,7 @@ def test_large_calls_in_both_directions_at_once(
     """Both threads of the client use one connection."""
     address, shown = (f"grpcs://{secured.address}", Credentials(ca=authority.ca)) if tls else (server.address, None)
     with kt.connect(address, transport="tcp", credentials=shown) as client:
-        run = _open(client)
+        run = opened(client)
         batches = [batch(LARGE, seed) for seed in range(8)]
         expected = [run.submit_forward(0, *each, save_for_backward=False).result().clone() for each in batches]
         sent = [run.submit_forward(0, *each, save_for_backward=False) for each in batches]
@@ -117,7 +103,7 @@ def test_it_comes_before_the_stream_and_after_shared_memory(
         caplog.at_level(logging.INFO),
         kt.connect(server.address, transport="auto") as client,
     ):
-        train_step(_open(client), 1)
+        train_step(opened(client), 1)
         assert client.transport == "tcp"
         assert server.metric('grpc_server_started_total{grpc_method="DataPlane"}') == 1.0
     assert "there is no connection on this host, so tcp is tried: the server was started with --same-host off" in caplog.text
@@ -129,7 +115,7 @@ def test_a_server_without_it(qwen3_checkpoint: Path, tmp_path: Path) -> None:
             r"transport is 'tcp', and there is no connection to the server's data port: .* without --data-listen; use 'auto'"
         )
         with pytest.raises(kt.InvalidRequest, match=expected):
-            _open(client)
+            opened(client)
 
 
 def _elsewhere(qwen3_checkpoint: Path, tmp_path: Path, port: int, *options: str) -> ServerProcess:
@@ -143,7 +129,7 @@ def test_a_port_that_is_not_to_be_reached_is_told(
 ) -> None:
     with _elsewhere(qwen3_checkpoint, tmp_path, free_port()) as server:
         with caplog.at_level(logging.INFO), kt.connect(server.address, transport="auto") as client:
-            train_step(_open(client), 1)
+            train_step(opened(client), 1)
             assert client.transport == "stream"
         assert "so stream is tried: its data port 127.0.0.1:" in caplog.text
         assert "is not to be reached from here: [Errno 111] Connection refused" in caplog.text
@@ -167,7 +153,7 @@ def test_somebody_elses_port_gets_neither_secret_nor_trust(
         thread.start()
         with _elsewhere(qwen3_checkpoint, tmp_path, impostor.getsockname()[1]) as server:
             with caplog.at_level(logging.INFO), kt.connect(server.address, transport="auto") as client:
-                train_step(_open(client), 1)
+                train_step(opened(client), 1)
                 assert client.transport == "stream"
             thread.join()
     assert "who listens at its data port is not the server that made the offer" in caplog.text
@@ -186,7 +172,7 @@ def test_a_port_with_another_certificate_is_not_trusted(
         caplog.at_level(logging.INFO),
         kt.connect(f"grpcs://{server.address}", transport="auto", credentials=Credentials(ca=authority.ca)) as client,
     ):
-        train_step(_open(client), 1)
+        train_step(opened(client), 1)
         assert client.transport == "stream"
     assert "the certificate of its data port is not trusted: unable to get local issuer certificate" in caplog.text
 
@@ -212,7 +198,7 @@ def test_a_new_certificate_is_taken_without_a_restart(qwen3_checkpoint: Path, tm
     with ServerProcess(qwen3_checkpoint, tmp_path / "log", *DATA, *options) as server:
         for authority in (old, new):
             with kt.connect(f"grpcs://{server.address}", transport="tcp", credentials=Credentials(ca=authority.ca)) as client:
-                train_step(_open(client), 1)
+                train_step(opened(client), 1)
             for made, place in zip(new.issue(), (certificate, key), strict=True):
                 made.replace(place)
 
@@ -224,7 +210,7 @@ def test_a_proxy_of_the_environment_is_not_passed_by(
         monkeypatch.setenv("grpc_proxy", "http://proxy.example:3128")
         monkeypatch.setattr(type(client._transports._address), "is_local", False)
         with pytest.raises(kt.InvalidRequest, match="go through the proxy that grpc_proxy names"):
-            _open(client)
+            opened(client)
 
 
 def test_grpc_over_a_unix_socket_or_ipv6(qwen3_checkpoint: Path, tmp_path: Path) -> None:
@@ -236,14 +222,14 @@ def test_grpc_over_a_unix_socket_or_ipv6(qwen3_checkpoint: Path, tmp_path: Path)
             ServerProcess(qwen3_checkpoint, tmp_path / "log", *options) as server,
             kt.connect(server.address, transport="tcp") as client,
         ):
-            train_step(_open(client), 1)
+            train_step(opened(client), 1)
             assert client.transport == "tcp"
 
 
 def test_draining_lets_trainers_end(qwen3_checkpoint: Path, tmp_path: Path) -> None:
     with ServerProcess(qwen3_checkpoint, tmp_path / "log", *DATA) as server:
         with kt.connect(server.address, transport="tcp") as client:
-            train_step(_open(client), 1)
+            train_step(opened(client), 1)
             assert server.stop() == 0
         assert "Traceback" not in server.log.read_text()
 
@@ -255,9 +241,9 @@ def test_descriptors_are_given_back(server: ServerProcess) -> None:
     for _ in range(2):  # the first round opens what stays open
         for _ in range(4):
             with kt.connect(server.address, transport="tcp") as client:
-                train_step(_open(client), 1)
+                train_step(opened(client), 1)
         before = descriptors()
     for _ in range(6):
         with kt.connect(server.address, transport="tcp") as client:
-            train_step(_open(client), 1)
+            train_step(opened(client), 1)
     wait_until(lambda: descriptors() <= before, 10.0)

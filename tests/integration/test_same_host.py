@@ -18,7 +18,7 @@ from kt_expert_client.run import Run
 from kt_expert_client.wire.shared_memory import SharedMemory
 from kt_expert_client.wire.socket_transport import SocketTransport
 from kt_expert_proto.v1 import service_pb2 as pb
-from support.batches import LORA, batch
+from support.batches import batch, one_pass, opened
 from support.server import ServerProcess
 from support.waiting import wait_until
 
@@ -31,19 +31,6 @@ SMALL_MEMORY = ("--memory-limit", "0.75")  # GiB: regions of 24 MiB
 def small_server(qwen3_checkpoint: Path, tmp_path: Path) -> Iterator[ServerProcess]:
     with ServerProcess(qwen3_checkpoint, tmp_path / "log", *SMALL_MEMORY) as server:
         yield server
-
-
-def _pass(run: Run, seed: int, tokens: int = TOKENS) -> list[torch.Tensor]:
-    """Output, and gradients of hidden states and routing weights."""
-    x, ids, weights = batch(tokens, seed)
-    forward = run.submit_forward(0, x, ids, weights)
-    output = forward.result()
-    back = run.submit_backward(0, forward.ticket, torch.sin(x), replace_gradients=True)
-    return [output, *back.result()]
-
-
-def _open(client: kt.Client) -> Run:
-    return client.open_run(lora=LORA, wire_dtype="fp32", seed=3)
 
 
 def _transport(run: Run) -> SocketTransport:
@@ -64,7 +51,7 @@ def test_all_transports_give_the_same_bits(server: ServerProcess, tokens: int) -
     found = {}
     for transport in ("stream", "same-host"):
         with kt.connect(server.address, transport=transport) as client:
-            found[transport] = _pass(_open(client), 1, tokens)
+            found[transport] = one_pass(opened(client), 1, tokens)
             assert client.transport == transport
     assert all(torch.equal(*pair) for pair in zip(*found.values(), strict=True))
 
@@ -72,35 +59,35 @@ def test_all_transports_give_the_same_bits(server: ServerProcess, tokens: int) -
 def test_it_is_what_a_trainer_gets_unasked(server: ServerProcess, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("KT_EXPERT_TRANSPORT", raising=False)
     with kt.connect(server.address) as client:
-        _pass(_open(client), 1)
+        one_pass(opened(client), 1, TOKENS)
         assert client.transport == "same-host"
 
 
 def test_tensors_are_where_the_server_put_them_until_nobody_has_them(server: ServerProcess) -> None:
     with kt.connect(server.address, transport="same-host") as client:
-        run = _open(client)
-        first = _pass(run, 1)
+        run = opened(client)
+        first = one_pass(run, 1, TOKENS)
         copies = [each.clone() for each in first]
         held = _memory(run)._borrower.held_places
         assert held == 2  # output and gradient; the routing weights' was sent
         first[0].add_(1.0)
         for seed in range(2, 6):
-            _pass(run, seed)
+            one_pass(run, seed, TOKENS)
         assert torch.equal(first[0], copies[0] + 1.0)
         assert all(torch.equal(*pair) for pair in zip(first[1:], copies[1:], strict=True))
         del first
         gc.collect()
-        _pass(run, 7)  # takes back along what is free
+        one_pass(run, 7, TOKENS)  # takes back along what is free
         assert _memory(run)._borrower.held_places <= 2
 
 
 def test_where_a_trainer_keeps_everything_tensors_are_sent(small_server: ServerProcess) -> None:
     with kt.connect(small_server.address, transport="stream") as client:
-        run = _open(client)
-        expected = [_pass(run, seed, LARGE)[0] for seed in range(16)]
+        run = opened(client)
+        expected = [one_pass(run, seed, LARGE)[0] for seed in range(16)]
     with kt.connect(small_server.address, transport="same-host") as client:
-        run = _open(client)
-        kept = [_pass(run, seed, LARGE)[0] for seed in range(16)]
+        run = opened(client)
+        kept = [one_pass(run, seed, LARGE)[0] for seed in range(16)]
         assert 0 < _memory(run)._borrower.held_places < 16
     assert all(torch.equal(*pair) for pair in zip(kept, expected, strict=True))
 
@@ -108,7 +95,7 @@ def test_where_a_trainer_keeps_everything_tensors_are_sent(small_server: ServerP
 def test_a_batch_for_which_there_is_no_room_now_is_sent(small_server: ServerProcess) -> None:
     """Three of 9 MiB in flight."""
     with kt.connect(small_server.address, transport="same-host") as client:
-        run = _open(client)
+        run = opened(client)
         sent = [run.submit_forward(0, *batch(65536, seed), save_for_backward=False) for seed in range(3)]
         assert [each.result().shape for each in sent] == 3 * [(65536, 32)]
 
@@ -116,7 +103,7 @@ def test_a_batch_for_which_there_is_no_room_now_is_sent(small_server: ServerProc
 def test_tensors_outlive_server_and_client(qwen3_checkpoint: Path, tmp_path: Path) -> None:
     with ServerProcess(qwen3_checkpoint, tmp_path / "log") as server:
         client = kt.connect(server.address, transport="same-host")
-        output, *_ = _pass(_open(client), 1)
+        output, *_ = one_pass(opened(client), 1, TOKENS)
         copied = output.clone()
         server.process.kill()
         client.close()
@@ -130,7 +117,7 @@ def test_memory_is_counted_and_given_back(server: ServerProcess) -> None:
     gc.collect()
     before = shared()
     with kt.connect(server.address, transport="same-host") as client:
-        run = _open(client)
+        run = opened(client)
         assert shared() - before == 4096 + 2 * len(_memory(run)._outgoing) + 2 * native.FAST_PAYLOAD_BYTES
     wait_until(lambda: shared() <= before)
 
@@ -148,8 +135,8 @@ def test_memory_goes_with_its_connection_and_not_with_the_collector(qwen3_checkp
         with ServerProcess(qwen3_checkpoint, tmp_path / "log") as server:
             for _ in range(3):
                 with kt.connect(server.address, transport="same-host") as client:
-                    run = _open(client)
-                    _pass(run, 1)
+                    run = opened(client)
+                    one_pass(run, 1, TOKENS)
                     assert _mappings(server.process.pid) == 1
                     del run
                 wait_until(lambda: _mappings(server.process.pid) == 0, 5.0)
@@ -169,9 +156,9 @@ def test_a_server_without_it_is_reached_by_a_stream(
                 match=r"'same-host', and there is no connection on this host: .* --same-host off",
             ),
         ):
-            _open(client)
+            opened(client)
         with caplog.at_level(logging.INFO), kt.connect(server.address, transport="auto") as client:
-            _pass(_open(client), 1)
+            one_pass(opened(client), 1, TOKENS)
             assert client.transport == "stream"
     assert "there is no connection on this host, so tcp is tried: the server was started with --same-host off" in caplog.text
     assert "there is no connection to the server's data port, so stream is tried: the server was started without" in caplog.text
@@ -182,7 +169,7 @@ def test_a_socket_that_is_not_here_is_told(
 ) -> None:
     monkeypatch.setenv("KT_EXPERT_SAME_HOST_DIR", str(tmp_path))
     with caplog.at_level(logging.INFO), kt.connect(server.address, transport="auto") as client:
-        _open(client)
+        opened(client)
         assert client.transport == "tcp"  # the next one
     assert f"its socket {tmp_path}/" in caplog.text
     assert "is not to be reached from here: No such file or directory" in caplog.text
@@ -213,10 +200,10 @@ def test_somebody_elses_socket_gets_neither_secret_nor_trust(
             thread = threading.Thread(target=answer)
             thread.start()
             with caplog.at_level(logging.INFO):
-                run = _open(client)
+                run = opened(client)
             thread.join()
             assert client.transport == "tcp"  # the next one
-            _pass(run, 1)
+            one_pass(run, 1, TOKENS)
     assert "the memory has seals" in caplog.text
 
 
@@ -241,7 +228,7 @@ def test_without_a_place_for_it_the_server_starts_and_says_so(qwen3_checkpoint: 
     (tmp_path / "kt-expert").write_text("no directory")
     with ServerProcess(qwen3_checkpoint, tmp_path / "log", environment={"XDG_RUNTIME_DIR": str(tmp_path)}) as server:
         with kt.connect(server.address, transport="auto") as client:
-            _open(client)
+            opened(client)
             assert client.transport == "stream"
         assert "trainers on this host will not share memory with the server" in server.log.read_text()
 

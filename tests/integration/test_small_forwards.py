@@ -15,7 +15,7 @@ import torch
 from kt_expert_client import AdamW
 from kt_expert_client.run import Run
 from kt_expert_client.wire.fast_path import FastPath
-from support.batches import LAYERS, LORA, batch, train_step
+from support.batches import LAYERS, LORA, batch, opened, train_step
 from support.server import ServerProcess
 from support.waiting import wait_until
 
@@ -27,10 +27,6 @@ def own(qwen3_checkpoint: Path, tmp_path: Path) -> Iterator[ServerProcess]:
     options = ("--state-dir", str(tmp_path / "state"))
     with ServerProcess(qwen3_checkpoint, tmp_path / "log", *options) as server:
         yield server
-
-
-def opened(client: kt.Client, **options: object) -> Run:
-    return client.open_run(lora=LORA, wire_dtype="fp32", seed=3, **options)  # type: ignore[arg-type]
 
 
 def look(run: Run, tokens: int, seed: int, layer: int = 0, **options: object) -> torch.Tensor:
@@ -151,9 +147,12 @@ def test_what_was_submitted_before_comes_first(own: ServerProcess) -> None:
         run = opened(client)
         look(run, 1, 1)
         path_of(run)
-        kept = run.submit_forward(0, *batch(3, 1))  # its outcome is on its way, perhaps
-        if not kept.pending.done.is_set():
-            assert run._session.fast_path() is None or kept.pending.done.is_set()
+        os.kill(own.process.pid, signal.SIGSTOP)
+        try:
+            kept = run.submit_forward(0, *batch(3, 1))
+            assert run._session.fast_path() is None
+        finally:
+            os.kill(own.process.pid, signal.SIGCONT)
         kept.result()
         path_of(run)
 

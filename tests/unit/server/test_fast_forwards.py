@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import kt_expert_native as native
 import numpy as np
 import pytest
+from kt_expert_proto.fast_path import MOST_BYTES, MOST_TOKENS
 from kt_expert_proto.header import FrameType, Op
 from kt_expert_proto.lora import DEFAULT_ADAPTER
 from kt_expert_proto.v1 import service_pb2 as pb
@@ -50,6 +52,10 @@ def entry_of(member: CoreMember, request_id: int) -> int:
     head = next(content for header, content in member.frames if header.request_id == request_id)
     assert member.take(request_id) == ""
     return spb.ResultHead.FromString(head).fast_entry
+
+
+def test_both_ends_have_the_same_bounds() -> None:
+    assert (native.FAST_TOKENS, native.FAST_PAYLOAD_BYTES) == (MOST_TOKENS, MOST_BYTES)
 
 
 def test_a_small_forward_that_keeps_nothing_is_granted() -> None:
